@@ -1,0 +1,11 @@
+"""A user's mistake, told in one line.
+
+`UserError` is raised wherever input from outside (a setting, a file, a folder, a disk)
+is not what the study needs. Its message names the thing, its value, what was expected
+and the remedy; `scaling.cli` prints that line and exits with status 2, without a traceback.
+Anything else that is raised is a defect of the project and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Bad input, said in one line: the thing, its value, what was expected, the remedy."""

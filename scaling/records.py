@@ -1,0 +1,235 @@
+"""Where a study's files are, and how its records are written and read.
+
+Every fact a table needs passes through here as a line of JSON that a person can open:
+
+    STUDY/plan.jsonl                   one row a planned run: the whole of its plan
+    STUDY/runs/RUN_ID/plan.json        the same row, with provenance (commit, versions, hardware)
+    STUDY/runs/RUN_ID/metrics.jsonl    training steps and validations
+    STUDY/runs/RUN_ID/events.jsonl     submitted, started, checkpointed, ..., finished or failed
+    STUDY/runs/RUN_ID/scores.jsonl     one row a test utterance
+    STUDY/report/                      what the analysis makes of them
+
+Lines are appended whole, in one write, so a crash can tear only the last one; a torn line
+costs that line alone. This module uses the standard library only: the analysis reads
+records on a laptop without torch, and SLURM jobs write them before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+# The kinds of event a run can meet, in the order in which they usually come.
+EVENTS = ("submitted", "started", "resumed", "checkpointed", "preempted", "evaluating", "finished", "failed")
+
+
+class RecordError(Exception):
+    """A study or run directory that is missing or does not hold what its place promises."""
+
+
+# --- lines of JSON -------------------------------------------------------------------------
+
+
+def to_json(record: Record) -> str:
+    """One line of strict JSON; a number that is not finite becomes null (JSON has no NaN)."""
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Append one record as a whole line, in a single write.
+
+    If a crash has torn the last line, the new record starts on a line of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = to_json(record) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = "\n" + line
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file in the order written; none if there is no such file.
+
+    A line that is not a JSON object (torn by a crash) is passed over.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a file of records as a whole (see `write_whole`)."""
+    write_whole(path, "".join(to_json(record) + "\n" for record in records))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+# --- directories ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def jobs(self) -> Path:
+        """Logs and pickles of the jobs that ran this run."""
+        return self.path / "jobs"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains the run, for as long as it lives."""
+        return self.path / "lock"
+
+    def read_plan(self) -> Record:
+        """The run's plan; RecordError if there is none."""
+        try:
+            plan = json.loads(self.plan.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecordError(f"no run at {self.path}: it has no plan.json; name a folder below STUDY/runs") from None
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{self.plan} is not JSON ({error}); delete the run's folder and run it again") from None
+        if not isinstance(plan, dict):
+            raise RecordError(f"{self.plan} holds no object; delete the run's folder and run it again")
+        return plan
+
+    def log_event(self, event: str, **details: Any) -> None:
+        """Append an event, with the time (seconds since 1970) and process it comes from."""
+        if event not in EVENTS:
+            raise ValueError(f"event {event!r} is none of {', '.join(EVENTS)}")
+        append_record(self.events, {"event": event, "time": time.time(), "pid": os.getpid(), **details})
+
+    def log_metrics(self, kind: str, step: int, **values: Any) -> None:
+        """Append a row of metrics of a kind ("train" or "validation") at an optimiser step."""
+        append_record(self.metrics, {"kind": kind, "step": step, "time": time.time(), **values})
+
+    def read_events(self) -> list[Record]:
+        return list(read_records(self.events))
+
+    def read_metrics(self) -> list[Record]:
+        """The run's metrics, one row a (kind, step), in order of step.
+
+        A run that was killed repeats the steps since its last checkpoint; the row written
+        last is the one that belongs to the weights the run went on with.
+        """
+        last: dict[tuple[str, int], Record] = {}
+        for row in read_records(self.metrics):
+            if "kind" in row and "step" in row:
+                last[row["kind"], row["step"]] = row
+        return [last[key] for key in sorted(last, key=lambda key: (key[1], key[0]))]
+
+    def read_scores(self) -> list[Record]:
+        return list(read_records(self.scores))
+
+    def state(self) -> tuple[str, Record]:
+        """What has become of the run by its own records: a state and the event that shows it.
+
+        One of "planned" (nothing has happened), "submitted", "running", "finished", "failed".
+        """
+        state, shown_by = "planned", {}
+        for event in self.read_events():
+            kind = event.get("event")
+            if kind in ("submitted", "finished", "failed"):
+                state, shown_by = str(kind), event
+            elif kind in ("started", "resumed", "checkpointed", "evaluating"):
+                state, shown_by = "running", event
+            elif kind == "preempted":
+                state, shown_by = "submitted", event
+        return state, shown_by
+
+
+@dataclass(frozen=True)
+class StudyDirectory:
+    """The files of one study."""
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.jsonl"
+
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def run(self, run_id: str) -> RunDirectory:
+        return RunDirectory(self.runs / run_id)
+
+    def read_plan(self) -> list[Record]:
+        """The planned runs; RecordError if the study has no plan."""
+        if not self.plan.exists():
+            raise RecordError(f"no study at {self.path}: it has no plan.jsonl; make one with python -m launch.sweep")
+        return list(read_records(self.plan))
