@@ -1,0 +1,70 @@
+"""The training loss: a weighted sum of terms on the waveform and on the compressed spectrum.
+
+Terms and weights are those of FastEnhancer's recipe (arXiv 2509.21867) without its PESQ term.
+Every term is a mean over all its elements, so a batch's loss is the mean of its crops' losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from bsrnn.model import Enhanced
+from bsrnn.stft import CompressedSTFT
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The weight of each term; a term of weight 0 is not computed."""
+
+    magnitude: float = 0.3  # MSE of compressed magnitudes
+    complex: float = 0.2  # MSE of compressed spectra, over real and imaginary parts
+    consistency: float = 0.3  # the same against the STFT of the estimated waveform
+    waveform: float = 0.2  # L1
+
+    def __post_init__(self) -> None:
+        weights = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"loss.{name} = {weight}: expected a weight of at least 0")
+        if not any(weights.values()):
+            raise ValueError("every loss weight is 0: give at least one term a weight")
+
+
+@dataclass(frozen=True)
+class Loss:
+    total: Float[Tensor, ""]  # weighted
+    terms: dict[str, Float[Tensor, ""]]  # unweighted, detached
+
+
+def enhancement_loss(
+    estimate: Enhanced, clean: Float[Tensor, "batch sample"], stft: CompressedSTFT, weights: LossConfig
+) -> Loss:
+    """The loss of an estimate against the clean waveform; computed in 32 bits."""
+    with torch.autocast(clean.device.type, enabled=False):
+        spectrum = torch.view_as_real(stft(clean))  # (B, F, T, 2)
+        estimated = torch.view_as_real(estimate.spectrum)
+        terms: dict[str, Tensor] = {}
+        if weights.magnitude:
+            terms["magnitude"] = F.mse_loss(_magnitude(estimated), _magnitude(spectrum))
+        if weights.complex:
+            terms["complex"] = F.mse_loss(estimated, spectrum)
+        if weights.consistency:
+            terms["consistency"] = F.mse_loss(torch.view_as_real(stft(estimate.waveform)), spectrum)
+        if weights.waveform:
+            terms["waveform"] = F.l1_loss(estimate.waveform, clean)
+        total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
+        return Loss(total, {name: term.detach() for name, term in terms.items()})
+
+
+def unprocessed(noisy: Float[Tensor, "batch sample"], stft: CompressedSTFT) -> Enhanced:
+    """The noisy input as if it were an estimate: what every model has to beat."""
+    return Enhanced(noisy, stft(noisy))
+
+
+def _magnitude(spectrum: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape"]:
+    return torch.linalg.vector_norm(spectrum, dim=-1)

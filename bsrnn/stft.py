@@ -1,0 +1,64 @@
+"""Waveform to compressed spectrum and back.
+
+Frames are centred, as torch.stft does by default: frame t looks at samples
+[t·hop - n_fft/2, t·hop + n_fft/2), and a signal of N samples has N // hop + 1 frames.
+Compression raises the magnitude to a power and keeps the phase, |X|^p · X/|X|.
+Everything here is computed in 32 bits whatever the training's precision is:
+a bfloat16 STFT does not exist on CPU and is too coarse on GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor, nn
+
+# Below this magnitude the input's compression is linear, so that silence has a finite gain.
+MAGNITUDE_FLOOR = 1e-5
+
+
+def compress(spectrum: Complex[Tensor, "*shape"], exponent: float) -> Complex[Tensor, "*shape"]:
+    """Raise the magnitude to `exponent` (below 1), keep the phase; the magnitude counts as at least 1e-5."""
+    # The norm of (real, imaginary) has gradient 0 at 0, where that of a complex modulus may be NaN.
+    magnitude = torch.linalg.vector_norm(torch.view_as_real(spectrum), dim=-1).clamp(min=MAGNITUDE_FLOOR)
+    return spectrum * magnitude.pow(exponent - 1)
+
+
+def decompress(spectrum: Complex[Tensor, "*shape"], exponent: float) -> Complex[Tensor, "*shape"]:
+    """The inverse of `compress` for magnitudes above its floor."""
+    magnitude = torch.linalg.vector_norm(torch.view_as_real(spectrum), dim=-1)
+    return spectrum * magnitude.pow(1 / exponent - 1)
+
+
+class CompressedSTFT(nn.Module):
+    """The Hann-windowed STFT with compressed magnitude, and its inverse."""
+
+    window: Tensor
+
+    def __init__(self, n_fft: int, hop_length: int, exponent: float) -> None:
+        super().__init__()
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.exponent = exponent
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def forward(self, waveform: Float[Tensor, "batch sample"]) -> Complex[Tensor, "batch bin frame"]:
+        """The compressed spectrum of a waveform of more than n_fft / 2 samples."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            spectrum = torch.stft(
+                waveform.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True
+            )  # (B, F, T)
+            return compress(spectrum, self.exponent)
+
+    def inverse(
+        self, spectrum: Complex[Tensor, "batch bin frame"], num_samples: int
+    ) -> Float[Tensor, "batch {num_samples}"]:
+        """The waveform of a compressed spectrum, `num_samples` long."""
+        with torch.autocast(spectrum.device.type, enabled=False):
+            return torch.istft(
+                decompress(spectrum, self.exponent),
+                self.n_fft,
+                self.hop_length,
+                window=self.window,
+                length=num_samples,
+            )
