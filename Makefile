@@ -1,0 +1,26 @@
+# make sweep: set up and run the main job; make test: set up and pass the tests.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: setup sweep test lint
+
+sweep: setup
+	$(RUN) -m launch.sweep +sweep=sizes
+
+test: setup lint
+	$(RUN) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(VENV)/installed
+
+# torch goes first and by its exact version: on a CPU-only machine another request may bring gigabytes of CUDA.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[deepspeed,test]'
+	touch $@
