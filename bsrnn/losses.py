@@ -17,7 +17,7 @@ from bsrnn.model import Enhanced
 from bsrnn.stft import CompressedSTFT
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossConfig:
     """The weight of each term; a term of weight 0 is not computed."""
 

@@ -169,7 +169,8 @@ class MaskDecoder(nn.Module):
         The weights are far smaller than the activations, so this is cheaper than scaling those.
         """
         num_bands = self.expand.weight.shape[0] // 2
-        weight, bias = self.expand.weight, self.expand.bias  # (2K, C, 4C), (2K, 4C)
+        weight: Tensor = self.expand.weight  # (2K, C, 4C)
+        bias: Tensor = self.expand.bias  # (2K, 4C)
         if self.scale is not None and self.shift is not None:
             bias = bias + torch.bmm(self.shift.flatten(0, 1).unsqueeze(1), weight).squeeze(1)
             weight = weight * self.scale.flatten(0, 1).unsqueeze(-1)
