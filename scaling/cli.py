@@ -1,0 +1,134 @@
+"""From a command line to a checked configuration, and from an error to one line.
+
+The commands take Hydra's override grammar (`model=xt train.global_batch=16 +sweep=sizes`) and
+compose conf/ through Hydra's compose interface rather than its `main` decorator: that
+one makes output folders, takes over logging, and answers a user's mistake with a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from scaling.errors import UserError
+from scaling.records import RecordError
+
+CONFIG_FOLDER = Path(__file__).parent.parent / "conf"
+
+Config = TypeVar("Config")
+
+
+def load_config(schema: type[Config], name: str, overrides: Sequence[str]) -> Config:
+    """conf/NAME.yaml with overrides, as an object of `schema`; UserError on whatever a user got wrong."""
+    return to_object(schema, compose_config(schema, name, overrides))
+
+
+def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictConfig:
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            return compose(name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, schema, overrides)) from None
+    except AssertionError:  # OmegaConf's answer to data.demo.hours=1 where data.demo is null
+        dotted = " ".join(word for word in overrides if "." in word.split("=")[0])
+        raise UserError(f"{dotted}: one of these sets a part of something that is null here; leave it out") from None
+
+
+def to_object(schema: type[Config], config: DictConfig | dict[str, Any]) -> Config:
+    """A composed or stored configuration as an object of `schema`, its checks made."""
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), config)
+        result = OmegaConf.to_object(typed)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]
+        raise UserError(f"{key} is not set: give {key}=VALUE") from None
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, schema, ())) from None
+    except ValueError as error:  # from the checks of a class that knows nothing of users' errors
+        raise UserError(str(error)) from None
+    assert isinstance(result, schema)
+    return result
+
+
+def run_main(main: Callable[[list[str]], int], usage: str) -> None:
+    """Run a command on the words after its name and exit with its status.
+
+    A user's mistake ends as one line on standard error and status 2; an interrupt as 130.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(usage.strip())
+        sys.exit(0)
+    try:
+        status = main(words)
+    except (UserError, RecordError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+# --- what a user got wrong, in one line ----------------------------------------------------
+
+
+def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
+    if isinstance(error, MissingConfigException):
+        return _unknown_choice(error, overrides)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not understood as KEY=VALUE ({_first_line(error)})"
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
+    if isinstance(cause, (ConfigKeyError, AttributeError)) and key:
+        return f"{key}: no such setting{_did_you_mean(str(key), _all_keys(schema))}"
+    if key:
+        return f"{key}: {_first_line(cause)}"
+    return _first_line(error)
+
+
+def _unknown_choice(error: MissingConfigException, overrides: Sequence[str]) -> str:
+    wanted = str(error.missing_cfg_file or "")
+    group, _, choice = wanted.rpartition("/")
+    folder = CONFIG_FOLDER / group
+    if group and folder.is_dir():
+        choices = sorted(path.stem for path in folder.glob("*.yaml"))
+        return f"{group}={choice}: no such {group}; expected one of {', '.join(choices)} (the files of conf/{group})"
+    groups = sorted(path.name for path in CONFIG_FOLDER.iterdir() if path.is_dir())
+    said = next((word for word in overrides if word.lstrip("+~").split("=")[0] == group), wanted)
+    return f"{said}: no such choice; expected one of {', '.join(groups)}{_did_you_mean(group, groups)}"
+
+
+def _all_keys(schema: type, prefix: str = "") -> list[str]:
+    """Every setting of a tree of dataclasses, dotted."""
+    keys = []
+    for name, hint in get_type_hints(schema).items():
+        keys.append(f"{prefix}{name}")
+        for choice in (hint, *get_args(hint)):  # X and the X of X | None
+            if is_dataclass(choice) and isinstance(choice, type):
+                keys += _all_keys(choice, f"{prefix}{name}.")
+    return keys
+
+
+def _did_you_mean(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    names = list(dict.fromkeys([*leaf, *close]))[:3]
+    return f"; did you mean {' or '.join(names)}?" if names else "; the settings are listed in docs/configuration.md"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

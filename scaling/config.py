@@ -1,0 +1,220 @@
+"""What can be set, as dataclasses: a run is a model size, data, a recipe and a seed, and how to execute it.
+
+Scientific settings (model, data, train, seed) decide a run's result and make its identity;
+execution settings (paths, micro-batch, workers, threads, compile, intervals) do not.
+Hydra composes the YAML files of conf/ into these classes, which check themselves and each
+other: a bad value or an impossible combination is refused by name before anything runs.
+They are not frozen, because OmegaConf makes frozen dataclasses read-only while it composes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bsrnn import BSRNNConfig
+from bsrnn.losses import LossConfig
+from scaling.corpus.demo import DemoConfig
+from scaling.errors import UserError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass
+class ModelConfig:
+    """A model size: its name, width and depth (conf/model)."""
+
+    name: str
+    num_channels: int
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        self.architecture(norm_batch=None)
+
+    def architecture(self, norm_batch: int | None) -> BSRNNConfig:
+        try:
+            return BSRNNConfig(self.num_channels, self.num_layers, norm_batch=norm_batch)
+        except ValueError as error:
+            raise UserError(f"model {self.name}: {error}") from None
+
+
+@dataclass
+class DataConfig:
+    """A corpus and how much of it to train on (conf/data)."""
+
+    name: str  # "demo" is synthesised on first use; any other is read from root in VBD's layout
+    shards: str  # folder of the prepared shards
+    root: str | None = None  # folder of the corpus in VBD's layout, needed only to prepare the shards
+    hours: float | None = None  # audio to train on, in hours; null: all there is
+    order_seed: int = 0  # of the order whose prefixes are the budgets of hours; the same for all runs of a study
+    demo: DemoConfig | None = None  # what to synthesise where the corpus is the demo
+
+    def __post_init__(self) -> None:
+        if self.hours is not None and not self.hours > 0:
+            raise UserError(f"data.hours = {self.hours}: expected a number of hours above 0, or null for all there is")
+        if self.name == "demo" and (self.demo is None or self.root is None):
+            raise UserError("data.name = demo needs data.root and data.demo: take data=demo")
+
+
+@dataclass
+class BudgetConfig:
+    """How long to train: exactly one of the three, resolved to steps in one way for all runs."""
+
+    steps: int | None = None  # optimiser steps
+    epochs: float | None = None  # passes over the training clips, one crop of each
+    audio_hours: float | None = None  # hours of crops seen
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            said = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
+            raise UserError(
+                f"train.budget has {said}: expected exactly one of steps, epochs, audio_hours; set the others to null"
+            )
+        for name, value in given.items():
+            if not value > 0:
+                raise UserError(f"train.budget.{name} = {value}: expected above 0")
+
+    def resolve_steps(self, num_clips: int, global_batch: int, crop_seconds: float) -> int:
+        """Optimiser steps, at least 1; batches run across the ends of epochs."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is not None:
+            crops = self.epochs * num_clips
+        else:
+            assert self.audio_hours is not None
+            crops = self.audio_hours * 3600 / crop_seconds
+        return max(1, round(crops / global_batch))
+
+
+@dataclass
+class OptimiserConfig:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then a cosine down to the end of the run."""
+
+    learning_rate: float = 2e-3
+    min_learning_rate: float = 1e-6
+    warmup_steps: int = 500
+    betas: tuple[float, float] = (0.95, 0.999)
+    weight_decay: float = 0.01
+    max_gradient_norm: float | None = None  # null: gradients are not clipped
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate >= self.min_learning_rate >= 0:
+            raise UserError(
+                f"train.optimiser: learning_rate = {self.learning_rate} and min_learning_rate = "
+                f"{self.min_learning_rate}: expected learning_rate >= min_learning_rate >= 0"
+            )
+        if self.warmup_steps < 0:
+            raise UserError(f"train.optimiser.warmup_steps = {self.warmup_steps}: expected at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.optimiser.betas = {list(self.betas)}: expected two numbers in [0, 1)")
+        if self.weight_decay < 0:
+            raise UserError(f"train.optimiser.weight_decay = {self.weight_decay}: expected at least 0")
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise UserError(
+                f"train.optimiser.max_gradient_norm = {self.max_gradient_norm}: expected above 0, or null for none"
+            )
+
+
+@dataclass
+class TrainConfig:
+    """The recipe, the same for every cell of a study unless it is an axis (conf/train)."""
+
+    budget: BudgetConfig
+    global_batch: int  # crops behind one optimiser step
+    norm_batch: int  # crops behind one batch-norm statistic
+    crop_seconds: float
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    precision: str = "fp32"  # of the network's matrix products: fp32, bf16 or fp16
+    test: bool = False  # quick check of everything: 10 steps, a validation, the metrics
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "norm_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} = {getattr(self, name)}: expected at least 1 crop")
+        if self.global_batch % self.norm_batch:
+            raise UserError(
+                f"train.global_batch = {self.global_batch} is no multiple of train.norm_batch = {self.norm_batch}: "
+                "set norm_batch to a divisor of global_batch"
+            )
+        if not 0.1 <= self.crop_seconds <= 60:
+            raise UserError(f"train.crop_seconds = {self.crop_seconds}: expected 0.1 to 60 seconds")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"train.precision = {self.precision}: expected one of {', '.join(PRECISIONS)}")
+
+
+@dataclass
+class ExecutionConfig:
+    """How a run is executed; nothing here changes its result beyond rounding."""
+
+    micro_batch: int | None = None  # crops in memory at once: a multiple of norm_batch; null: the global batch
+    device: str = "auto"  # auto takes a GPU where there is one
+    threads: int | None = None  # CPU threads of the run; null: all cores (a sweep shares them out)
+    num_workers: int = 0  # processes that read crops; 0 reads in the training process
+    compile: bool = False  # torch.compile
+    log_every: int = 5  # steps between rows of training metrics
+    checkpoint_every: int = 50  # steps between checkpoints
+    num_validations: int = 4  # evenly spaced, the last at the end
+    scoring_processes: int | None = None  # of the evaluation's metrics; null: as many as threads
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "num_validations"):
+            if getattr(self, name) < 1:
+                raise UserError(f"execution.{name} = {getattr(self, name)}: expected at least 1")
+        for name in ("micro_batch", "threads", "scoring_processes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"execution.{name} = {getattr(self, name)}: expected at least 1, or null")
+        if self.num_workers < 0:
+            raise UserError(f"execution.num_workers = {self.num_workers}: expected at least 0")
+        if self.device not in DEVICES:
+            raise UserError(f"execution.device = {self.device}: expected one of {', '.join(DEVICES)}")
+
+
+@dataclass
+class RunConfig:
+    """One run: conf/run.yaml."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    seed: int = 0
+    study: str = "studies/single"  # the study's folder
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed = {self.seed}: expected a whole number of at least 0")
+        if self.train.global_batch % self.micro_batch or self.micro_batch % self.train.norm_batch:
+            raise UserError(
+                f"execution.micro_batch = {self.micro_batch}: expected a multiple of train.norm_batch = "
+                f"{self.train.norm_batch} that divides train.global_batch = {self.train.global_batch}"
+            )
+        if self.execution.device == "cpu" and self.train.precision == "fp16":
+            raise UserError("train.precision = fp16 needs a GPU: take bf16 or fp32 with execution.device=cpu")
+
+    @property
+    def micro_batch(self) -> int:
+        return self.execution.micro_batch or self.train.global_batch
+
+    @property
+    def shard_root(self) -> Path:
+        return Path(self.data.shards)
+
+
+# What evaluates a run given as `run=DIR`, or a folder of wav files (conf/evaluate.yaml).
+@dataclass
+class EvaluateConfig:
+    run: str | None = None  # a run's folder
+    noisy: str | None = None  # or three folders of wav files under the same names: noisy,
+    clean: str | None = None  # clean,
+    enhanced: str | None = None  # and enhanced; the scores go to
+    scores: str | None = None  # this file
+    processes: int | None = None  # null: all cores
+
+    def __post_init__(self) -> None:
+        folders: list[Any] = [self.noisy, self.clean, self.enhanced, self.scores]
+        if (self.run is None) == (not all(folders)) and not (self.run is not None and not any(folders)):
+            raise UserError("evaluate needs run=DIR, or all of noisy=DIR clean=DIR enhanced=DIR scores=FILE")

@@ -1,0 +1,81 @@
+"""What tests share: a tiny demo corpus, made once by the project's own commands, and a way to run those."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scaling.cli import load_config
+from scaling.config import RunConfig
+from scaling.prepare import open_shards
+from scaling.shards import ShardIndex
+
+# Small enough for a laptop's seconds; everything else is as users have it.
+TINY_RUN = (
+    "model=xxt",
+    "train.budget.steps=24",
+    "train.global_batch=4",
+    "train.norm_batch=2",
+    "train.crop_seconds=0.5",
+    "train.optimiser.warmup_steps=2",
+    "execution.log_every=1",
+    "execution.checkpoint_every=5",
+    "execution.num_validations=1",
+    "execution.threads=1",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a demo corpus of about two and a half minutes, its shards made."""
+    root = tmp_path_factory.mktemp("tiny")
+    overrides = [
+        f"data.root={root / 'corpus'}",
+        f"data.shards={root / 'shards'}",
+        "data.demo.hours=0.04",
+        "data.demo.test_utterances=4",
+    ]
+    open_shards(load_config(RunConfig, "run", overrides).data)
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def tiny_index(tiny_data: list[str]) -> ShardIndex:
+    return ShardIndex.load(Path(tiny_data[1].partition("=")[2]))
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> tuple[str, ...]:
+    return TINY_RUN
+
+
+@pytest.fixture
+def tiny_run(tiny_data: list[str], tmp_path: Path) -> list[str]:
+    """Overrides of a run of seconds, in a study of its own."""
+    return [*tiny_data, *TINY_RUN, f"study={tmp_path / 'study'}"]
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Run a command of the project as a user does: command("scaling.train", "model=xxt", ...)."""
+
+    def run(module: str, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *words],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,76 @@
+"""A mistake in a setting is one line that names it, its value, what was expected and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from scaling.cli import CONFIG_FOLDER, load_config
+from scaling.config import BudgetConfig, RunConfig
+from scaling.errors import UserError
+
+MISTAKES = {
+    "model=xxl": r"model=xxl: no such model; expected one of l, m, s, t, xl, xt, xxt \(the files of conf/model\)",
+    "train=nope": r"train=nope: no such train; expected one of demo, fastenhancer",
+    "sede=1": r"sede: no such setting; did you mean seed\?",
+    "train.optimiser.lerning_rate=1": r"train.optimiser.lerning_rate: no such setting; did you mean train.optimiser.l",
+    "losses.magnitude=1": r"losses: no such setting; did you mean train.losses\?",
+    "nonsense=1": r"nonsense: no such setting; the settings are listed in docs/configuration.md",
+    "foo": r"foo: not understood as KEY=VALUE",
+    "seed=one": r"seed: Value 'one' of type 'str' could not be converted to Integer",
+    "seed=-1": r"seed = -1: expected a whole number of at least 0",
+    "data.hours=0": r"data.hours = 0.0: expected a number of hours above 0",
+    "data.demo.hours=-1": r"hours=-1.0, expected 0.04",
+    "model.num_channels=0": r"model xt: num_channels = 0: expected a whole number of at least 1",
+    "train.budget.epochs=2": r"train.budget has steps=\d+, epochs=2.0: expected exactly one of",
+    "train.budget.steps=null": r"train.budget has none: expected exactly one of",
+    "train.budget.steps=0": r"train.budget.steps = 0: expected above 0",
+    "train.global_batch=12": r"train.global_batch = 12 is no multiple of train.norm_batch = 8",
+    "execution.micro_batch=4": r"execution.micro_batch = 4: expected a multiple of train.norm_batch = 8 that divides",
+    "train.precision=int8": r"train.precision = int8: expected one of fp32, bf16, fp16",
+    "train.losses.waveform=-1": r"loss.waveform = -1.0: expected a weight of at least 0",
+    "train.crop_seconds=0": r"train.crop_seconds = 0.0: expected 0.1 to 60 seconds",
+    "train.optimiser.learning_rate=0": r"expected learning_rate >= min_learning_rate >= 0",
+    "train.optimiser.max_gradient_norm=0": r"max_gradient_norm = 0.0: expected above 0, or null",
+    "execution.device=tpu": r"execution.device = tpu: expected one of auto, cpu, cuda",
+    "execution.num_workers=-1": r"execution.num_workers = -1: expected at least 0",
+    "model.name=???": r"model.name is not set: give model.name=VALUE",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_each_mistake_is_answered_in_one_line(override: str):
+    with pytest.raises(UserError, match=MISTAKES[override]) as caught:
+        load_config(RunConfig, "run", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_impossible_combinations_are_refused():
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        load_config(RunConfig, "run", ["train.precision=fp16", "execution.device=cpu"])
+
+
+@pytest.mark.parametrize("group", ["model", "data", "train"])
+def test_every_choice_of_every_group_makes_a_configuration(group: str):
+    choices = [path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")]
+    assert choices
+    for choice in choices:
+        config = load_config(RunConfig, "run", [f"{group}={choice}"])
+        assert getattr(config, group) is not None
+
+
+def test_the_reference_recipe_is_the_published_one():
+    config = load_config(RunConfig, "run", ["data=vbd", "train=fastenhancer"])
+    train = config.train
+    assert (train.global_batch, train.crop_seconds, train.budget.epochs) == (64, 2.0, 500)
+    assert (train.optimiser.learning_rate, train.optimiser.min_learning_rate) == (2e-3, 1e-6)
+    assert (train.optimiser.warmup_steps, train.optimiser.weight_decay) == (500, 0.01)
+    assert tuple(train.optimiser.betas) == (0.95, 0.999)
+    assert train.optimiser.max_gradient_norm is None
+    assert vars(train.losses) == {"magnitude": 0.3, "complex": 0.2, "consistency": 0.3, "waveform": 0.2}
+
+
+def test_steps_come_from_the_budget_in_one_way():
+    assert BudgetConfig(steps=7).resolve_steps(100, 8, 1.0) == 7
+    assert BudgetConfig(epochs=500).resolve_steps(10_802, 64, 2.0) == 84_391  # 500 · 10802 / 64 = 84390.6
+    assert BudgetConfig(audio_hours=1).resolve_steps(100, 8, 2.0) == 225
+    assert BudgetConfig(epochs=0.001).resolve_steps(10, 8, 1.0) == 1

@@ -1,0 +1,85 @@
+"""Records survive what crashes do to files."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from scaling.records import RecordError, RunDirectory, StudyDirectory, append_record, read_records
+
+
+def test_a_torn_last_line_costs_that_line_alone(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    for number in range(3):
+        append_record(path, {"number": number})
+    whole = path.read_bytes()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole[:cut])
+        complete = whole[:cut].count(b"}")
+        append_record(path, {"number": "after"})
+        numbers = [record["number"] for record in read_records(path)]
+        assert numbers == [*range(complete), "after"]
+
+
+def test_lines_of_many_writers_stay_whole(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: append_record(path, {"number": n, "text": "ü" * 500}), range(400)))
+    assert sorted(record["number"] for record in read_records(path)) == list(range(400))
+
+
+def test_a_number_that_is_not_finite_becomes_null(tmp_path: Path):
+    append_record(
+        tmp_path / "r.jsonl", {"loss": float("nan"), "terms": {"a": float("inf")}, "list": [1.0, -float("inf")]}
+    )
+    assert json.loads((tmp_path / "r.jsonl").read_text()) == {"loss": None, "terms": {"a": None}, "list": [1.0, None]}
+
+
+def test_the_steps_a_killed_run_repeats_count_once(tmp_path: Path):
+    directory = RunDirectory(tmp_path / "run")
+    for step, loss in ((1, 0.5), (2, 0.4), (3, 0.3), (2, 0.41), (3, 0.31), (4, 0.2)):
+        directory.log_metrics("train", step, loss=loss)
+    directory.log_metrics("validation", 2, loss=1.0)
+    rows = directory.read_metrics()
+    assert [(row["kind"], row["step"], row["loss"]) for row in rows] == [
+        ("train", 1, 0.5),
+        ("train", 2, 0.41),
+        ("validation", 2, 1.0),
+        ("train", 3, 0.31),
+        ("train", 4, 0.2),
+    ]
+
+
+def test_a_runs_state_follows_its_events(tmp_path: Path):
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.state() == ("planned", {})
+    for event, state in (
+        ("submitted", "submitted"),
+        ("started", "running"),
+        ("checkpointed", "running"),
+        ("failed", "failed"),
+        ("submitted", "submitted"),
+        ("resumed", "running"),
+        ("evaluating", "running"),
+        ("finished", "finished"),
+    ):
+        directory.log_event(event, note=event)
+        assert directory.state()[0] == state
+    assert directory.state()[1]["note"] == "finished"
+    with pytest.raises(ValueError, match="event 'stopped' is none of"):
+        directory.log_event("stopped")
+
+
+def test_a_folder_that_is_no_study_or_run_says_so(tmp_path: Path):
+    with pytest.raises(
+        RecordError, match=r"no study at .*: it has no plan.jsonl; make one with python -m launch.sweep"
+    ):
+        StudyDirectory(tmp_path).read_plan()
+    with pytest.raises(RecordError, match=r"no run at .*: it has no plan.json"):
+        RunDirectory(tmp_path).read_plan()
+    (tmp_path / "plan.json").write_text('{"run_id":')
+    with pytest.raises(RecordError, match=r"plan.json is not JSON"):
+        RunDirectory(tmp_path).read_plan()
