@@ -1,0 +1,74 @@
+"""From a sweep's axes to its cells.
+
+An axis is a configuration group (`model`) or a setting (`seed`, `data.hours`) with the values
+it takes; the cells are the product of the axes, then any points named one by one, without
+those that `exclude` matches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from scaling.errors import UserError
+
+Cell = dict[str, Any]  # axis -> value: one point of the grid
+
+
+@dataclass
+class SweepConfig:
+    """A grid of cells (conf/sweep). A dotted axis may also be written nested: {data: {hours: [1, 2]}}."""
+
+    name: str
+    axes: dict[str, Any] = field(default_factory=dict)  # axis -> list of values
+    points: list[Any] = field(default_factory=list)  # cells beside the product, each axis -> value
+    exclude: list[Any] = field(default_factory=list)  # drops the cells in which all of axis -> value hold
+
+    def __post_init__(self) -> None:
+        for axis, values in _flatten(self.axes).items():
+            if not isinstance(values, list) or not values:
+                raise UserError(
+                    f"sweep.axes.{axis} = {values}: expected a list of at least one value, as sweep.axes.{axis}=[...]"
+                )
+        if not self.axes and not self.points:
+            raise UserError(f"sweep {self.name} has neither axes nor points: give one of them")
+
+    @property
+    def axis_names(self) -> list[str]:
+        return list(dict.fromkeys([*_flatten(self.axes), *(axis for point in self.points for axis in _flatten(point))]))
+
+    def cells(self) -> list[Cell]:
+        """Every cell once; UserError if none is left."""
+        axes = _flatten(self.axes)
+        product = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
+        excluded = [_flatten(rule) for rule in self.exclude]
+        cells: list[Cell] = []
+        for cell in [*product, *(_flatten(point) for point in self.points)]:
+            if cell not in cells and not any(rule.items() <= cell.items() for rule in excluded):
+                cells.append(cell)
+        if not cells:
+            raise UserError(f"sweep {self.name}: sweep.exclude leaves no cell of {len(product)} in the product")
+        return cells
+
+
+def overrides(cell: Cell) -> list[str]:
+    """A cell in Hydra's override grammar."""
+    return [f"{axis}={_literal(value)}" for axis, value in cell.items()]
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return value if value.replace("_", "").replace("-", "").replace(".", "").isalnum() else json.dumps(value)
+    return "null" if value is None else json.dumps(value)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

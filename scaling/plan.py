@@ -1,0 +1,185 @@
+"""From a run's configuration to its plan: identity, counts and steps, before anything runs.
+
+The identity of a run is its science: a readable name and a hash of the resolved scientific
+settings. The same science is the same run, wherever and however it is executed; a changed
+setting is a new run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bsrnn.counting import count_macs, count_parameters
+from scaling.budget import select_hours
+from scaling.cli import to_object
+from scaling.config import RunConfig
+from scaling.errors import UserError
+from scaling.provenance import provenance
+from scaling.records import Record, RecordError, RunDirectory, StudyDirectory, to_json, write_whole
+from scaling.shards import Clip, ShardIndex
+
+# Multiply-accumulates of a training step over those of a forward pass: forward, gradient of
+# the activations, gradient of the weights (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+TRAINING_PASSES = 3
+TEST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything about a run that is known before it starts."""
+
+    config: RunConfig
+    axes: dict[str, Any]  # the sweep's coordinates of this run; empty outside a sweep
+    index_hash: str
+    hours: float  # of audio the budget's clips hold
+    num_clips: int
+    steps: int
+    estimated_hours: float | None = None  # on one core or GPU, from the cluster's throughput
+
+    @property
+    def name(self) -> str:
+        config = self.config
+        hours = f"-{config.data.hours:g}h" if config.data.hours is not None else ""
+        return f"{'test-' if config.train.test else ''}{config.model.name}{hours}-seed{config.seed}"
+
+    @property
+    def run_id(self) -> str:
+        text = json.dumps(self.science, sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def science(self) -> Record:
+        """The resolved scientific settings, whose hash is the run's identity."""
+        config = self.config
+        model = asdict(config.model)
+        train = asdict(config.train)
+        del model["name"], train["budget"]  # a label; resolved into steps
+        return {
+            "model": model,
+            "data": {
+                "index_hash": self.index_hash,
+                "hours": config.data.hours,
+                "order_seed": config.data.order_seed,
+            },
+            "train": train,
+            "steps": self.steps,
+            "seed": config.seed,
+        }
+
+    @property
+    def audio_seconds_seen(self) -> float:
+        return self.steps * self.config.train.global_batch * self.config.train.crop_seconds
+
+    @property
+    def macs_per_second(self) -> float:
+        """Multiply-accumulates of a forward pass over a second of audio."""
+        return count_macs(self.config.model.architecture(None)).total
+
+    @property
+    def train_macs(self) -> float:
+        """Multiply-accumulates of the whole training."""
+        return TRAINING_PASSES * self.macs_per_second * self.audio_seconds_seen
+
+    @property
+    def directory(self) -> RunDirectory:
+        return StudyDirectory(Path(self.config.study)).run(self.run_id)
+
+    def to_record(self) -> Record:
+        """The plan as a row of plan.jsonl."""
+        architecture = self.config.model.architecture(None)
+        parameters = count_parameters(architecture)
+        return {
+            "run_id": self.run_id,
+            "name": self.name,
+            "axes": self.axes,
+            "seed": self.config.seed,
+            "size": {
+                "name": self.config.model.name,
+                "num_params": parameters.total,
+                "num_params_folded": parameters.folded,
+                "num_params_non_decoder": parameters.non_decoder,
+                "macs_per_second": self.macs_per_second,
+            },
+            "data": {
+                "name": self.config.data.name,
+                "hours": self.hours,
+                "num_clips": self.num_clips,
+                "index_hash": self.index_hash,
+            },
+            "steps": self.steps,
+            "global_batch": self.config.train.global_batch,
+            "crop_seconds": self.config.train.crop_seconds,
+            "audio_hours_seen": self.audio_seconds_seen / 3600,
+            "train_macs": self.train_macs,
+            "estimated_hours": self.estimated_hours,
+            "science": self.science,
+            "config": asdict(self.config),
+        }
+
+    def check_index(self, index: ShardIndex) -> None:
+        """UserError if the shards are not the ones the run was planned on."""
+        if index.index_hash != self.index_hash:
+            raise UserError(
+                f"run {self.run_id} was planned on shards with index hash {self.index_hash[:12]}; {index.root} now has "
+                f"{index.index_hash[:12]}: put the planned shards back, or plan again by running the sweep again"
+            )
+
+    def write(self) -> RunDirectory:
+        """Make the run's directory with its plan and provenance, unless it is there already."""
+        directory = self.directory
+        if not directory.plan.exists():
+            write_whole(directory.plan, to_json(self.to_record() | {"provenance": provenance()}) + "\n")
+        return directory
+
+
+def plan_run(config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None = None) -> RunPlan:
+    """Resolve a configuration against the prepared data; UserError if the budget does not fit it."""
+    clips = training_clips(config, index)
+    if config.train.test:
+        steps = TEST_STEPS
+    else:
+        train = config.train
+        steps = train.budget.resolve_steps(len(clips), train.global_batch, train.crop_seconds)
+        if train.optimiser.warmup_steps >= steps:
+            raise UserError(
+                f"train.optimiser.warmup_steps = {train.optimiser.warmup_steps} leaves nothing of {steps} steps: "
+                "lower it or raise train.budget"
+            )
+    return RunPlan(
+        config=config,
+        axes=axes or {},
+        index_hash=index.index_hash,
+        hours=sum(clip.duration for clip in clips) / 3600,
+        num_clips=len(clips),
+        steps=steps,
+    )
+
+
+def training_clips(config: RunConfig, index: ShardIndex) -> list[Clip]:
+    return select_hours(index.clips("train"), config.data.hours, config.data.order_seed)
+
+
+def read_planned(directory: RunDirectory) -> RunPlan:
+    """The plan of a run directory, its configuration rebuilt; RecordError if there is none."""
+    record = directory.read_plan()
+    try:
+        config = to_object(RunConfig, record["config"])
+        return RunPlan(
+            # the directory may have been moved since
+            config=replace(config, study=str(directory.path.parent.parent)),
+            axes=record["axes"],
+            index_hash=record["data"]["index_hash"],
+            hours=record["data"]["hours"],
+            num_clips=record["data"]["num_clips"],
+            steps=record["steps"],
+            estimated_hours=record["estimated_hours"],
+        )
+    except (KeyError, TypeError, UserError) as error:
+        raise RecordError(
+            f"{directory.plan} was written by another version of this project ({error}): "
+            "check that version out, or delete the run's folder and run it again"
+        ) from None

@@ -1,0 +1,83 @@
+"""Where a run came from: commit, uncommitted changes, package versions, hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+from scaling.records import Record
+
+PACKAGES = (
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "numpy",
+    "webdataset",
+    "submitit",
+    "hydra-core",
+    "pesq",
+    "pystoi",
+    "soxr",
+)
+
+
+@lru_cache(maxsize=1)
+def provenance() -> Record:
+    """Of the code: the same for every run planned by this process."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_diff_sha256": _uncommitted(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def hardware() -> Record:
+    """Of the machine that this process runs on."""
+    import torch
+
+    return {
+        "host": platform.node(),
+        "cpu": _cpu_model(),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout: an installed package
+        return None
+    return result.stdout.strip()
+
+
+def _uncommitted() -> str | None:
+    """SHA-256 of the changes to tracked files; None if there are none."""
+    diff = _git("diff", "HEAD")
+    return hashlib.sha256(diff.encode()).hexdigest() if diff else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
