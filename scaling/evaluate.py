@@ -1,0 +1,235 @@
+"""Scores of a run on the test set: whole utterances, enhanced and unprocessed.
+
+    python -m scaling.evaluate run=DIR
+    python -m scaling.evaluate noisy=DIR clean=DIR enhanced=DIR scores=FILE
+
+The first scores the trained model of a run's folder and writes its scores.jsonl. The second
+scores wav files, of any system, with the same names in three folders (16 kHz, mono).
+Other settings: processes=N (default: all cores).
+
+One row an utterance: id, speaker, noise, snr_db, duration in seconds; pesq_wb, stoi, estoi and
+si_sdr of the enhanced signal, the same of the unprocessed one under `unprocessed_...`; and
+`refused`, which names each metric that is not defined for the utterance, with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from bsrnn import BSRNN
+from scaling.checkpoint import load_newest
+from scaling.cli import load_config, run_main
+from scaling.config import EvaluateConfig
+from scaling.errors import UserError
+from scaling.metrics import METRICS, Waveform, score, versions
+from scaling.plan import RunPlan, read_planned
+from scaling.pool import spawned_pool
+from scaling.progress import ProgressDisplay
+from scaling.records import Record, RunDirectory, read_records, write_records
+from scaling.shards import SAMPLE_RATE, Clip, ShardIndex, ShardReader
+from scaling.stream import to_float
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A test utterance on its way to its scores; waveforms are float32 of (num_samples,), full scale ±1."""
+
+    record: Record  # id, speaker, noise, snr_db, duration
+    noisy: Waveform
+    clean: Waveform
+    enhanced: Waveform
+
+
+def score_utterances(
+    utterances: Iterable[Utterance], num_utterances: int, processes: int, known_unprocessed: dict[str, Record]
+) -> list[Record]:
+    """One row an utterance, in order. Scores overlap with whatever makes the utterances.
+
+    known_unprocessed: rows of utterances, by id, whose unprocessed scores need not be taken again
+    """
+    with spawned_pool(processes) as pool, ProgressDisplay("scoring", num_utterances) as progress:
+        pending: list[tuple[Record, Future, Future | None]] = []
+        for utterance in utterances:
+            known = utterance.record["id"] in known_unprocessed
+            pending.append(
+                (
+                    utterance.record,
+                    pool.submit(score, utterance.enhanced, utterance.clean),
+                    None if known else pool.submit(score, utterance.noisy, utterance.clean),
+                )
+            )
+        rows = []
+        for record, enhanced, unprocessed in pending:
+            values, refused = enhanced.result()
+            row = record | values
+            if unprocessed is None:
+                row |= _unprocessed_part(known_unprocessed[record["id"]])
+                refused |= known_unprocessed[record["id"]]["refused"]
+            else:
+                values, refused_unprocessed = unprocessed.result()
+                row |= {f"unprocessed_{name}": value for name, value in values.items()}
+                refused |= {f"unprocessed_{name}": reason for name, reason in refused_unprocessed.items()}
+            rows.append(row | {"refused": refused})
+            progress.advance()
+    return rows
+
+
+# --- a run ---------------------------------------------------------------------------------
+
+
+def evaluate_run(plan: RunPlan, index: ShardIndex, model: BSRNN, processes: int) -> list[Record]:
+    """Score a model on the test set; a plan with `train.test` takes a few utterances spread over it."""
+    clips = sorted(index.clips("test"), key=lambda clip: clip.id)
+    if plan.config.train.test:
+        clips = clips[:: max(1, len(clips) // 8)][:8]
+    cache = index.root / f"unprocessed-{index.index_hash[:8]}.jsonl"
+    known = {row["id"]: row for row in read_records(cache) if row.get("versions") == versions()}
+    rows = score_utterances(enhance_clips(model, index, clips), len(clips), processes, known)
+    if any(clip.id not in known for clip in clips):
+        _remember_unprocessed(cache, known, rows)
+    return rows
+
+
+def enhance_clips(model: BSRNN, index: ShardIndex, clips: Iterable[Clip]) -> Iterator[Utterance]:
+    """Whole clips, one after another, through a model in evaluation mode."""
+    reader = ShardReader(index.root)
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.inference_mode():
+        for clip in clips:
+            noisy, clean = reader.read_clip(clip)
+            enhanced = model(to_float(torch.from_numpy(noisy), device).unsqueeze(0)).waveform[0].float().cpu().numpy()
+            yield Utterance(
+                record={
+                    "id": clip.id,
+                    "speaker": clip.speaker,
+                    "noise": clip.noise,
+                    "snr_db": clip.snr_db,
+                    "duration": clip.duration,
+                },
+                noisy=to_float(torch.from_numpy(noisy)).numpy(),
+                clean=to_float(torch.from_numpy(clean)).numpy(),
+                enhanced=enhanced,
+            )
+
+
+def load_model(directory: RunDirectory) -> tuple[RunPlan, BSRNN]:
+    """A run's trained model, in evaluation mode; UserError if its training has not ended."""
+    plan = read_planned(directory)
+    loaded = load_newest(directory.checkpoints)
+    step = loaded[0].step if loaded else 0
+    if loaded is None or step < plan.steps:
+        raise UserError(
+            f"run {directory.path} has checkpoints of {step} of its {plan.steps} steps: "
+            "finish its training with the command that planned it"
+        )
+    model = BSRNN(plan.config.model.architecture(plan.config.train.norm_batch))
+    model.load_state_dict(loaded[1]["model"])
+    return plan, model.eval()
+
+
+def _unprocessed_part(row: Record) -> Record:
+    return {f"unprocessed_{name}": row[f"unprocessed_{name}"] for name in METRICS}
+
+
+def _remember_unprocessed(cache: Path, known: dict[str, Record], rows: list[Record]) -> None:
+    """The unprocessed scores belong to the data: taken once, they serve every run on it."""
+    for row in rows:
+        refused = {name: why for name, why in row["refused"].items() if name.startswith("unprocessed_")}
+        known[row["id"]] = {"id": row["id"], "versions": versions(), **_unprocessed_part(row), "refused": refused}
+    with contextlib.suppress(OSError):  # shards that this user may only read: taken again next time
+        write_records(cache, known.values())
+
+
+# --- wav files -----------------------------------------------------------------------------
+
+
+def read_wav_triples(noisy: Path, clean: Path, enhanced: Path) -> tuple[int, Iterator[Utterance]]:
+    """(number, utterances) of wav files with the same names in three folders."""
+    for name, folder in (("noisy", noisy), ("clean", clean), ("enhanced", enhanced)):
+        if not folder.is_dir():
+            raise UserError(f"{name}={folder}: no such folder; give the folder of the {name} wav files")
+    names = sorted(path.name for path in enhanced.glob("*.wav"))
+    if not names:
+        raise UserError(f"enhanced={enhanced}: holds no .wav files")
+    for folder in (noisy, clean):
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder / missing[0]}: no such file, the twin of {enhanced / missing[0]} "
+                f"({len(missing)} missing in all): give the three folders the same file names"
+            )
+
+    def utterances() -> Iterator[Utterance]:
+        for name in names:
+            signals = [_read_wav(folder / name) for folder in (noisy, clean, enhanced)]
+            if len({len(signal) for signal in signals}) > 1:
+                lengths = ", ".join(str(len(signal)) for signal in signals)
+                raise UserError(f"{enhanced / name}: noisy, clean, enhanced have {lengths} samples; expected the same")
+            stem = Path(name).stem
+            record = {"id": stem, "speaker": stem.split("_")[0], "noise": None, "snr_db": None}
+            yield Utterance(record | {"duration": len(signals[0]) / SAMPLE_RATE}, *signals)
+
+    return len(names), utterances()
+
+
+def _read_wav(path: Path) -> Waveform:
+    try:
+        signal, sample_rate = soundfile.read(path, dtype="float32")
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{path}: not readable as audio ({error}); give 16 kHz mono wav files") from None
+    if sample_rate != SAMPLE_RATE or signal.ndim != 1 or not len(signal):
+        shape = "mono" if signal.ndim == 1 else f"{signal.shape[1]} channels"
+        raise UserError(f"{path}: {sample_rate} Hz, {shape}, {len(signal)} samples; expected 16000 Hz, mono, not empty")
+    return np.ascontiguousarray(signal)
+
+
+# --- command -------------------------------------------------------------------------------
+
+
+def main(words: list[str]) -> int:
+    config = load_config(EvaluateConfig, "evaluate", words)
+    processes = config.processes or os.cpu_count() or 1
+    if config.run is not None:
+        directory = RunDirectory(Path(config.run))
+        plan, model = load_model(directory)
+        index = ShardIndex.load(plan.config.shard_root)
+        plan.check_index(index)
+        rows = evaluate_run(plan, index, model, processes)
+        write_records(directory.scores, rows)
+        target = directory.scores
+    else:
+        folders = (config.noisy, config.clean, config.enhanced)
+        count, utterances = read_wav_triples(*(Path(str(folder)) for folder in folders))
+        rows = score_utterances(utterances, count, processes, {})
+        target = Path(str(config.scores))
+        write_records(target, rows)
+    print(json.dumps(summary(rows), indent=2))
+    print(f"{len(rows)} utterances, one row each: {target}")
+    return 0
+
+
+def summary(rows: list[Record]) -> dict[str, float | int | None]:
+    """Means over the utterances that each metric accepts, and how many it refused."""
+    means: dict[str, float | int | None] = {}
+    for name in METRICS:
+        for column in (f"unprocessed_{name}", name):
+            values = [row[column] for row in rows if row[column] is not None]
+            means[column] = round(float(np.mean(values)), 4) if values else None
+            if len(values) < len(rows):
+                means[f"{column}_refused"] = len(rows) - len(values)
+    return means
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__ or "")

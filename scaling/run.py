@@ -1,0 +1,103 @@
+"""A run from start to end in one process: train, evaluate, and put on record how it ended.
+
+This is what a job executes, on a laptop and on a cluster, and `python -m scaling.train` too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from scaling.errors import UserError
+from scaling.evaluate import evaluate_run, summary
+from scaling.metrics import versions
+from scaling.plan import RunPlan
+from scaling.provenance import hardware
+from scaling.records import RunDirectory, write_records
+from scaling.shards import ShardIndex
+from scaling.train import DivergedError, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def execute(plan: RunPlan) -> int:
+    """Bring a planned run to its end from wherever it stands; the exit status.
+
+    0: finished, now or before; 1: diverged. Whatever else ends it is put on record and raised.
+    """
+    directory = plan.write()
+    with held_lock(directory):
+        if directory.state()[0] == "finished":
+            log.info("run %s is finished already: %s", directory.run_id, directory.path)
+            return 0
+        try:
+            _train_and_evaluate(plan, directory)
+        except DivergedError as error:
+            directory.log_event("failed", failure="diverged", reason=str(error))
+            log.error("run %s diverged: %s", directory.run_id, error)
+            return 1
+        except UserError as error:
+            directory.log_event("failed", failure="bad input", reason=str(error))
+            raise
+        except (KeyboardInterrupt, SystemExit) as error:
+            directory.log_event("preempted", reason=type(error).__name__)
+            raise
+        except Exception as error:
+            directory.log_event("failed", failure="code error", reason=f"{type(error).__name__}: {error}")
+            raise
+    return 0
+
+
+def _train_and_evaluate(plan: RunPlan, directory: RunDirectory) -> None:
+    execution = plan.config.execution
+    torch.set_num_threads(execution.threads or len(os.sched_getaffinity(0)))
+    index = ShardIndex.load(plan.config.shard_root)
+    trainer = Trainer(plan, directory, index)
+    directory.log_event("resumed" if trainer.step else "started", step=trainer.step, hardware=hardware())
+    model = trainer.fit()
+    directory.log_event("evaluating", step=trainer.step, metrics=versions())
+    rows = evaluate_run(plan, index, model, execution.scoring_processes or torch.get_num_threads())
+    write_records(directory.scores, rows)
+    log.info("test set: %s", json.dumps(summary(rows)))
+    directory.log_event("finished", step=trainer.step, num_utterances=len(rows))
+
+
+@contextmanager
+def held_lock(directory: RunDirectory) -> Iterator[None]:
+    """Hold the run for this process; UserError if another process of this machine holds it."""
+    directory.path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            raise UserError(
+                f"run {directory.path} is being trained by process {holder}: wait for it, or stop it first"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(directory: RunDirectory) -> bool:
+    """Whether a process of this machine is executing the run."""
+    try:
+        descriptor = os.open(directory.lock, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

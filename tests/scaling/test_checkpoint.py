@@ -1,0 +1,98 @@
+"""A checkpoint is whole or not there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scaling.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from scaling.errors import UserError
+
+
+def state(step: int) -> dict:
+    return {"step": step, "weights": torch.full((1000,), float(step))}
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, state(step))
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [2, 3]
+    checkpoint, loaded = load_newest(tmp_path)
+    assert checkpoint.step == loaded["step"] == 3
+    assert loaded["weights"].eq(3).all()
+    assert load_newest(tmp_path / "empty") is None
+
+
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+def test_a_flipped_byte_anywhere_is_found_and_the_one_before_is_taken(tmp_path: Path, name: str, caplog):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, state(step))
+    path = list_checkpoints(tmp_path)[-1].path / name
+    whole = path.read_bytes()
+    for position in random.Random(0).sample(range(len(whole)), 20):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        with caplog.at_level(logging.WARNING):
+            checkpoint, _ = load_newest(tmp_path)
+        # a flip in the manifest's own layout or step may leave what it promises of the files the same
+        assert checkpoint.step == 1 or (name == "manifest.json" and checkpoint.damage() is None)
+        if checkpoint.step == 1:
+            assert "step-00000002 is damaged" in caplog.text
+    path.write_bytes(whole[: len(whole) // 2])
+    assert load_newest(tmp_path)[0].step == 1
+    path.unlink()
+    assert load_newest(tmp_path)[0].step == 1
+
+
+def test_kills_during_saves_never_cost_more_than_the_save_itself(tmp_path: Path):
+    """A process that does nothing but save is killed at random moments; what it had committed is there."""
+    program = (
+        "import sys, torch; from pathlib import Path; from scaling.checkpoint import save_checkpoint, load_newest\n"
+        "folder = Path(sys.argv[1]); loaded = load_newest(folder); step = loaded[0].step if loaded else 0\n"
+        "while True:\n"
+        "    step += 1\n"
+        "    save_checkpoint(folder, step, {'step': step, 'weights': torch.full((200_000,), float(step))})\n"
+        "    print(step, flush=True)\n"
+    )
+    rng = random.Random(0)
+    last = 0
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline()  # it has loaded what was there, and committed once
+        time.sleep(rng.uniform(0.0, 0.15))
+        os.kill(process.pid, signal.SIGKILL)
+        committed = [int(line) for line in process.communicate()[0].split()]
+        checkpoint, loaded = load_newest(tmp_path)
+        assert checkpoint.step >= max(committed, default=last + 1)
+        assert loaded["weights"].eq(checkpoint.step).all()
+        assert checkpoint.step > last
+        last = checkpoint.step
+    save_checkpoint(tmp_path, last + 1, state(last + 1))
+    assert not list(tmp_path.glob(".writing-*")), "the killed saves' remains were not cleared away"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode and os.environ.get("CI") != "true":
+        pytest.skip(f"this machine does not let root mount a tmpfs: {mounted.stderr.decode().strip()}")
+    try:
+        save_checkpoint(disk, 1, state(1))
+        with pytest.raises(UserError, match=r"step-00000002 could not be written .* MiB free\): free some space"):
+            save_checkpoint(disk, 2, {"weights": torch.zeros(2_000_000)})
+        assert load_newest(disk)[0].step == 1
+        assert [path.name for path in disk.iterdir()] == ["step-00000001"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,236 @@
+"""A run that is killed is the same run; a run that diverges says so; hardware settings change no result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scaling.checkpoint import list_checkpoints, load_newest
+from scaling.config import OptimiserConfig
+from scaling.records import RunDirectory
+from scaling.train import learning_rate, validation_steps
+
+
+def only_run(study: Path) -> RunDirectory:
+    (path,) = (study / "runs").iterdir()
+    return RunDirectory(path)
+
+
+def result_of(directory: RunDirectory) -> tuple[list, str]:
+    """Losses and gradient norms of every step, and the hash of the final weights, to the last bit."""
+    losses = [(r["kind"], r["step"], r["loss"], r.get("gradient_norm")) for r in directory.read_metrics()]
+    _, state = load_newest(directory.checkpoints)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state["model"].items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return losses, digest.hexdigest()
+
+
+def num_rows(folder: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("study/runs/*/metrics.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_data: list[str], tiny_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> RunDirectory:
+    study = tmp_path_factory.mktemp("uninterrupted")
+    words = [*tiny_data, *tiny_settings, f"study={study}"]
+    subprocess.run([sys.executable, "-m", "scaling.train", *words], check=True, capture_output=True)
+    return only_run(study)
+
+
+def test_a_run_leaves_every_record_that_a_table_needs(uninterrupted: RunDirectory):
+    plan = uninterrupted.read_plan()
+    assert uninterrupted.state()[0] == "finished"
+    kinds = [event["event"] for event in uninterrupted.read_events()]
+    assert kinds == ["started", *["checkpointed"] * 5, "evaluating", "finished"]
+    rows = uninterrupted.read_metrics()
+    train = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, 25))
+    for row in train:
+        assert math.isfinite(row["loss"])
+        assert row["gradient_norm"] > 0
+        assert row["audio_seconds_per_second"] > 0
+        assert 0.05 < row["memory_gib"] < 10
+        weights = {"magnitude": 0.3, "complex": 0.2, "consistency": 0.3, "waveform": 0.2}
+        assert row["loss"] == pytest.approx(sum(weights[name] * row["terms"][name] for name in weights), rel=1e-5)
+    (validation,) = [row for row in rows if row["kind"] == "validation"]
+    assert validation["step"] == 24
+    assert validation["unprocessed_loss"] > 0
+    scores = uninterrupted.read_scores()
+    assert len(scores) == 4
+    for row in scores:
+        assert 1 <= row["unprocessed_pesq_wb"] <= 4.64
+        assert row["speaker"] in ("p232", "p257")
+        assert row["snr_db"] == pytest.approx(row["unprocessed_si_sdr"], abs=0.5)
+    assert plan["provenance"]["commit"]
+    board = EventAccumulator(str(uninterrupted.tensorboard)).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 25))
+    assert board.Scalars("validation/loss")[0].value == pytest.approx(validation["loss"])
+
+
+def test_kills_at_random_moments_change_no_loss_and_no_weight(
+    uninterrupted: RunDirectory, tiny_run: list[str], tmp_path: Path
+):
+    """kill -9, five times at random steps and moments, then to the end: the same run, bit for bit."""
+    rng = random.Random(0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    kills = 0
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "scaling.train", *tiny_run], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        if attempt < 5:
+            wanted = num_rows(tmp_path) + rng.randint(1, 4)
+            while process.poll() is None and num_rows(tmp_path) < wanted:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert kills >= 3
+    killed = only_run(tmp_path / "study")
+    assert result_of(killed) == result_of(uninterrupted)
+    for ours, theirs in zip(killed.read_scores(), uninterrupted.read_scores(), strict=True):
+        # the metrics' own sums in double precision may differ in their last bits
+        assert ours["si_sdr"] == pytest.approx(theirs["si_sdr"], abs=1e-9)
+
+
+def test_micro_batch_and_workers_change_no_result_beyond_rounding(
+    uninterrupted: RunDirectory, tiny_run: list[str], tmp_path: Path, command
+):
+    done = command("scaling.train", *tiny_run, "execution.micro_batch=2", "execution.num_workers=2")
+    assert done.returncode == 0, done.stderr
+    directory = only_run(tmp_path / "study")
+    assert directory.run_id == uninterrupted.run_id
+    for ours, theirs in zip(directory.read_metrics(), uninterrupted.read_metrics(), strict=True):
+        assert ours["step"] == theirs["step"]
+        # AdamW makes rounding grow with the steps
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4 if ours["step"] <= 5 else 5e-3)
+
+
+def test_the_same_command_again_trains_nothing_and_says_so(tiny_run: list[str], tmp_path: Path, command):
+    assert command("scaling.train", *tiny_run).returncode == 0
+    directory = only_run(tmp_path / "study")
+    before = directory.metrics.read_bytes()
+    again = command("scaling.train", *tiny_run)
+    assert again.returncode == 0
+    assert "is finished already" in again.stderr
+    assert directory.metrics.read_bytes() == before
+
+
+def test_a_diverging_run_stops_on_record_with_its_last_good_weights(tiny_run: list[str], tmp_path: Path, command):
+    words = ["train.optimiser.learning_rate=1e30", "train.optimiser.warmup_steps=0", "execution.checkpoint_every=1"]
+    done = command("scaling.train", *tiny_run, *words)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    directory = only_run(tmp_path / "study")
+    state, event = directory.state()
+    assert (state, event["failure"]) == ("failed", "diverged")
+    assert "the loss of step" in event["reason"]
+    assert not directory.scores.exists()
+
+
+def test_the_quick_check_trains_ten_steps_validates_scores_and_ends(tiny_run: list[str], tmp_path: Path, command):
+    for _ in range(2):  # it starts anew every time
+        done = command("scaling.train", *tiny_run, "train.test=true")
+        assert done.returncode == 0, done.stderr
+        directory = only_run(tmp_path / "study")
+        assert directory.run_id.startswith("test-xxt-seed0-")
+        assert [row["step"] for row in directory.read_metrics() if row["kind"] == "validation"] == [10]
+        assert [row["step"] for row in directory.read_metrics() if row["kind"] == "train"] == list(range(1, 11))
+        assert directory.read_scores()
+        assert "10 of 10" in done.stderr  # plain lines where there is no terminal
+
+
+@pytest.mark.parametrize(
+    "setting", ["train.precision=bf16", "execution.compile=true", "train.optimiser.max_gradient_norm=0.001"]
+)
+def test_other_precisions_compilation_and_clipping_train(tiny_run: list[str], tmp_path: Path, command, setting: str):
+    done = command("scaling.train", *tiny_run, "train.budget.steps=3", setting)
+    assert done.returncode == 0, done.stderr
+    directory = only_run(tmp_path / "study")
+    assert all(math.isfinite(row["loss"]) for row in directory.read_metrics())
+    assert directory.state()[0] == "finished"
+
+
+def test_a_second_process_on_the_same_run_is_refused_by_name(tiny_run: list[str], tmp_path: Path, command):
+    process = subprocess.Popen([sys.executable, "-m", "scaling.train", *tiny_run, "train.budget.steps=400"], stderr=-3)
+    try:
+        while not list(tmp_path.glob("study/runs/*/metrics.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = command("scaling.train", *tiny_run, "train.budget.steps=400")
+        assert second.returncode == 2
+        assert f"is being trained by process {process.pid}: wait for it, or stop it first" in second.stderr
+        assert second.stderr.count("\n") <= 3
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_users_mistakes_end_in_one_line_and_status_2(tiny_run: list[str], tmp_path: Path, command):
+    for words, expected in (
+        (["model=huge"], "error: model=huge: no such model"),
+        (["data=vbd"], "one of these sets a part of something that is null here; leave it out"),
+        (["data.hours=5"], "error: data.hours = 5 needs 5 h"),
+        (["execution.device=cuda"], "error: execution.device = cuda: torch finds no GPU here"),
+    ):
+        if "cuda" in words[0] and torch.cuda.is_available():
+            continue
+        done = command("scaling.train", *tiny_run, *words)
+        assert done.returncode == 2, done.stderr
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
+    missing = command("scaling.train", "data=vbd")
+    assert missing.returncode == 2
+    assert missing.stderr.strip() == (
+        "error: data=vbd: no shards at data/vbd/shards; "
+        "make them once with python -m scaling.prepare data=vbd data.root=DIR"
+    )
+
+
+def test_a_corrupt_index_is_one_line(tiny_run: list[str], tmp_path: Path, command):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "index.json").write_text('{"format": 1')
+    done = command("scaling.train", *tiny_run, f"data.shards={shards}")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert f"delete {shards} and run python -m scaling.prepare again" in line
+
+
+def test_the_learning_rate_warms_up_then_falls_to_its_minimum():
+    config = OptimiserConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate(config, step, 24) for step in range(25)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[14] == pytest.approx(0.55)
+    assert rates[24] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_validations_are_evenly_spaced_and_the_last_is_at_the_end():
+    assert validation_steps(300, 4) == {75, 150, 225, 300}
+    assert validation_steps(3, 5) == {1, 2, 3}
+    assert validation_steps(1, 1) == {1}
+
+
+def test_checkpoints_hold_the_last_step(uninterrupted: RunDirectory):
+    assert [checkpoint.step for checkpoint in list_checkpoints(uninterrupted.checkpoints)] == [20, 24]
+    manifest = json.loads(list_checkpoints(uninterrupted.checkpoints)[-1].manifest.read_text())
+    assert manifest["step"] == 24
