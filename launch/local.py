@@ -1,0 +1,144 @@
+"""Runs on this machine: submitit's local executor, as many at once as the machine carries.
+
+Every run is a process of its own with its share of the cores, or a GPU of its own. The
+processes outlive a sweep that is killed; the sweep's next call finds them by their runs'
+locks and waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import submitit
+
+from launch.config import ClusterConfig
+from launch.task import RunTask
+from scaling.plan import RunPlan
+from scaling.run import is_locked
+
+NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_STOP = 8.0
+
+
+@dataclass
+class LocalJob:
+    plan: RunPlan
+    slot: int
+    job: submitit.Job | None  # None: started by an earlier sweep, known by its lock alone
+
+    def is_done(self) -> bool:
+        return self.job.done() if self.job is not None else not is_locked(self.plan.directory)
+
+    @property
+    def log(self) -> Path | None:
+        return Path(self.job.paths.stderr) if self.job is not None else None
+
+
+def run_locally(plans: Sequence[RunPlan], cluster: ClusterConfig, show: Callable[[], None]) -> None:
+    """Bring all runs to their end, in the order given; one that fails leaves the others running.
+
+    show: called every half second, to show how far the runs are
+    An interrupt ends the runs too; they go on from their checkpoints at the next call.
+    """
+    gpus = _visible_gpus()
+    num_slots = cluster.max_parallel or max(1, len(gpus) or min(len(plans), _num_cpus()))
+    threads = max(1, _num_cpus() // min(num_slots, max(1, len(plans))))
+    waiting = deque(plan for plan in plans if not is_locked(plan.directory))
+    running = [LocalJob(plan, slot, None) for slot, plan in enumerate(p for p in plans if is_locked(p.directory))]
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_slots:
+                slot = next(slot for slot in range(num_slots) if slot not in {job.slot for job in running})
+                running.append(_submit(waiting.popleft(), slot, threads, gpus))
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            for job in [job for job in running if job.is_done()]:
+                running.remove(job)
+                _record_silent_end(job)
+            show()
+    except BaseException:
+        _stop([job.job for job in running if job.job is not None])
+        raise
+
+
+def _submit(plan: RunPlan, slot: int, threads: int, gpus: Sequence[int]) -> LocalJob:
+    executor = submitit.LocalExecutor(folder=plan.directory.jobs)
+    executor.update_parameters(
+        timeout_min=NO_TIME_LIMIT_MINUTES,
+        gpus_per_node=1 if gpus else 0,
+        visible_gpus=(gpus[slot % len(gpus)],) if gpus else (),
+    )
+    # Read by the OpenMP runtime when the job starts: cores are shared out, not fought for.
+    os.environ["OMP_NUM_THREADS"] = str(plan.config.execution.threads or threads)
+    # The job's controller inherits that an interrupt is ignored: Ctrl-C in a terminal reaches all
+    # processes, and it would answer with a traceback. The run itself listens again (see RunTask).
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        job = executor.submit(RunTask(plan, threads))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    plan.directory.log_event("submitted", job=job.job_id, executor="local", log=str(job.paths.stderr))
+    return LocalJob(plan, slot, job)
+
+
+def _stop(jobs: Sequence[submitit.Job]) -> None:
+    """Interrupt runs, and kill those that have not ended within a few seconds."""
+    processes: list[psutil.Process] = []
+    for job in jobs:
+        with contextlib.suppress(psutil.NoSuchProcess):  # submitit names a local job by its controller's process
+            processes += psutil.Process(int(job.job_id)).children()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_STOP)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=SECONDS_TO_STOP)
+
+
+def _record_silent_end(job: LocalJob) -> None:
+    """A process that was killed cannot say so itself."""
+    directory = job.plan.directory
+    if directory.state()[0] in ("finished", "failed"):
+        return
+    last_line = _last_line(job.log) if job.log is not None else ""
+    directory.log_event(
+        "failed",
+        failure="killed",
+        reason="its process ended without a word: killed from outside, or out of memory"
+        + (f"; its log ends: {last_line}" if last_line else ""),
+        log=str(job.log),
+    )
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1][-300:] if lines else ""
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _visible_gpus() -> list[int]:
+    """Indices of the GPUs; asked of the driver's own tool, since loading torch takes seconds."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [int(index) for index in named.split(",") if index.strip().isdigit()]
+    try:
+        result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return list(range(len(result.stdout.splitlines())))

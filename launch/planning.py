@@ -1,0 +1,108 @@
+"""From a sweep's configuration to its planned runs, and the table of them that a dry run prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from launch.config import StudyConfig
+from scaling.cli import compose_config, to_object
+from scaling.config import DataConfig, RunConfig
+from scaling.errors import UserError
+from scaling.grid import overrides
+from scaling.plan import RunPlan, plan_run
+from scaling.prepare import open_shards
+from scaling.records import StudyDirectory, write_records
+from scaling.shards import ShardIndex
+
+
+def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
+    """Every cell of the sweep as a planned run, longest first; UserError if a cell cannot be.
+
+    words: the command line's overrides, which every cell starts from
+    """
+    assert config.sweep is not None
+    _refuse_overridden_axes(config, words)
+    plans: dict[str, RunPlan] = {}
+    indices: dict[str, ShardIndex] = {}
+    for cell in config.sweep.cells():
+        composed = compose_config(StudyConfig, "study", [*words, *overrides(cell)])
+        run = replace(_run_part(composed), study=config.study)
+        plan = plan_run(run, _open_once(run.data, indices), cell)
+        if plan.run_id in plans:
+            raise UserError(
+                f"sweep {config.sweep.name}: cells {plans[plan.run_id].axes} and {cell} are the same run "
+                f"{plan.run_id}: their axes differ in no scientific setting; remove one"
+            )
+        hours = config.cluster.training_hours(run.model.num_layers, plan.macs_per_second, plan.audio_seconds_seen)
+        plans[plan.run_id] = replace(plan, estimated_hours=hours)
+    return sorted(plans.values(), key=lambda plan: -(plan.estimated_hours or plan.train_macs))
+
+
+def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
+    """Put the plan on record: plan.jsonl of the study, and each run's folder."""
+    write_records(study.plan, [plan.to_record() for plan in plans])
+    for plan in plans:
+        plan.write()
+
+
+def plan_table(plans: Sequence[RunPlan], states: dict[str, str]) -> Table:
+    """The runs with what they cost; `states` says of each run_id what has become of it."""
+    table = Table(title=f"{len(plans)} runs", title_justify="left", box=None, pad_edge=False)
+    for name in ("run", "size", "params", "MACs/s", "data (h)", "steps", "audio seen (h)", "compute", "state"):
+        table.add_column(name, justify="left" if name in ("run", "size", "state") else "right")
+    for plan in plans:
+        row = plan.to_record()
+        table.add_row(
+            plan.run_id,
+            plan.config.model.name,
+            _with_unit(row["size"]["num_params"]),
+            _with_unit(row["size"]["macs_per_second"]),
+            f"{plan.hours:.3g}",
+            f"{plan.steps:,}",
+            f"{row['audio_hours_seen']:.3g}",
+            "?" if plan.estimated_hours is None else f"~{_duration(plan.estimated_hours)}",
+            states.get(plan.run_id, ""),
+        )
+    if all(plan.estimated_hours is not None for plan in plans):
+        total = sum(plan.estimated_hours or 0 for plan in plans)
+        table.caption = f"about {_duration(total)} of training in all, on one core or GPU"
+    else:
+        table.caption = "compute unknown: set cluster.seconds_per_layer and cluster.seconds_per_gmac as measured"
+    table.caption_justify = "left"
+    return table
+
+
+def _refuse_overridden_axes(config: StudyConfig, words: Sequence[str]) -> None:
+    assert config.sweep is not None
+    for word in words:
+        key, _, value = word.partition("=")
+        if key.lstrip("+~") in config.sweep.axis_names:
+            raise UserError(
+                f"{word}: {key} is an axis of sweep {config.sweep.name}: set sweep.axes.{key}=[{value}] instead"
+            )
+
+
+def _run_part(composed: DictConfig) -> RunConfig:
+    names = [field.name for field in fields(RunConfig)]
+    return to_object(RunConfig, OmegaConf.create({name: composed[name] for name in names}))
+
+
+def _open_once(data: DataConfig, indices: dict[str, ShardIndex]) -> ShardIndex:
+    if data.shards not in indices:
+        indices[data.shards] = open_shards(data)
+    return indices[data.shards]
+
+
+def _with_unit(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours * 60:.2g} min" if hours < 1 else f"{hours:.3g} h"

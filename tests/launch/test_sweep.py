@@ -1,0 +1,209 @@
+"""A sweep executes each cell once, survives what happens to it, and says how every cell ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from scaling.records import RunDirectory, StudyDirectory
+
+AXES = ("sweep.axes.model=[xxt,xt]", "sweep.axes.seed=[0,1]")
+
+
+@pytest.fixture
+def sweep_words(tiny_run: list[str]) -> list[str]:
+    return [
+        "+sweep=sizes",
+        *(w for w in tiny_run if not w.startswith(("model=", "seed=", "execution.threads="))),
+        *AXES,
+    ]
+
+
+def started(study: StudyDirectory) -> dict[str, int]:
+    """How often each run was started or resumed."""
+    return {
+        path.name: sum(event["event"] in ("started", "resumed") for event in RunDirectory(path).read_events())
+        for path in study.runs.iterdir()
+    }
+
+
+def test_a_sweep_trains_every_cell_once_and_ends_with_a_report(sweep_words: list[str], tmp_path: Path, command):
+    study = StudyDirectory(tmp_path / "study")
+
+    dry = command("launch.sweep", *sweep_words, "dry_run=true")
+    assert dry.returncode == 0, dry.stderr
+    assert dry.stdout.count("planned") == 4
+    assert "338 K" in dry.stdout
+    assert not study.path.exists(), "a dry run leaves nothing behind"
+
+    done = command("launch.sweep", *sweep_words)
+    assert done.returncode == 0, done.stderr
+    plan = study.read_plan()
+    assert len(plan) == 4
+    assert [row["size"]["name"] for row in plan] == ["xt", "xt", "xxt", "xxt"], "longest first"
+    assert started(study) == {row["run_id"]: 1 for row in plan}
+    for row in plan:
+        directory = study.run(row["run_id"])
+        assert directory.state()[0] == "finished"
+        (event,) = [event for event in directory.read_events() if event["event"] in ("started", "resumed")]
+        assert event["hardware"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 4)
+        assert len(directory.read_scores()) == 4
+    seeds = {row["seed"]: study.run(row["run_id"]).read_metrics()[0]["loss"] for row in plan}
+    assert len(set(seeds.values())) == 2
+    report = study.report
+    for name in ("scaling_table.md", "scaling_table.csv", "scaling_table.tex", "scaling.png", "report.md"):
+        assert (report / name).stat().st_size > 100, name
+    assert "xxt" in done.stdout
+
+    begun = time.monotonic()
+    again = command("launch.sweep", *sweep_words)
+    assert again.returncode == 0, again.stderr
+    assert "4 of 4 runs are settled, 0 to execute" in again.stdout
+    assert started(study) == {row["run_id"]: 1 for row in plan}
+    assert time.monotonic() - begun < 60
+
+
+def test_a_failing_cell_leaves_the_others_and_is_named_with_its_log(sweep_words: list[str], tmp_path: Path, command):
+    words = [word for word in sweep_words if not word.startswith("sweep.axes")]
+    done = command(
+        "launch.sweep", *words, "sweep.axes.model=[xxt]", "sweep.axes.train.optimiser.learning_rate=[0.001,1e30]"
+    )
+    assert done.returncode == 1
+    study = StudyDirectory(tmp_path / "study")
+    states = sorted(study.run(row["run_id"]).state()[0] for row in study.read_plan())
+    assert states == ["failed", "finished"]
+    (line,) = [line for line in done.stderr.splitlines() if "did not finish" in line]
+    assert "diverged: the loss of step" in line
+    log = Path(line.rsplit("log: ", 1)[1])
+    assert "diverged" in log.read_text()
+    assert "diverged" in (study.report / "report.md").read_text()
+
+    again = command(
+        "launch.sweep", *words, "sweep.axes.model=[xxt]", "sweep.axes.train.optimiser.learning_rate=[0.001,1e30]"
+    )
+    assert again.returncode == 1, "a diverged run is a result: not tried again, still told"
+    assert "2 of 2 runs are settled, 0 to execute" in again.stdout
+
+
+def test_a_cell_whose_process_is_killed_is_told_and_goes_on_at_the_next_call(
+    sweep_words: list[str], tmp_path: Path, command
+):
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0,1]", "train.budget.steps=60"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.sweep", *words], cwd=tmp_path, stdout=-3, stderr=subprocess.PIPE, text=True
+    )
+    study = StudyDirectory(tmp_path / "study")
+    victim = wait_for_running(study, process)
+    os.kill(int(victim.lock.read_text()), signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "killed: its process ended without a word" in errors
+    states = {row["run_id"]: study.run(row["run_id"]).state()[0] for row in study.read_plan()}
+    assert sorted(states.values()) == ["failed", "finished"]
+    assert states[victim.run_id] == "failed"
+
+    again = command("launch.sweep", *words)
+    assert again.returncode == 0, again.stderr
+    assert "1 of 2 runs are settled, 1 to execute" in again.stdout
+    assert victim.state()[0] == "finished"
+    assert started(study)[victim.run_id] == 2
+    assert [row["step"] for row in victim.read_metrics() if row["kind"] == "train"] == list(range(1, 61))
+
+
+def test_a_killed_sweeps_runs_are_found_by_the_next_call_and_not_doubled(
+    sweep_words: list[str], tmp_path: Path, command
+):
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0,1,2]", "train.budget.steps=60"]
+    process = subprocess.Popen([sys.executable, "-m", "launch.sweep", *words], cwd=tmp_path, stdout=-3, stderr=-3)
+    study = StudyDirectory(tmp_path / "study")
+    wait_for_running(study, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = command("launch.sweep", *words)
+    assert again.returncode == 0, again.stderr
+    assert set(started(study).values()) == {1}, "a run that went on alone was started again"
+    assert len(started(study)) == 3
+
+
+def test_an_interrupt_ends_the_runs_and_the_next_call_goes_on(sweep_words: list[str], tmp_path: Path, command):
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=200"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.sweep", *words], cwd=tmp_path, stdout=-3, stderr=subprocess.PIPE, text=True
+    )
+    study = StudyDirectory(tmp_path / "study")
+    victim = wait_for_running(study, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in errors
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    assert victim.state()[0] != "finished"
+    again = command("launch.sweep", *words)
+    assert again.returncode == 0, again.stderr
+    assert victim.state()[0] == "finished"
+
+
+def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path, command):
+    for words, expected in (
+        ([], "error: no sweep named: give +sweep=NAME, one of budgets, grid, sizes"),
+        (["+sweep=size"], "error: sweep=size: no such sweep; expected one of budgets, grid, sizes"),
+        ([*sweep_words, "model=xt"], "error: model=xt: model is an axis of sweep sizes: set sweep.axes.model=[xt]"),
+        ([*sweep_words, "sweep.axes.model=[xxt,huge]"], "error: model=huge: no such model"),
+        ([*sweep_words, "sweep.axes.execution.num_workers=[1,2]"], "error: sweep sizes: cells {'model': 'xxt', 'seed'"),
+        ([*sweep_words, "sweep.axes.train.sede=[1,2]"], "error: train.sede: no such setting"),
+        ([*sweep_words, "sweep.axis=3"], "error: sweep.axis: no such setting; did you mean sweep.axes?"),
+        ([*sweep_words, "cluster.max_parallel=0"], "error: cluster.max_parallel = 0: expected at least 1"),
+    ):
+        done = command("launch.sweep", *words)
+        assert done.returncode == 2, done.stdout + done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert line.startswith(expected)
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "study").exists()
+
+
+def test_slurm_where_there_is_none_is_one_line(sweep_words: list[str], tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.sweep", *sweep_words, "cluster=slurm"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: cluster=slurm: sbatch and squeue are not on the PATH")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("name", ["sizes", "budgets", "grid"])
+def test_every_sweep_of_the_configuration_plans_on_its_defaults(
+    name: str, tiny_data: list[str], tmp_path: Path, command
+):
+    hours = ["sweep.axes.data.hours=[0.01,0.02]"] if name != "sizes" else []
+    done = command("launch.sweep", f"+sweep={name}", *tiny_data, *hours, "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "of training in all, on one core or GPU" in done.stdout
+
+
+def wait_for_running(study: StudyDirectory, process: subprocess.Popen) -> RunDirectory:
+    """The first run that has trained a few steps."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the sweep ended too early"
+        for path in study.runs.glob("*"):
+            if len(RunDirectory(path).read_metrics()) >= 7:
+                return RunDirectory(path)
+        time.sleep(0.02)
+    raise AssertionError("no run started")
