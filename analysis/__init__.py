@@ -1,0 +1,1 @@
+"""Records of a study → tables, figures and a report. Imports `scaling.records` and no torch."""

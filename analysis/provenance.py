@@ -1,0 +1,151 @@
+"""Where a study's numbers come from, and what a reader of its table must know.
+
+Numbers of one table should come from one commit, one set of package versions and one data
+index. Where they don't, the table still stands, and the report says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.gather import UNPROCESSED, Study
+from analysis.quantities import VALIDATION_LOSS
+from analysis.tables import ScalingTable
+
+# Entries of provenance that differ from run to run by nature.
+PASSING = ("time", "date", "created", "started", "pid", "job_id", "run_id", "argv", "command")
+FIRST = ("commit", "dirty", "diff", "index_hash")
+LONGEST_VALUE = 64
+MOST_VALUES = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One fact of provenance: its key, and how many runs have which value."""
+
+    key: str
+    values: dict[str, int]
+
+    @property
+    def is_mixed(self) -> bool:
+        return len(self.values) > 1
+
+    def __str__(self) -> str:
+        if not self.is_mixed:
+            return next(iter(self.values), "")
+        shown = [
+            f"{value} ({count} run{'s' * (count != 1)})" for value, count in list(self.values.items())[:MOST_VALUES]
+        ]
+        more = len(self.values) - len(shown)
+        return ", ".join(shown) + (f" and {more} other values" if more else "")
+
+
+def provenance(study: Study) -> list[Entry]:
+    """The data indexes of the plan and the recorded provenance of its runs, commits first."""
+    indexes = [
+        Entry(f"data index of {name}", _counted(runs["index_hash"]))
+        for name, runs in study.runs.groupby(study.runs["data"].fillna("the data"))
+        if runs["index_hash"].notna().any()
+    ]
+    recorded = study.provenance
+    keys = [key for key in recorded.columns if key.rpartition(".")[2] not in PASSING]
+    order = {name: rank for rank, name in enumerate(FIRST)}
+    keys.sort(key=lambda key: next((rank for name, rank in order.items() if name in key.lower()), len(order)))
+    return [Entry(key, _counted(recorded[key])) for key in keys] + indexes
+
+
+def remarks(study: Study, table: ScalingTable) -> list[str]:
+    """Sentences on what the table rests on, and where that is less than a reader would think."""
+    finished, said = study.finished, []
+    if study.unplanned:
+        said.append(
+            f"{_count(len(study.unplanned), 'folder')} below runs/ that the plan does not name "
+            f"(not in any table): {', '.join(study.unplanned)}"
+        )
+    mixed = [entry.key for entry in provenance(study) if entry.is_mixed]
+    if mixed:
+        said.append(f"Provenance is mixed in {', '.join(mixed)} (see Provenance).")
+    without = sorted(set(finished["run_id"]) - set(study.provenance.index))
+    if without:
+        said.append(f"No provenance on record: {', '.join(without)}.")
+    said += _mixed_settings(study, table)
+    for _, run in finished.iterrows():
+        if pd.isna(run["validation_step"]):
+            said.append(f"{run['run_id']} finished without a validation on record.")
+        elif run["validation_step"] != run["steps"]:
+            said.append(
+                f"{run['run_id']} finished, but its last validation is at step {int(run['validation_step'])} "
+                f"of {run['steps']}."
+            )
+        elif pd.isna(run["validation_loss"]):
+            said.append(f"{run['run_id']} finished with a last validation loss that is not finite.")
+        if not run["utterances"]:
+            said.append(f"{run['run_id']} finished without scores on record.")
+    said += _refusals(study)
+    counts = finished.loc[finished["utterances"] > 0, "utterances"]
+    if counts.nunique() > 1:
+        said.append(
+            f"Finished runs were scored on {counts.min()} to {counts.max()} utterances, not on the same test set."
+        )
+    for key in (VALIDATION_LOSS.key, *(metric.key for metric in study.metrics)):
+        values = finished[UNPROCESSED + key]
+        if values.max() - values.min() > 1e-3 * values.abs().max():
+            said.append(
+                f"The unprocessed {key} differs between finished runs ({values.min():.4g} to {values.max():.4g}); "
+                "the table shows its mean."
+            )
+    return said
+
+
+def _mixed_settings(study: Study, table: ScalingTable) -> list[str]:
+    """Rows whose runs differ in settings beyond the seed, which no axis of the plan shows."""
+    said = []
+    for _, cell in table.cells.iterrows():
+        settings = [study.science[run_id] for run_id in f"{cell['run_ids']} {cell['unfinished_run_ids']}".split()]
+        keys = sorted({key for flat in settings for key in flat})
+        differing = [key for key in keys if len({flat.get(key) for flat in settings}) > 1]
+        if differing:
+            said.append(f"Row {cell['label']} pools runs that differ in more than the seed: {', '.join(differing)}.")
+    return said
+
+
+def _refusals(study: Study) -> list[str]:
+    scores = study.scores[study.scores["run_id"].isin(study.finished["run_id"]) & study.scores["enhanced"].isna()]
+    said = []
+    for metric, rows in scores.groupby("metric", observed=True, sort=False):
+        reasons = rows["refused"].fillna("no reason on record").value_counts()
+        told = "; ".join(f"{reason} ({count})" for reason, count in list(reasons.items())[:MOST_VALUES])
+        more = f" and {len(reasons) - MOST_VALUES} other reasons" if len(reasons) > MOST_VALUES else ""
+        runs = _count(rows["run_id"].nunique(), "run")
+        said.append(
+            f"{metric} refused {_count(len(rows), 'utterance')} in {runs}, left out of its means: {told}{more}."
+        )
+    return said
+
+
+def _counted(values: pd.Series) -> dict[str, int]:
+    """Value → runs that have it, the most frequent first; a run that lacks it has "not recorded"."""
+    counts = values.fillna("not recorded").map(_short).value_counts()
+    return {str(value): int(count) for value, count in counts.items()}
+
+
+def _short(value: str) -> str:
+    """A long value (a diff, a list of packages) by its beginning and a digest of the whole."""
+    text = " ".join(str(value).split())
+    if len(text) <= LONGEST_VALUE:
+        return text
+    return f"{text[: LONGEST_VALUE - 20]}… (sha256 {hashlib.sha256(str(value).encode()).hexdigest()[:8]})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def provenance_frame(entries: Sequence[Entry]) -> pd.DataFrame:
+    """Provenance as a table of text."""
+    rows = [{"What": entry.key, "Value": str(entry), "": "mixed" if entry.is_mixed else ""} for entry in entries]
+    return pd.DataFrame(rows, columns=["What", "Value", ""])

@@ -1,0 +1,80 @@
+"""The quantities a study measures, and how their numbers are written in tables and on axes.
+
+A metric that the evaluation adds needs an entry here only for a proper name: an unknown one is
+carried through tables and figures under its own key, with three digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a column of numbers measures."""
+
+    key: str  # its name in records and frames
+    label: str  # its name for a reader
+    digits: int = 3  # decimals in a table
+    unit: str = ""
+    higher_is_better: bool = True
+
+    @property
+    def heading(self) -> str:
+        """Name, unit and the direction of better: "SI-SDR (dB) ↑"."""
+        return f"{self.axis} {'↑' if self.higher_is_better else '↓'}"
+
+    @property
+    def axis(self) -> str:
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+VALIDATION_LOSS = Quantity("validation_loss", "Validation loss", digits=4, higher_is_better=False)
+
+METRICS = (
+    Quantity("pesq_wb", "PESQ-WB"),
+    Quantity("stoi", "STOI"),
+    Quantity("estoi", "ESTOI"),
+    Quantity("si_sdr", "SI-SDR", digits=2, unit="dB"),
+)
+
+# The SI-SDR gain on the noisiest quarter of the test utterances (see gather.noisiest_quarter).
+NOISIEST_GAIN = Quantity("noisiest_si_sdr_gain", "SI-SDR gain, noisiest 25 %", digits=2, unit="dB")
+
+
+def metrics_named(keys: Iterable[str]) -> tuple[Quantity, ...]:
+    """The metrics of the table, always, then those among `keys` that it does not know, by name."""
+    known = {metric.key for metric in METRICS}
+    return METRICS + tuple(Quantity(key, key.replace("_", " ")) for key in sorted(set(keys) - known))
+
+
+def human_count(count: float, digits: int = 3) -> str:
+    """A count as people say it, in three significant digits: 254 K, 90.1 M, 3.81 G."""
+    if not math.isfinite(count):
+        return MISSING
+    if abs(count) < 1000:
+        return f"{count:.3g}"
+    scale = math.floor(math.log10(abs(count)) / 3)
+    # 999,950 rounds to 1,000 K, which is 1.00 M.
+    if float(f"{abs(count) / 1000**scale:.{digits - 1}e}") >= 1000:
+        scale += 1
+    scale = min(scale, 5)
+    scaled = float(f"{count / 1000**scale:.{digits - 1}e}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(scaled))))
+    return f"{scaled:.{decimals}f} {' KMGTP'[scale]}"
+
+
+def human_hours(hours: float) -> str:
+    """Hours of audio in three significant digits, never in powers of ten: 0.37, 9.4, 1,000."""
+    if not math.isfinite(hours):
+        return MISSING
+    return f"{hours:.3g}" if abs(hours) < 999.5 else f"{hours:,.0f}"
+
+
+def round_hours(hours: float) -> float:
+    """Hours as a budget: to three significant digits, since whole clips never fill it exactly."""
+    return float(f"{hours:.3g}")

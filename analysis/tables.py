@@ -1,0 +1,286 @@
+"""The scaling table: one row a cell of the study, its numbers over the seeds that finished.
+
+A cell is what differs in nothing but the seed: size, hours of audio, steps, and whatever other
+axes the sweep had. Spread is the sample standard deviation over seeds, and a single seed has
+none. What is planned and not finished is counted in its row and listed beneath the table.
+
+`scaling_table` has the numbers, `written` their text; the renderers after them only arrange it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from analysis.gather import UNPROCESSED, Study
+from analysis.quantities import (
+    MISSING,
+    NOISIEST_GAIN,
+    VALIDATION_LOSS,
+    Quantity,
+    human_count,
+    human_hours,
+    round_hours,
+)
+
+SIZE_COLUMNS = ("size", "num_params", "num_params_folded", "num_params_non_decoder", "macs_per_second")
+NOTE = (
+    "Mean ± sample standard deviation over seeds (none for a single seed); in parentheses the gain from "
+    "unprocessed to enhanced, over the utterances that have both."
+)
+
+
+@dataclass(frozen=True)
+class ScalingTable:
+    """The numbers of a scaling table.
+
+    cells: one row a cell, by size, hours and steps; size, num_params, num_params_folded,
+        num_params_non_decoder, macs_per_second, hours (rounded to the budget), steps,
+        axes.NAME, label, seeds_finished, seeds_planned, run_ids and unfinished_run_ids
+        (separated by spaces), and for each quantity QUANTITY_mean, QUANTITY_std (NaN below
+        two seeds) and QUANTITY_n (seeds with a value); for metrics the same of METRIC_gain.
+    unprocessed: the columns of the first row, the unprocessed input.
+    axes: the axes that tell rows apart beyond size, hours and steps.
+    unfinished: run_id, label, state, reason and log of every planned run without a result.
+    """
+
+    cells: pd.DataFrame
+    unprocessed: pd.Series
+    metrics: tuple[Quantity, ...]
+    axes: tuple[str, ...]
+    unfinished: pd.DataFrame
+
+
+def scaling_table(study: Study) -> ScalingTable:
+    """Cells of a study: grouped over everything but the seed, and summed up over finished runs."""
+    runs = study.runs.assign(hours=study.runs["hours"].map(round_hours))
+    axes = _telling_axes(runs, study.axes)
+    key = ["size", "num_params", "macs_per_second", "hours", "steps", *(f"axes.{axis}" for axis in study.axes)]
+    runs["cell"] = runs.groupby(key, sort=False, dropna=False).ngroup()
+    finished = runs[runs["state"] == "finished"]
+    by_cell = runs.groupby("cell")
+
+    cells = by_cell[[*SIZE_COLUMNS, "hours", "steps", *(f"axes.{axis}" for axis in axes)]].first()
+    cells["label"] = _labels(cells, axes)
+    cells["seeds_finished"] = finished.groupby("cell").size().reindex(cells.index, fill_value=0)
+    cells["seeds_planned"] = by_cell.size()
+    quantities = [VALIDATION_LOSS.key, NOISIEST_GAIN.key]
+    quantities += [column for metric in study.metrics for column in (metric.key, f"{metric.key}_gain")]
+    over_seeds = finished.groupby("cell")[quantities].agg(["mean", "std", "count"]).reindex(cells.index)
+    for quantity in quantities:
+        cells[f"{quantity}_mean"] = over_seeds[quantity, "mean"]
+        cells[f"{quantity}_std"] = over_seeds[quantity, "std"]
+        cells[f"{quantity}_n"] = over_seeds[quantity, "count"].fillna(0).astype(int)
+    unfinished = runs[runs["state"] != "finished"]
+    for column, of in (("run_ids", finished), ("unfinished_run_ids", unfinished)):
+        cells[column] = of.groupby("cell")["run_id"].agg(" ".join).reindex(cells.index, fill_value="")
+    listed = unfinished.assign(
+        label=unfinished["cell"].map(cells["label"]),
+        log=pd.Series([_below(study.directory.path, log) for log in unfinished["log"]], unfinished.index, dtype=object),
+    )
+    return ScalingTable(
+        cells=cells.sort_values(["num_params", "hours", "steps"], kind="stable").reset_index(drop=True),
+        unprocessed=_unprocessed(finished, study.metrics),
+        metrics=study.metrics,
+        axes=axes,
+        unfinished=listed[["run_id", "label", "seed", "state", "reason", "log"]].reset_index(drop=True),
+    )
+
+
+def _telling_axes(runs: pd.DataFrame, axes: Sequence[str]) -> tuple[str, ...]:
+    """The axes that size, hours, steps and the axes before them do not already determine."""
+    telling: list[str] = []
+    known = ["size", "hours", "steps"]
+    for axis in axes:
+        if (runs.groupby(known, dropna=False)[f"axes.{axis}"].nunique(dropna=False) > 1).any():
+            telling.append(axis)
+            known.append(f"axes.{axis}")
+    return tuple(telling)
+
+
+def _labels(cells: pd.DataFrame, axes: Sequence[str]) -> list[str]:
+    """A name for each row: its size, and of the rest what differs between rows."""
+    labels = []
+    for _, cell in cells.iterrows():
+        parts = [str(cell["size"])]
+        if cells["hours"].nunique() > 1:
+            parts.append(f"{human_hours(cell['hours'])} h")
+        if cells["steps"].nunique() > 1:
+            parts.append(f"{cell['steps']:,} steps")
+        labels.append(" · ".join(parts + [f"{axis}={_value(cell[f'axes.{axis}'])}" for axis in axes]))
+    return labels
+
+
+def _unprocessed(finished: pd.DataFrame, metrics: Sequence[Quantity]) -> pd.Series:
+    row: dict[str, object] = {"size": "unprocessed", "run_ids": " ".join(finished["run_id"])}
+    for key in (VALIDATION_LOSS.key, *(metric.key for metric in metrics)):
+        values = finished[UNPROCESSED + key]
+        # The same input is scored in every run: the runs give one number, not a spread.
+        row |= {f"{key}_mean": values.mean(), f"{key}_n": int(values.count())}
+    return pd.Series(row)
+
+
+def _below(folder: Path, log: object) -> str | None:
+    """A log's path, from the study's folder where it lies in it."""
+    if not isinstance(log, str):
+        return None
+    path, folder = Path(log).absolute(), folder.absolute()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else log
+
+
+# --- text ----------------------------------------------------------------------------------
+
+
+def written(table: ScalingTable) -> pd.DataFrame:
+    """The table as a reader sees it: text under headings, the unprocessed input first."""
+    rows = []
+    for cell in (table.unprocessed, *(cell for _, cell in table.cells.iterrows())):
+        has_cell = "label" in cell
+        row = {"Size": str(cell["size"])}
+        row["Parameters"] = human_count(cell["num_params"]) if has_cell else MISSING
+        row["MACs/s"] = human_count(cell["macs_per_second"]) if has_cell else MISSING
+        row["Hours"] = human_hours(cell["hours"]) if has_cell else MISSING
+        row["Steps"] = f"{cell['steps']:,}" if has_cell else MISSING
+        for axis in table.axes:
+            row[axis] = _value(cell[f"axes.{axis}"]) if has_cell else MISSING
+        row["Seeds"] = f"{cell['seeds_finished']} of {cell['seeds_planned']}" if has_cell else MISSING
+        for quantity in (VALIDATION_LOSS, *table.metrics):
+            gain = cell.get(f"{quantity.key}_gain_mean")
+            shown = "" if gain is None or pd.isna(gain) else f" ({gain:+.{quantity.digits}f})"
+            row[quantity.heading] = _mean_and_spread(cell, quantity) + shown
+        row[NOISIEST_GAIN.heading] = _mean_and_spread(cell, NOISIEST_GAIN, sign="+")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _mean_and_spread(cell: pd.Series, quantity: Quantity, sign: str = "") -> str:
+    mean, std = cell.get(f"{quantity.key}_mean"), cell.get(f"{quantity.key}_std")
+    if mean is None or pd.isna(mean):
+        return MISSING
+    text = f"{mean:{sign}.{quantity.digits}f}"
+    if std is None or pd.isna(std):
+        return text
+    smallest = 10**-quantity.digits
+    spread = f"{std:.{quantity.digits}f}" if std == 0 or std >= smallest / 2 else f"<{smallest:.{quantity.digits}f}"
+    return f"{text} ± {spread}"
+
+
+def _value(value: object) -> str:
+    if value is None or value != value:
+        return MISSING
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def listed(table: ScalingTable) -> pd.DataFrame:
+    """The runs without a result as a reader sees them; no rows if all have finished."""
+    names = {"run_id": "Run", "label": "Cell", "state": "State", "reason": "Reason", "log": "Log"}
+    return table.unfinished[list(names)].rename(columns=names).fillna(MISSING).astype(str)
+
+
+# --- renderers -----------------------------------------------------------------------------
+
+
+def to_csv(table: ScalingTable) -> str:
+    """All columns of the cells in full precision, the unprocessed input first."""
+    columns = table.cells.drop(columns="label")
+    first = table.unprocessed.to_frame().T.reindex(columns=columns.columns)
+    whole = [name for name in columns.columns if pd.api.types.is_integer_dtype(columns[name])]
+    both = pd.concat([first.astype(object), columns.astype(object)])
+    both[whole] = both[whole].astype("Int64")
+    return both.to_csv(index=False, lineterminator="\n")
+
+
+def to_markdown(table: ScalingTable) -> str:
+    """The table and, beneath it, the runs without a result."""
+    text = f"{markdown_table(written(table), numbers=True)}\n\n{NOTE}\n"
+    if len(table.unfinished):
+        text += f"\nNot finished ({len(table.unfinished)}):\n\n{markdown_table(listed(table))}\n"
+    return text
+
+
+def markdown_table(frame: pd.DataFrame, numbers: bool = False) -> str:
+    """A frame of text as a Markdown table; with `numbers`, all but the first column aligned right."""
+    lines = [list(frame.columns), ["---", *["--:" if numbers else "---"] * (len(frame.columns) - 1)]]
+    lines += [[_one_line(str(value)).replace("|", "\\|") for value in row] for row in frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def to_latex(table: ScalingTable) -> str:
+    r"""A booktabs tabular to \input; what has not finished is named in comments at its end."""
+    text = written(table)
+    head = [
+        "% \\usepackage{booktabs}; " + NOTE.replace("±", "+-"),
+        f"\\begin{{tabular}}{{l{'r' * (text.shape[1] - 1)}}}",
+    ]
+    rows = [" & ".join(latex_escape(str(value)) for value in row) + r" \\" for row in text.itertuples(index=False)]
+    heading = " & ".join(latex_escape(name) for name in text.columns) + r" \\"
+    lines = [
+        *head,
+        r"\toprule",
+        heading,
+        r"\midrule",
+        rows[0],
+        r"\midrule",
+        *rows[1:],
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    for _, run in listed(table).iterrows():
+        lines.append(f"% not finished: {_one_line(run['Run'])} {run['State']}: {_one_line(run['Reason'])}")
+    return "\n".join(lines) + "\n"
+
+
+def latex_escape(text: str) -> str:
+    """Text with LaTeX's special characters, and those it lacks in text mode, as commands."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {character: f"\\{character}" for character in "&%$#_{}"}
+    special |= {"±": r"$\pm$", "<": "$<$", ">": "$>$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+    special |= {MISSING: "--", "·": r"$\cdot$"}
+    escaped = "".join(special.get(character, character) for character in _one_line(text))
+    return re.sub(r"(?<![\w.-])-(?=\d)", "$-$", escaped)
+
+
+def to_terminal(table: ScalingTable, width: int) -> RenderableType:
+    """The table for a terminal of `width` columns, in two or more parts where one does not fit."""
+    text = written(table)
+    fixed = ["Size", *table.axes]
+    varying = [name for name in ("Hours", "Steps") if text[name][1:].nunique() > 1]
+    parts = _fitting(text, fixed[:1] + varying + fixed[1:], list(text.columns[1:]), width)
+    if len(table.unfinished):
+        parts.append(_terminal_table(listed(table), title=f"Not finished ({len(table.unfinished)})", wrap=True))
+    return Group(*parts)
+
+
+def _fitting(text: pd.DataFrame, fixed: list[str], rest: list[str], width: int) -> list[Table]:
+    rest = [name for name in rest if name not in fixed]
+    whole = text[[name for name in text.columns if name in fixed or name in rest]]
+    rendered = _terminal_table(whole)
+    if len(rest) < 2 or Console(width=10_000).measure(rendered).maximum <= width:
+        return [rendered]
+    half = (len(rest) + 1) // 2
+    return _fitting(text, fixed, rest[:half], width) + _fitting(text, fixed, rest[half:], width)
+
+
+def _terminal_table(text: pd.DataFrame, title: str | None = None, wrap: bool = False) -> Table:
+    rendered = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for number, name in enumerate(text.columns):
+        # Gains go on a line of their own, so that a cell stays narrow.
+        heading = name if wrap else name.replace(", ", ",\n")
+        rendered.add_column(
+            heading, justify="left" if wrap or number == 0 else "right", overflow="fold", no_wrap=not wrap
+        )
+    for row in text.itertuples(index=False):
+        rendered.add_row(*(Text(str(value) if wrap else str(value).replace(" (", "\n(")) for value in row))
+    return rendered
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

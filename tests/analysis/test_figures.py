@@ -1,0 +1,114 @@
+"""The figures show what the tables hold."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+
+from analysis import style
+from analysis.figures import curves_figure, scaling_figure
+from analysis.gather import gather
+from analysis.tables import scaling_table
+from tests.analysis.conftest import WriteStudy, plan_row, score_row
+
+
+def bars(ax: Axes) -> list[ErrorbarContainer]:
+    return [container for container in ax.containers if isinstance(container, ErrorbarContainer)]
+
+
+def test_panels_show_means_with_their_spread_on_log_axes(write_study: WriteStudy, tmp_path: Path) -> None:
+    plan = [plan_row(size, seed) for size in ("xxt", "xt", "t") for seed in (0, 1)]
+    losses = dict(zip([row["run_id"] for row in plan], [0.30, 0.32, 0.27, 0.28, 0.24, 0.25], strict=True))
+    figure = scaling_figure(scaling_table(gather(write_study(plan, losses).path)))
+    assert figure is not None
+    assert len(figure.axes) == 2 * 5
+    assert all(ax.get_xscale() == "log" for ax in figure.axes)
+    assert [ax.get_ylabel() for ax in figure.axes[:5]] == ["Validation loss", "PESQ-WB", "STOI", "ESTOI", "SI-SDR (dB)"]
+    loss = figure.axes[0]
+    assert loss.get_xlabel() == "Parameters"
+    np.testing.assert_allclose(loss.lines[0].get_xydata(), [(254_492, 0.31), (337_820, 0.275), (1_039_148, 0.245)])
+    segments = bars(loss)[0].lines[2][0].get_segments()
+    assert [round(float(np.ptp(segment[:, 1])) / 2, 6) for segment in segments] == pytest.approx(
+        [0.02 / math.sqrt(2), 0.01 / math.sqrt(2), 0.01 / math.sqrt(2)], abs=1e-5
+    )
+    assert any(np.allclose(line.get_ydata(), 0.4) for line in loss.lines)  # the unprocessed input
+    assert [text.get_text() for text in loss.texts] == ["xxt", "xt", "t"]
+    macs = figure.axes[5]
+    assert list(macs.lines[0].get_xdata()) == [90_100_000, 244_800_000, 961_900_000]
+
+    png, svg = style.save(figure, tmp_path / "scaling")
+    image = matplotlib.image.imread(png)
+    assert image.shape[1] > 1500
+    assert image[..., :3].std() > 0.05
+    assert svg.read_text().startswith("<?xml")
+    first = png.read_bytes(), svg.read_bytes()
+    again = scaling_figure(scaling_table(gather(tmp_path / "study")))
+    assert again is not None
+    style.save(again, tmp_path / "scaling")
+    assert (png.read_bytes(), svg.read_bytes()) == first
+
+
+def test_a_single_seed_has_no_error_bar(write_study: WriteStudy) -> None:
+    figure = scaling_figure(scaling_table(gather(write_study([plan_row("xxt"), plan_row("xt")]).path)))
+    assert figure is not None
+    assert not any(bars(ax) for ax in figure.axes)
+
+
+def test_a_study_that_varies_hours_has_a_row_for_them_and_a_line_for_each(write_study: WriteStudy) -> None:
+    plan = [plan_row(size, hours=hours) for size in ("xxt", "xt") for hours in (0.1, 0.2, 0.4)]
+    losses = {row["run_id"]: 0.3 - 0.1 * row["data"]["hours"] for row in plan}
+    figure = scaling_figure(scaling_table(gather(write_study(plan, losses).path)))
+    assert figure is not None
+    assert len(figure.axes) == 3 * 5
+    by_params, by_hours = figure.axes[0], figure.axes[10]
+    drawn = [line for line in by_params.lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"]
+    assert len(drawn) == 3
+    assert len({line.get_marker() for line in drawn}) == 3  # told apart in grey, too
+    assert by_hours.get_xlabel() == "Hours of training audio"
+    np.testing.assert_allclose(by_hours.lines[0].get_xydata(), [(0.1, 0.29), (0.2, 0.28), (0.4, 0.26)])
+    legend = figure.axes[4].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["0.1", "0.2", "0.4", "unprocessed"]
+
+
+def test_a_metric_without_values_has_no_panel(write_study: WriteStudy) -> None:
+    row = plan_row()
+    scores = [score_row(n, pesq_wb=None, refused={"pesq_wb": "no speech found"}) for n in range(4)]
+    figure = scaling_figure(scaling_table(gather(write_study([row], scores={row["run_id"]: scores}).path)))
+    assert figure is not None
+    assert "PESQ-WB" not in [ax.get_ylabel() for ax in figure.axes]
+    assert len(figure.axes) == 2 * 4
+
+
+def test_where_nothing_has_finished_there_is_no_scaling_figure(write_study: WriteStudy) -> None:
+    row = plan_row()
+    study = write_study([row], skip=[row["run_id"]])
+    study.run(row["run_id"]).log_event("failed", failure="diverged", reason="at once")
+    gathered = gather(study.path)
+    assert scaling_figure(scaling_table(gathered)) is None
+    assert curves_figure(gathered) is None
+
+
+def test_curves_have_a_panel_a_size_and_mark_where_a_run_failed(write_study: WriteStudy, tmp_path: Path) -> None:
+    plan = [plan_row("xxt"), plan_row("xt")]
+    study = write_study(plan, skip=[plan[1]["run_id"]])
+    failed = study.run(plan[1]["run_id"])
+    for step in range(1, 21):
+        failed.log_metrics("train", step, loss=1 / step)
+    failed.log_metrics("train", 21, loss=math.nan)
+    failed.log_event("failed", failure="diverged", reason="loss is not finite at step 21")
+    figure = curves_figure(gather(study.path))
+    assert figure is not None
+    assert [ax.get_title() for ax in figure.axes] == ["xxt", "xt"]
+    validation = next(line for line in figure.axes[0].lines if line.get_marker() == "o")
+    assert list(validation.get_xdata()) == [10, 20, 30, 40]
+    assert validation.get_ydata()[-1] == pytest.approx(0.25)
+    cross = next(line for line in figure.axes[1].lines if line.get_marker() == "x")
+    assert list(cross.get_xdata()) == [20]
+    assert matplotlib.image.imread(style.save(figure, tmp_path / "curves")[0]).std() > 0.05

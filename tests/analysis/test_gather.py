@@ -1,0 +1,139 @@
+"""A study folder becomes frames that say what its records say, and no more."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from analysis.gather import gather, noisiest_quarter
+from scaling.records import RecordError, append_record, write_records
+from tests.analysis.conftest import WriteStudy, plan_row, score_row
+
+
+def test_every_planned_run_has_a_row_with_its_state_and_reason(write_study: WriteStudy) -> None:
+    plan = [plan_row(seed=seed) for seed in range(6)]
+    ids = [row["run_id"] for row in plan]
+    study = write_study(plan, skip=ids[1:])
+    study.run(ids[2]).log_event("submitted")
+    study.run(ids[3]).log_event("started")
+    study.run(ids[3]).log_metrics("train", 17, loss=0.5)
+    study.run(ids[4]).log_event("failed", failure="diverged", reason="loss is not finite at step 61", log="/logs/4.out")
+    study.run(ids[5]).log_event("started")
+    study.run(ids[5]).log_event("preempted")
+    study.run(ids[5]).jobs.mkdir()
+
+    runs = gather(study.path).runs.set_index("run_id")
+    assert list(runs.index) == ids
+    assert list(runs["state"]) == ["finished", "planned", "submitted", "running", "failed", "submitted"]
+    assert runs.loc[ids[1], "reason"] == "never submitted"
+    assert runs.loc[ids[3], "reason"] == "started, at step 17 of 40 by its records"
+    assert runs.loc[ids[4], "reason"] == "diverged: loss is not finite at step 61"
+    assert runs.loc[ids[4], "log"] == "/logs/4.out"
+    assert runs.loc[ids[5], "reason"] == "preempted"
+    assert runs.loc[ids[5], "log"] == str(study.run(ids[5]).jobs)
+
+
+def test_a_run_with_all_its_numbers_but_no_finished_event_is_not_finished(write_study: WriteStudy) -> None:
+    row = plan_row()
+    study = write_study([row])
+    events = study.run(row["run_id"]).read_events()
+    write_records(study.run(row["run_id"]).events, events[:-1])
+    gathered = gather(study.path)
+    assert gathered.finished.empty
+    assert gathered.runs.loc[0, "validation_loss"] == pytest.approx(0.25)  # as recorded, for rules of exclusion
+
+
+def test_means_are_over_scored_utterances_and_gains_over_pairs(write_study: WriteStudy) -> None:
+    row = plan_row()
+    scores = [
+        score_row(0, pesq_wb=2.0),
+        score_row(1, pesq_wb=None, refused={"pesq_wb": "no speech found"}),
+        score_row(2, pesq_wb=3.0, unprocessed_pesq_wb=None, refused={"unprocessed_pesq_wb": "no speech found"}),
+        score_row(3, pesq_wb=2.6, unprocessed_pesq_wb=1.1),
+    ]
+    study = gather(write_study([row], scores={row["run_id"]: scores}).path)
+    run = study.runs.loc[0]
+    assert run["pesq_wb"] == pytest.approx((2.0 + 3.0 + 2.6) / 3)
+    assert run["unprocessed_pesq_wb"] == pytest.approx((1.5 + 1.5 + 1.1) / 3)
+    assert run["pesq_wb_gain"] == pytest.approx((0.5 + 1.5) / 2)
+    assert (run["pesq_wb_scored"], run["pesq_wb_refused"]) == (3, 1)
+    assert (run["si_sdr_scored"], run["si_sdr_refused"], run["utterances"]) == (4, 0, 4)
+    refused = study.scores[study.scores["refused"].notna()]
+    assert list(refused["id"]) == ["p232_001", "p232_002"]
+    assert set(refused["refused"]) == {"no speech found"}
+
+
+def test_an_utterance_scored_twice_counts_once_with_its_last_row(write_study: WriteStudy) -> None:
+    row = plan_row()
+    study = write_study([row], scores={row["run_id"]: [score_row(0, si_sdr=1.0)]})
+    append_record(study.run(row["run_id"]).scores, score_row(0, si_sdr=9.0))
+    gathered = gather(study.path)
+    assert gathered.runs.loc[0, "utterances"] == 1
+    assert gathered.runs.loc[0, "si_sdr"] == 9.0
+
+
+def test_the_noisiest_quarter_is_the_lowest_snr_and_exactly_a_quarter() -> None:
+    snr_db = np.array([2.5, 17.5, 2.5, 7.5, 2.5, 12.5, 17.5, 12.5])
+    unprocessed = np.array([3.0, 17.0, 1.0, 7.0, 2.0, 12.0, 17.0, 12.0])
+    chosen = noisiest_quarter(snr_db, unprocessed, list("abcdefgh"))
+    assert list(np.flatnonzero(chosen)) == [2, 4]  # of three at 2.5 dB the two whose input is worse
+
+
+def test_where_no_snr_is_known_the_inputs_si_sdr_tells_the_noisiest_quarter(write_study: WriteStudy) -> None:
+    row = plan_row()
+    scores = [score_row(n, snr_db=None, noise=None, unprocessed_si_sdr=10.0 - n, si_sdr=12.0) for n in range(8)]
+    study = gather(write_study([row], scores={row["run_id"]: scores}).path)
+    hard = study.scores[study.scores["noisiest_quarter"] & (study.scores["metric"] == "si_sdr")]
+    assert list(hard["id"]) == ["p232_006", "p232_007"]
+    assert study.runs.loc[0, "noisiest_si_sdr_gain"] == pytest.approx((8.0 + 9.0) / 2)
+
+
+def test_curves_hold_each_step_once_with_terms_as_columns_and_null_as_nan(write_study: WriteStudy) -> None:
+    row = plan_row()
+    study = write_study([row])
+    run = study.run(row["run_id"])
+    run.log_metrics("train", 40, loss=math.nan, terms={"magnitude": 0.7})  # the step again, after a crash
+    curves = gather(study.path).curves
+    assert len(curves) == 40 + 4
+    train = curves[curves["kind"] == "train"].set_index("step")
+    assert math.isnan(train.loc[40, "loss"])
+    assert train.loc[40, "terms.magnitude"] == 0.7
+    assert train.loc[10, "loss"] == pytest.approx(0.25 + 0.1)
+    assert set(curves["run_id"]) == {row["run_id"]}
+
+
+def test_a_null_final_loss_is_nan_and_not_an_earlier_value(write_study: WriteStudy) -> None:
+    row = plan_row()
+    gathered = gather(write_study([row], losses={row["run_id"]: math.nan}).path)
+    assert math.isnan(gathered.runs.loc[0, "validation_loss"])
+    assert gathered.runs.loc[0, "validation_step"] == 40
+
+
+def test_a_metric_unknown_to_the_tables_is_carried_along(write_study: WriteStudy) -> None:
+    row = plan_row()
+    scores = [score_row(0, dnsmos=3.0, unprocessed_dnsmos=2.0)]
+    study = gather(write_study([row], scores={row["run_id"]: scores}).path)
+    assert [metric.key for metric in study.metrics] == ["pesq_wb", "stoi", "estoi", "si_sdr", "dnsmos"]
+    assert study.runs.loc[0, "dnsmos_gain"] == 1.0
+
+
+def test_runs_that_the_plan_does_not_name_are_listed_and_not_mixed_in(write_study: WriteStudy) -> None:
+    row = plan_row()
+    study = write_study([row])
+    study.run("stray").log_event("finished")
+    gathered = gather(study.path)
+    assert gathered.unplanned == ("stray",)
+    assert list(gathered.runs["run_id"]) == [row["run_id"]]
+
+
+def test_a_plan_without_a_needed_entry_is_refused_by_name(write_study: WriteStudy) -> None:
+    row = plan_row()
+    del row["size"]["num_params"]
+    study = write_study([plan_row(seed=1), row])
+    with pytest.raises(RecordError, match=r"row 2 has no size\.num_params"):
+        gather(study.path)
+    write_records(study.plan, [])
+    with pytest.raises(RecordError, match="holds no planned run"):
+        gather(study.path)

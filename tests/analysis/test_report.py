@@ -1,0 +1,105 @@
+"""The report as its user meets it: the command, its answers and its files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis.report import main
+from scaling.records import to_json, write_records, write_whole
+from tests.analysis.conftest import WriteStudy, plan_row, score_row
+
+ROOT = Path(__file__).parents[2]
+FILES = ["curves.png", "curves.svg", "report.md", "runs.csv", "scaling.png", "scaling.svg"]
+FILES += ["scaling_table.csv", "scaling_table.md", "scaling_table.tex"]
+
+
+def test_the_command_writes_every_file_and_lists_what_is_missing(write_study: WriteStudy) -> None:
+    plan = [plan_row(size, seed) for size in ("xxt", "xt") for seed in (0, 1)]
+    study = write_study(plan, skip=[plan[3]["run_id"]])
+    study.run(plan[3]["run_id"]).log_event("failed", failure="oom", reason="out of memory at step 3")
+    command = [sys.executable, "-m", "analysis.report", f"study={study.path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "oom: out of memory at step 3" in result.stdout
+    assert [f"wrote {study.report / name}" in result.stdout for name in FILES] == [True] * len(FILES)
+    assert sorted(path.name for path in study.report.iterdir()) == FILES
+    report = (study.report / "report.md").read_text()
+    assert "3 of 4 planned runs finished, in 2 cells." in report
+    assert f"| xt | {plan[2]['run_id']} | {plan[3]['run_id']} |" in report
+    assert "| commit | 6df9ffe |" in report
+    assert "](scaling.png)" in report
+    assert len(pd.read_csv(study.report / "runs.csv")) == 4
+
+
+def test_a_study_without_a_finished_run_says_so_in_one_line(
+    write_study: WriteStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = plan_row()
+    study = write_study([row], skip=[row["run_id"]])
+    study.run(row["run_id"]).log_event("failed", failure="diverged", reason="at step 1")
+    write_whole(study.report / "scaling.png", "of an earlier report")
+    assert main([f"study={study.path}"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "no run of the 1 planned has finished (1 failed)" in captured.err
+    assert not (study.report / "scaling.png").exists()
+    report = (study.report / "report.md").read_text()
+    assert "No scaling figure: no finished run has a validation loss or score on record." in report
+    assert "diverged: at step 1" in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["stduy=x"], "unknown argument 'stduy=x'; the keys are: study"),
+        (["study"], "unknown argument 'study'; the keys are: study"),
+        ([], "study= is missing"),
+        (["study="], "study= is missing"),
+        (["study=nowhere"], "no study at nowhere"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}")
+    assert error.count("\n") == 1
+
+
+def test_help_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "usage: python -m analysis.report study=DIR" in capsys.readouterr().out
+
+
+def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = [plan_row(seed=0), plan_row(seed=1)]
+    plan[1]["science"]["train"]["learning_rate"] = 0.001
+    refused = [score_row(0, pesq_wb=None, refused={"pesq_wb": "no speech found"}), score_row(1)]
+    study = write_study(plan, scores={plan[0]["run_id"]: refused, plan[1]["run_id"]: [score_row(0)]})
+    other = study.run(plan[1]["run_id"])
+    write_whole(other.plan, to_json(plan[1] | {"provenance": {"commit": "0123abc", "packages": {"torch": "2.9.1"}}}))
+    write_records(other.metrics, other.read_metrics()[:-11])
+    study.run("stray").log_event("started")
+    assert main([f"study={study.path}"]) == 0
+    report = (study.report / "report.md").read_text()
+    remarks = report.partition("## Remarks")[2].partition("##")[0]
+    assert "1 folder below runs/ that the plan does not name (not in any table): stray" in remarks
+    assert "Provenance is mixed in commit" in remarks
+    assert "Row xt pools runs that differ in more than the seed: train.learning_rate." in remarks
+    assert f"{plan[1]['run_id']} finished, but its last validation is at step 30 of 40." in remarks
+    assert "pesq_wb refused 1 utterance in 1 run, left out of its means: no speech found (1)." in remarks
+    assert "scored on 1 to 2 utterances" in remarks
+    assert "| commit | 6df9ffe (1 run), 0123abc (1 run) | mixed |" in report
+    assert "note: Provenance is mixed" in capsys.readouterr().out
+
+
+def test_the_analysis_needs_no_torch() -> None:
+    modules = sorted(f"analysis.{path.stem}" for path in (ROOT / "analysis").glob("*.py") if path.stem != "__init__")
+    program = f"import sys, {', '.join(modules)}; print({{'torch', 'hydra', 'scaling.errors'}} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
