@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
+from scaling.allocator import keep_freed_memory
 from scaling.errors import UserError
 from scaling.evaluate import evaluate_run, summary
 from scaling.metrics import versions
@@ -56,6 +57,7 @@ def execute(plan: RunPlan) -> int:
 
 def _train_and_evaluate(plan: RunPlan, directory: RunDirectory) -> None:
     execution = plan.config.execution
+    keep_freed_memory()
     torch.set_num_threads(execution.threads or len(os.sched_getaffinity(0)))
     index = ShardIndex.load(plan.config.shard_root)
     trainer = Trainer(plan, directory, index)
