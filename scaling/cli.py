@@ -94,7 +94,7 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
     if isinstance(cause, (ConfigKeyError, AttributeError)) and key:
-        return f"{key}: no such setting{_did_you_mean(str(key), _all_keys(schema))}"
+        return f"{key}: no such setting{_did_you_mean(str(key), all_keys(schema))}"
     if key:
         return f"{key}: {_first_line(cause)}"
     return _first_line(error)
@@ -112,14 +112,14 @@ def _unknown_choice(error: MissingConfigException, overrides: Sequence[str]) -> 
     return f"{said}: no such choice; expected one of {', '.join(groups)}{_did_you_mean(group, groups)}"
 
 
-def _all_keys(schema: type, prefix: str = "") -> list[str]:
+def all_keys(schema: type, prefix: str = "") -> list[str]:
     """Every setting of a tree of dataclasses, dotted."""
     keys = []
     for name, hint in get_type_hints(schema).items():
         keys.append(f"{prefix}{name}")
         for choice in (hint, *get_args(hint)):  # X and the X of X | None
             if is_dataclass(choice) and isinstance(choice, type):
-                keys += _all_keys(choice, f"{prefix}{name}.")
+                keys += all_keys(choice, f"{prefix}{name}.")
     return keys
 
 
