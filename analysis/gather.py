@@ -239,10 +239,10 @@ def _outcome(run: RunDirectory, curve: pd.DataFrame, planned: Record) -> dict[st
     last_step = int(curve["step"].max()) if len(curve) else 0
     failure = event.get("failure") if state == "failed" else None
     said = event.get("reason")
-    waiting = "preempted" if event.get("event") == "preempted" else "waiting for its job to start"
     reason = {  # why there is no result yet
         "planned": "never submitted",
-        "submitted": waiting if said is None else f"{waiting}: {said}",
+        "submitted": "waiting for its job to start",
+        "preempted": "interrupted from outside" + (f": {said}" if said else ""),
         "running": f"{event.get('event')}, at step {last_step} of {planned['steps']} by its records",
         "finished": None,
         "failed": ": ".join(str(part) for part in (failure, said) if part) or "no reason on record",

@@ -51,9 +51,9 @@ def main(words: list[str]) -> int:
         require_slurm()
     write_plan(study, plans)
     todo = [plan for plan in plans if not is_settled(plan)]
-    if config.cluster.executor == "slurm":
-        return _submit(study, todo, config)
     print(f"{len(plans) - len(todo)} of {len(plans)} runs are settled, {len(todo)} to execute")
+    if todo and config.cluster.executor == "slurm":
+        return _submit(study, todo, config)
     if todo:
         signal.signal(signal.SIGTERM, _interrupt)
         with RunsDisplay(todo) as display:
@@ -80,9 +80,10 @@ def _submit(study: StudyDirectory, todo: Sequence[RunPlan], config: StudyConfig)
     if missing:
         jobs = submit_to_slurm(study, missing, config.cluster)
         print(f"submitted {len(missing)} runs as jobs {jobs[0]} to {jobs[-1]}")
-    print(f"{len(waiting)} runs wait or run already")
-    print(f"when they are done: python -m analysis.report study={study.path}")
-    print("until then: squeue --me; the same sweep command again submits what was lost, and nothing twice")
+    if waiting:
+        print(f"{len(waiting)} runs wait or run already")
+    print("to see them: squeue --me")
+    print("the same sweep command again submits what was lost, nothing twice, and when all is done makes the report")
     return 0
 
 

@@ -193,17 +193,16 @@ class RunDirectory:
     def state(self) -> tuple[str, Record]:
         """What has become of the run by its own records: a state and the event that shows it.
 
-        One of "planned" (nothing has happened), "submitted", "running", "finished", "failed".
+        One of "planned" (nothing has happened), "submitted", "running", "preempted" (interrupted
+        from outside; it goes on when it is executed again), "finished", "failed".
         """
         state, shown_by = "planned", {}
         for event in self.read_events():
             kind = event.get("event")
-            if kind in ("submitted", "finished", "failed"):
+            if kind in ("submitted", "preempted", "finished", "failed"):
                 state, shown_by = str(kind), event
             elif kind in ("started", "resumed", "checkpointed", "evaluating"):
                 state, shown_by = "running", event
-            elif kind == "preempted":
-                state, shown_by = "submitted", event
         return state, shown_by
 
 

@@ -46,8 +46,8 @@ def execute(plan: RunPlan) -> int:
         except UserError as error:
             directory.log_event("failed", failure="bad input", reason=str(error))
             raise
-        except (KeyboardInterrupt, SystemExit) as error:
-            directory.log_event("preempted", reason=type(error).__name__)
+        except KeyboardInterrupt:
+            directory.log_event("preempted", reason="interrupt")
             raise
         except Exception as error:
             directory.log_event("failed", failure="code error", reason=f"{type(error).__name__}: {error}")

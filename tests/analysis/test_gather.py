@@ -26,12 +26,12 @@ def test_every_planned_run_has_a_row_with_its_state_and_reason(write_study: Writ
 
     runs = gather(study.path).runs.set_index("run_id")
     assert list(runs.index) == ids
-    assert list(runs["state"]) == ["finished", "planned", "submitted", "running", "failed", "submitted"]
+    assert list(runs["state"]) == ["finished", "planned", "submitted", "running", "failed", "preempted"]
     assert runs.loc[ids[1], "reason"] == "never submitted"
     assert runs.loc[ids[3], "reason"] == "started, at step 17 of 40 by its records"
     assert runs.loc[ids[4], "reason"] == "diverged: loss is not finite at step 61"
     assert runs.loc[ids[4], "log"] == "/logs/4.out"
-    assert runs.loc[ids[5], "reason"] == "preempted"
+    assert runs.loc[ids[5], "reason"] == "interrupted from outside"
     assert runs.loc[ids[5], "log"] == str(study.run(ids[5]).jobs)
 
 

@@ -63,6 +63,8 @@ def test_a_runs_state_follows_its_events(tmp_path: Path):
         ("failed", "failed"),
         ("submitted", "submitted"),
         ("resumed", "running"),
+        ("preempted", "preempted"),
+        ("resumed", "running"),
         ("evaluating", "running"),
         ("finished", "finished"),
     ):
