@@ -64,7 +64,7 @@ class Study:
         macs_per_second, data, hours, num_clips, index_hash, steps, global_batch, crop_seconds,
         audio_hours_seen, train_macs, estimated_hours, seed: from the plan.
         axes.NAME: the value of each axis of the sweep (JSON text where it is not a scalar).
-        state: planned, submitted, running, finished or failed; failure: its class if it failed;
+        state: planned, submitted, running, preempted, finished or failed; failure: its class if it failed;
         reason: why it is not finished, in words; log: where to read on; last_step.
         validation_step, validation_loss, unprocessed_validation_loss: the last validation on
         record; NaN where the loss was not finite.

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from scaling.errors import UserError
+from scaling.records import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -79,18 +80,19 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Checkpoin
         temporary.path.mkdir()
         with temporary.state.open("wb") as file:
             torch.save(state, file)
-            _flush(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         data = temporary.state.read_bytes()
         files = {temporary.state.name: {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
         with temporary.manifest.open("w") as text:
             json.dump({"step": step, "files": files}, text, indent=2)
             text.flush()
-            _flush(text.fileno())
-        _flush_folder(temporary.path)
+            os.fsync(text.fileno())
+        sync_folder(temporary.path)
         if final.path.exists():  # a damaged one of the same step, passed over at load
             shutil.rmtree(final.path)
         os.rename(temporary.path, final.path)
-        _flush_folder(folder)
+        sync_folder(folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary.path, ignore_errors=True)
         # torch.save tells of a full disk as a RuntimeError of its zip writer
@@ -114,15 +116,3 @@ def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Check
             return checkpoint, torch.load(checkpoint.state, map_location=device, weights_only=True)
         log.warning("checkpoint %s is damaged (%s): passed over for the one before", checkpoint.path, damage)
     return None
-
-
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -38,7 +38,8 @@ from scaling.corpus.vbd import SPLITS, Utterance, find_utterances, warn_of_unkno
 from scaling.corpus.wav import WavHeader, close_zips
 from scaling.errors import UserError
 from scaling.progress import ProgressDisplay
-from scaling.shard_writer import SHARD_BYTES, ShardWriter, clip_bytes, sync_folder
+from scaling.records import sync_folder
+from scaling.shard_writer import SHARD_BYTES, ShardWriter, clip_bytes
 from scaling.shards import ShardIndex
 
 logger = logging.getLogger(__name__)

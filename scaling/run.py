@@ -22,7 +22,7 @@ from scaling.plan import RunPlan
 from scaling.provenance import hardware
 from scaling.records import RunDirectory, write_records
 from scaling.shards import ShardIndex
-from scaling.train import DivergedError, Trainer
+from scaling.trainer import DivergedError, Trainer
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from scaling.records import to_json, write_whole
+from scaling.records import sync_folder, to_json, write_whole
 from scaling.shards import (
     FORMAT_VERSION,
     SAMPLE_BYTES,
@@ -178,15 +178,6 @@ def clip_bytes(num_samples: int) -> int:
     """Bytes that a clip takes up in a tar: three headers, two wavs, and a JSON of one block."""
     wav = WAV_HEADER_BYTES + num_samples * SAMPLE_BYTES
     return 3 * TAR_BLOCK + 2 * (wav + -wav % TAR_BLOCK) + TAR_BLOCK
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries (what was created and renamed in it) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _wav(samples: Samples) -> bytes:

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scaling.checkpoint import list_checkpoints, load_newest
 from scaling.config import OptimiserConfig
 from scaling.records import RunDirectory
-from scaling.train import learning_rate, validation_steps
+from scaling.trainer import learning_rate, validation_steps
 
 
 def only_run(study: Path) -> RunDirectory:
