@@ -10,6 +10,7 @@ these are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -55,6 +56,7 @@ class MacCount:
         return self.band_split + self.blocks + self.mask_decoder
 
 
+@lru_cache
 def count_parameters(config: BSRNNConfig) -> ParameterCount:
     """Counted from the model itself, built without memory for its weights."""
     with torch.device("meta"):
@@ -71,6 +73,7 @@ def count_parameters(config: BSRNNConfig) -> ParameterCount:
     return count
 
 
+@lru_cache
 def count_macs(config: BSRNNConfig) -> MacCount:
     """By formula, for one second of audio."""
     channels = config.num_channels

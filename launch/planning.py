@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.table import Table
 
 from launch.config import StudyConfig
-from scaling.cli import compose_config, to_object
+from scaling.cli import compose_config, is_group, to_object, with_values
 from scaling.config import DataConfig, RunConfig
 from scaling.errors import UserError
-from scaling.grid import overrides
 from scaling.plan import RunPlan, plan_run
 from scaling.prepare import open_shards
 from scaling.records import StudyDirectory, write_records
@@ -28,9 +27,13 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     _refuse_overridden_axes(config, words)
     plans: dict[str, RunPlan] = {}
     indices: dict[str, ShardIndex] = {}
+    composed: dict[tuple[str, ...], DictConfig] = {}  # by the choices of groups; composing is what takes time
     for cell in config.sweep.cells():
-        composed = compose_config(StudyConfig, "study", [*words, *overrides(cell)])
-        run = replace(_run_part(composed), study=config.study)
+        choices = tuple(f"{axis}={value}" for axis, value in cell.items() if is_group(axis))
+        if choices not in composed:
+            composed[choices] = compose_config(StudyConfig, "study", [*words, *choices])
+        values = {axis: value for axis, value in cell.items() if not is_group(axis)}
+        run = _run_part(with_values(composed[choices], values, StudyConfig), config.study)
         plan = plan_run(run, _open_once(run.data, indices), cell)
         if plan.run_id in plans:
             raise UserError(
@@ -86,9 +89,10 @@ def _refuse_overridden_axes(config: StudyConfig, words: Sequence[str]) -> None:
             )
 
 
-def _run_part(composed: DictConfig) -> RunConfig:
-    names = [field.name for field in fields(RunConfig)]
-    return to_object(RunConfig, OmegaConf.create({name: composed[name] for name in names}))
+def _run_part(composed: DictConfig, study: str) -> RunConfig:
+    config = to_object(StudyConfig, composed, is_checked=True)
+    parts = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    return RunConfig(**parts | {"study": study})
 
 
 def _open_once(data: DataConfig, indices: dict[str, ShardIndex]) -> ShardIndex:

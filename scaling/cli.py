@@ -7,10 +7,11 @@ one makes output folders, takes over logging, and answers a user's mistake with 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -27,6 +28,11 @@ from scaling.records import RecordError
 CONFIG_FOLDER = Path(__file__).parent.parent / "conf"
 
 Config = TypeVar("Config")
+
+
+def is_group(key: str) -> bool:
+    """Whether a key is a choice between files (`model`) rather than a setting."""
+    return (CONFIG_FOLDER / key).is_dir()
 
 
 def load_config(schema: type[Config], name: str, overrides: Sequence[str]) -> Config:
@@ -46,10 +52,26 @@ def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictCon
         raise UserError(f"{dotted}: one of these sets a part of something that is null here; leave it out") from None
 
 
-def to_object(schema: type[Config], config: DictConfig | dict[str, Any]) -> Config:
-    """A composed or stored configuration as an object of `schema`, its checks made."""
+def with_values(config: DictConfig, values: Mapping[str, Any], schema: type) -> DictConfig:
+    """A copy of a composed configuration with settings (dotted key -> value) set; UserError as in `load_config`."""
+    copied = copy.deepcopy(config)
+    for key, value in values.items():
+        try:
+            OmegaConf.update(copied, key, value)
+        except OmegaConfBaseException as error:
+            raise UserError(_explain(error, schema, ())) from None
+        except AssertionError:
+            raise UserError(f"{key}: sets a part of something that is null here; leave it out") from None
+    return copied
+
+
+def to_object(schema: type[Config], config: DictConfig | dict[str, Any], is_checked: bool = False) -> Config:
+    """A composed or stored configuration as an object of `schema`, its checks made.
+
+    is_checked: it was composed by `schema` and holds no key beside; comparing again is half of the time
+    """
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), config)
+        typed = config if is_checked else OmegaConf.merge(OmegaConf.structured(schema), config)
         result = OmegaConf.to_object(typed)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]

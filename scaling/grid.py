@@ -8,7 +8,6 @@ those that `exclude` matches.
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,17 +50,6 @@ class SweepConfig:
         if not cells:
             raise UserError(f"sweep {self.name}: sweep.exclude leaves no cell of {len(product)} in the product")
         return cells
-
-
-def overrides(cell: Cell) -> list[str]:
-    """A cell in Hydra's override grammar."""
-    return [f"{axis}={_literal(value)}" for axis, value in cell.items()]
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, str):
-        return value if value.replace("_", "").replace("-", "").replace(".", "").isalnum() else json.dumps(value)
-    return "null" if value is None else json.dumps(value)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 import pytest
 
-from scaling.cli import load_config
+from scaling.cli import compose_config, load_config, to_object, with_values
 from scaling.config import RunConfig
 from scaling.errors import UserError
-from scaling.grid import SweepConfig, overrides
+from scaling.grid import SweepConfig
 from scaling.plan import RunPlan, plan_run, read_planned
 from scaling.records import RecordError
 from scaling.shards import ShardIndex
@@ -93,7 +93,6 @@ def test_a_sweep_is_the_product_of_its_axes_with_points_and_without_what_is_excl
         {"model": "xt", "data.hours": 2, "seed": 0},
         {"model": "t", "data.hours": 2, "seed": 0},
     ]
-    assert overrides(sweep.cells()[0]) == ["model=xxt", "data.hours=1", "seed=0"]
     assert sweep.axis_names == ["model", "data.hours", "seed"]
 
 
@@ -108,10 +107,16 @@ def test_a_sweep_without_cells_is_refused():
         SweepConfig("mine", axes={"seed": [0]}, exclude=[{"seed": 0}]).cells()
 
 
-def test_values_reach_hydra_as_they_are(tiny_run: list[str]):
+def test_an_axis_takes_any_value_as_it_is(tiny_run: list[str]):
+    composed = compose_config(RunConfig, "run", tiny_run)
     cell = {"study": 'a "b" (c)', "seed": 3, "train.optimiser.max_gradient_norm": None, "train.losses.waveform": 0.25}
-    config = load_config(RunConfig, "run", [*tiny_run, *overrides(cell)])
+    config = to_object(RunConfig, with_values(composed, cell, RunConfig))
     assert config.study == 'a "b" (c)'
     assert config.seed == 3
     assert config.train.optimiser.max_gradient_norm is None
     assert config.train.losses.waveform == 0.25
+    assert to_object(RunConfig, composed).seed == 0, "the composed configuration was changed"
+    with pytest.raises(UserError, match=r"train.sede: no such setting"):
+        with_values(composed, {"train.sede": 1}, RunConfig)
+    with pytest.raises(UserError, match=r"seed: Value 'one' of type 'str' could not be converted"):
+        with_values(composed, {"seed": "one"}, RunConfig)
