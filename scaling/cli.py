@@ -71,7 +71,9 @@ def to_object(schema: type[Config], config: DictConfig | dict[str, Any], is_chec
     is_checked: it was composed by `schema` and holds no key beside; comparing again is half of the time
     """
     try:
-        typed = config if is_checked else OmegaConf.merge(OmegaConf.structured(schema), config)
+        # as plain data, because a composed configuration lets any key in that came with a plus
+        plain = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
+        typed = config if is_checked else OmegaConf.merge(OmegaConf.structured(schema), plain)
         result = OmegaConf.to_object(typed)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]
@@ -146,10 +148,15 @@ def all_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def _did_you_mean(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    names = list(dict.fromkeys([*leaf, *close]))[:3]
-    return f"; did you mean {' or '.join(names)}?" if names else "; the settings are listed in docs/configuration.md"
+    """The settings whose own name is like the key's, else those whose whole path is."""
+    leaves: dict[str, list[str]] = {}
+    for name in known:
+        leaves.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=2, cutoff=0.7)
+    names = [name for leaf in close for name in leaves[leaf]] or difflib.get_close_matches(key, known, n=2)
+    return (
+        f"; did you mean {' or '.join(names[:3])}?" if names else "; the settings are listed in docs/configuration.md"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -161,7 +161,7 @@ def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path
         ([*sweep_words, "sweep.axes.model=[xxt,huge]"], "error: model=huge: no such model"),
         ([*sweep_words, "sweep.axes.execution.num_workers=[1,2]"], "error: sweep sizes: cells {'model': 'xxt', 'seed'"),
         ([*sweep_words, "sweep.axes.train.sede=[1,2]"], "error: train.sede: no such setting"),
-        ([*sweep_words, "sweep.axis=3"], "error: sweep.axis: no such setting; did you mean sweep.axes?"),
+        ([*sweep_words, "sweep.axis=3"], "error: sweep.axis: no such setting; did you mean sweep.axes"),
         ([*sweep_words, "cluster.max_parallel=0"], "error: cluster.max_parallel = 0: expected at least 1"),
     ):
         done = command("launch.sweep", *words)

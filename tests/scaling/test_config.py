@@ -15,6 +15,8 @@ MISTAKES = {
     "train.optimiser.lerning_rate=1": r"train.optimiser.lerning_rate: no such setting; did you mean train.optimiser.l",
     "losses.magnitude=1": r"losses: no such setting; did you mean train.losses\?",
     "nonsense=1": r"nonsense: no such setting; the settings are listed in docs/configuration.md",
+    "+sede=1": r"sede: no such setting; did you mean seed\?",
+    "++train.optimiser.lerning_rate=1": r"lerning_rate: no such setting",
     "foo": r"foo: not understood as KEY=VALUE",
     "seed=one": r"seed: Value 'one' of type 'str' could not be converted to Integer",
     "seed=-1": r"seed = -1: expected a whole number of at least 0",
