@@ -11,11 +11,11 @@ from scaling.errors import UserError
 MISTAKES = {
     "model=xxl": r"model=xxl: no such model; expected one of l, m, s, t, xl, xt, xxt \(the files of conf/model\)",
     "train=nope": r"train=nope: no such train; expected one of demo, fastenhancer",
-    "sede=1": r"sede: no such setting; did you mean seed\?",
+    "sede=1": r"sede: no such setting; did you mean seed or data.demo.seed",
     "train.optimiser.lerning_rate=1": r"train.optimiser.lerning_rate: no such setting; did you mean train.optimiser.l",
     "losses.magnitude=1": r"losses: no such setting; did you mean train.losses\?",
     "nonsense=1": r"nonsense: no such setting; the settings are listed in docs/configuration.md",
-    "+sede=1": r"sede: no such setting; did you mean seed\?",
+    "+sede=1": r"sede: no such setting; did you mean seed or data.demo.seed",
     "++train.optimiser.lerning_rate=1": r"lerning_rate: no such setting",
     "foo": r"foo: not understood as KEY=VALUE",
     "seed=one": r"seed: Value 'one' of type 'str' could not be converted to Integer",
