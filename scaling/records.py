@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -160,6 +161,14 @@ class RunDirectory:
         """Held by the process that trains the run, for as long as it lives."""
         return self.path / "lock"
 
+    def clear(self) -> None:
+        """Remove all the run's records and files, but for the lock that the caller holds."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != self.lock:
+                path.unlink()
+
     def read_plan(self) -> Record:
         """The run's plan; RecordError if there is none."""
         try:
@@ -209,7 +218,9 @@ class RunDirectory:
         state, shown_by = "planned", {}
         for event in self.read_events():
             kind = event.get("event")
-            if kind in ("submitted", "preempted", "finished", "failed"):
+            if kind == "finished":  # whatever comes after
+                return "finished", event
+            if kind in ("submitted", "preempted", "failed"):
                 state, shown_by = str(kind), event
             elif kind in ("started", "resumed", "checkpointed", "evaluating"):
                 state, shown_by = "running", event
@@ -233,6 +244,11 @@ class StudyDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the sweep that works on the study."""
+        return self.path / "lock"
 
     def run(self, run_id: str) -> RunDirectory:
         return RunDirectory(self.runs / run_id)

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -32,8 +33,12 @@ def execute(plan: RunPlan) -> int:
 
     0: finished, now or before; 1: diverged. Whatever else ends it is put on record and raised.
     """
-    directory = plan.write()
-    with held_lock(directory):
+    directory = plan.directory
+    directory.path.mkdir(parents=True, exist_ok=True)
+    with held_lock(directory.lock, f"run {directory.path} is being trained"):
+        if plan.config.train.test:  # a quick check starts anew every time
+            directory.clear()
+        plan.write()
         if directory.state()[0] == "finished":
             log.info("run %s is finished already: %s", directory.run_id, directory.path)
             return 0
@@ -71,18 +76,15 @@ def _train_and_evaluate(plan: RunPlan, directory: RunDirectory) -> None:
 
 
 @contextmanager
-def held_lock(directory: RunDirectory) -> Iterator[None]:
-    """Hold the run for this process; UserError if another process of this machine holds it."""
-    directory.path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT, 0o644)
+def held_lock(lock: Path, taken: str) -> Iterator[None]:
+    """Hold a lock file for this process; UserError saying what is `taken` if another process holds it."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise UserError(
-                f"run {directory.path} is being trained by process {holder}: wait for it, or stop it first"
-            ) from None
+            raise UserError(f"{taken} by process {holder}: wait for it, or stop it first") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield

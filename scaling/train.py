@@ -10,11 +10,9 @@ Settings: docs/configuration.md.
 
 from __future__ import annotations
 
-import shutil
-
 from scaling.cli import load_config, run_main
 from scaling.config import RunConfig
-from scaling.plan import plan_run
+from scaling.plan import plan_run, require_writable
 from scaling.prepare import open_shards
 from scaling.run import execute
 
@@ -22,8 +20,7 @@ from scaling.run import execute
 def main(words: list[str]) -> int:
     config = load_config(RunConfig, "run", words)
     plan = plan_run(config, open_shards(config.data))
-    if config.train.test:  # a quick check starts anew every time
-        shutil.rmtree(plan.directory.path, ignore_errors=True)
+    require_writable(plan.directory.path)
     print(f"run {plan.run_id}: {plan.steps} steps, in {plan.directory.path}", flush=True)
     return execute(plan)
 

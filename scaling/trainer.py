@@ -93,7 +93,7 @@ class Trainer:
     def fit(self) -> BSRNN:
         """Train to the plan's last step and return the trained model.
 
-        DivergedError if the loss stops being finite; UserError for a full disk or a damaged clip.
+        DivergedError if a loss or gradient stops being finite; UserError for a full disk or a damaged clip.
         """
         from torch.utils.tensorboard import SummaryWriter  # slow to load, and needed nowhere else
 
@@ -110,11 +110,14 @@ class Trainer:
                 loss, terms, gradient_norm = self._optimise(batches, lr)
                 self.step += 1
                 steps_since += 1
-                if not math.isfinite(loss):
-                    raise DivergedError(f"the loss of step {self.step} is {loss} (learning rate {lr:.3g})")
+                if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+                    raise DivergedError(
+                        f"the loss of step {self.step} is {loss:.4g}, its gradient norm {gradient_norm:.4g} "
+                        f"(learning rate {lr:.3g})"
+                    )
                 if self.step % config.execution.log_every == 0 or self.step in (1, plan.steps):
                     now = time.perf_counter()
-                    row = {
+                    row: dict[str, Any] = {
                         "loss": loss,
                         "terms": terms,
                         "learning_rate": lr,
@@ -129,13 +132,16 @@ class Trainer:
                     row = self.validate()
                     self.directory.log_metrics("validation", self.step, **row)
                     _write_scalars(board, "validation", row, self.step)
+                    if not math.isfinite(row["loss"]):
+                        raise DivergedError(f"the validation loss after step {self.step} is {row['loss']:.4g}")
                     log.info("validation loss %.5f (unprocessed %.5f)", row["loss"], row["unprocessed_loss"])
                     since, steps_since = time.perf_counter(), 0
                 if self.step % config.execution.checkpoint_every == 0 or self.step == plan.steps:
                     self._save()
                     since, steps_since = time.perf_counter(), 0
                 progress.show(self.step, f"loss {loss:.4f}")
-        return self.model
+        # As `scaling.evaluate` will load it: not compiled, and in 32 bits whatever the training's precision.
+        return self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
 
     def validate(self) -> dict[str, Any]:
         """Loss and SI-SDR, enhanced and unprocessed: means over whole validation utterances."""
@@ -190,9 +196,13 @@ class Trainer:
                 terms[name] = terms.get(name, 0) + term / num_micro_batches
         bound = self.config.train.optimiser.max_gradient_norm
         gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if bound is None else bound)
-        if math.isfinite(value := total.item()):  # the weights of a diverged run stay those of its last good step
+        norm = float(gradient_norm)
+        if self.accelerator.scaler is not None:
+            self.optimiser.step()  # fp16: the scaler itself passes over gradients that overflowed
+            norm = norm if math.isfinite(norm) else 0.0
+        elif math.isfinite(norm):
             self.optimiser.step()
-        return value, {name: term.item() for name, term in terms.items()}, float(gradient_norm or 0.0)
+        return total.item(), {name: term.item() for name, term in terms.items()}, norm
 
     def _save(self) -> None:
         scaler = self.accelerator.scaler

@@ -17,9 +17,16 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bsrnn import BSRNN, BSRNNConfig
+from bsrnn.losses import LossConfig, enhancement_loss
+from scaling.budget import select_hours
 from scaling.checkpoint import list_checkpoints, load_newest
 from scaling.config import OptimiserConfig
+from scaling.evaluate import load_model
+from scaling.metrics import si_sdr
 from scaling.records import RunDirectory
+from scaling.shards import ShardIndex, ShardReader
+from scaling.stream import CropDataset
 from scaling.trainer import learning_rate, validation_steps
 
 
@@ -82,6 +89,55 @@ def test_a_run_leaves_every_record_that_a_table_needs(uninterrupted: RunDirector
     assert board.Scalars("validation/loss")[0].value == pytest.approx(validation["loss"])
 
 
+def test_three_steps_equal_a_loop_written_by_hand(tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path, command):
+    """Learning rate, weight decay, clipping, losses, the budget's clips and their crops all reach the weights."""
+    words = ["train.budget.steps=3", "train.norm_batch=4", "train.optimiser.learning_rate=0.01", "seed=5"]
+    words += ["train.optimiser.weight_decay=0.5", "train.optimiser.max_gradient_norm=0.005", "data.hours=0.02"]
+    assert command("scaling.train", *tiny_run, *words).returncode == 0
+    directory = only_run(tmp_path / "study")
+
+    torch.set_num_threads(1)  # as the run: AdamW's first steps turn rounding of small gradients into whole steps
+    torch.manual_seed(5)
+    model = BSRNN(BSRNNConfig(16, 2))
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.95, 0.999), weight_decay=0.5)
+    clips = select_hours(tiny_index.clips("train"), 0.02, 0)
+    assert len(clips) < len(tiny_index.clips("train"))
+    dataset = CropDataset(tiny_index.root, clips, 8_000, seed=5)
+    norms = []
+    for step, rate in enumerate((0.005, 0.01, 0.01)):  # two steps of warm-up, then the cosine's beginning
+        crops = [dataset[t] for t in range(4 * step, 4 * step + 4)]
+        noisy, clean = (torch.stack(part).float() / 32768 for part in zip(*crops, strict=True))
+        optimiser.zero_grad()
+        enhancement_loss(model(noisy), clean, model.stft, LossConfig()).total.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.005).item())
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.step()
+    assert min(norms) > 0.005, "not everything was clipped"
+    recorded = [row["gradient_norm"] for row in directory.read_metrics() if row["kind"] == "train"]
+    assert recorded == pytest.approx(norms, rel=1e-3)
+    state = load_newest(directory.checkpoints)[1]["model"]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(state[name], parameter.detach(), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_validation_and_scores_are_of_the_trained_model_on_their_own_splits(
+    uninterrupted: RunDirectory, tiny_index: ShardIndex
+):
+    _, model = load_model(uninterrupted)
+    reader, losses, si_sdrs = ShardReader(tiny_index.root), [], []
+    with torch.inference_mode():
+        for clip in tiny_index.clips("validation"):
+            assert clip.speaker in ("p226", "p287")
+            noisy, clean = (torch.from_numpy(part).float()[None] / 32768 for part in reader.read_clip(clip))
+            losses.append(enhancement_loss(model(noisy), clean, model.stft, LossConfig()).total.item())
+        for clip in sorted(tiny_index.clips("test"), key=lambda clip: clip.id):
+            noisy, clean = (torch.from_numpy(part).float()[None] / 32768 for part in reader.read_clip(clip))
+            si_sdrs.append(si_sdr(model(noisy).waveform[0].numpy(), clean[0].numpy()))
+    (validation,) = [row for row in uninterrupted.read_metrics() if row["kind"] == "validation"]
+    assert validation["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert [row["si_sdr"] for row in uninterrupted.read_scores()] == pytest.approx(si_sdrs, abs=1e-3)
+
+
 def test_kills_at_random_moments_change_no_loss_and_no_weight(
     uninterrupted: RunDirectory, tiny_run: list[str], tmp_path: Path
 ):
@@ -134,16 +190,18 @@ def test_the_same_command_again_trains_nothing_and_says_so(tiny_run: list[str], 
     assert directory.metrics.read_bytes() == before
 
 
-def test_a_diverging_run_stops_on_record_with_its_last_good_weights(tiny_run: list[str], tmp_path: Path, command):
-    words = ["train.optimiser.learning_rate=1e30", "train.optimiser.warmup_steps=0", "execution.checkpoint_every=1"]
+@pytest.mark.parametrize("steps", [1, 24])  # in the last step only the validation can tell
+def test_a_diverging_run_stops_on_record_and_is_not_scored(tiny_run: list[str], tmp_path: Path, command, steps: int):
+    words = ["train.optimiser.learning_rate=1e30", "train.optimiser.warmup_steps=0", f"train.budget.steps={steps}"]
     done = command("scaling.train", *tiny_run, *words)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     directory = only_run(tmp_path / "study")
     state, event = directory.state()
     assert (state, event["failure"]) == ("failed", "diverged")
-    assert "the loss of step" in event["reason"]
+    assert ("the loss of step" if steps > 1 else "the validation loss after step 1") in event["reason"]
     assert not directory.scores.exists()
+    assert all(checkpoint.step < steps for checkpoint in list_checkpoints(directory.checkpoints))
 
 
 def test_the_quick_check_trains_ten_steps_validates_scores_and_ends(tiny_run: list[str], tmp_path: Path, command):
@@ -155,6 +213,7 @@ def test_the_quick_check_trains_ten_steps_validates_scores_and_ends(tiny_run: li
         assert [row["step"] for row in directory.read_metrics() if row["kind"] == "validation"] == [10]
         assert [row["step"] for row in directory.read_metrics() if row["kind"] == "train"] == list(range(1, 11))
         assert directory.read_scores()
+        assert next(event["event"] for event in directory.read_events()) == "started"
         assert "10 of 10" in done.stderr  # plain lines where there is no terminal
 
 
