@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -64,10 +65,12 @@ def _look(plan: RunPlan) -> dict[str, str]:
     """How far a run is, in words."""
     directory = plan.directory
     state, event = directory.state()
-    row = _last_train_row(directory.metrics)
+    rows = _last_train_rows(directory.metrics)
+    row = rows[-1] if rows else {}
     step = int(row.get("step", 0))
     left = ""
-    speed = row.get("audio_seconds_per_second")
+    speeds = [row["audio_seconds_per_second"] for row in rows if row.get("audio_seconds_per_second")]
+    speed = len(speeds) / sum(1 / speed for speed in speeds) if speeds else None
     if state == "running" and speed:
         seconds = round((plan.steps - step) / plan.steps * plan.audio_seconds_seen / speed)
         left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
@@ -86,31 +89,27 @@ def _table(rows: Sequence[dict[str, str]]) -> Table:
     table = Table(box=None, pad_edge=False)
     headings = {"speed": "audio s/s", "left": "time left", "why": ""}
     for name in rows[0] if rows else ():
-        table.add_column(
-            headings.get(name, name), justify="right" if name in ("step", "loss", "speed", "left") else "left"
-        )
+        is_number = name in ("step", "loss", "speed", "left")
+        table.add_column(headings.get(name, name), justify="right" if is_number else "left", no_wrap=name == "run")
     styles = {"finished": "green", "failed": "red", "running": "bold", "evaluating": "bold"}
     for row in rows:
         table.add_row(*row.values(), style=styles.get(row["state"], "dim"))
     return table
 
 
-def _last_train_row(path: Path) -> Record:
-    """The newest row of training metrics, from the end of the file: it is read twice a second."""
+def _last_train_rows(path: Path) -> list[Record]:
+    """The newest rows of training metrics, from the end of the file: it is read twice a second."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return {}
+        return []
     try:
         size = os.fstat(descriptor).st_size
         tail = os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES))
     finally:
         os.close(descriptor)
-    for line in reversed(tail.splitlines()):
-        try:
-            row: Any = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("kind") == "train":
-            return row
-    return {}
+    rows: list[Any] = []
+    for line in tail.splitlines():
+        with contextlib.suppress(ValueError):  # the first line is cut, the last may be torn
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("kind") == "train"]

@@ -37,24 +37,45 @@ class LocalJob:
     job: submitit.Job | None  # None: started by an earlier sweep, known by its lock alone
 
     def is_done(self) -> bool:
-        return self.job.done() if self.job is not None else not is_locked(self.plan.directory)
+        return self.job.done() if self.job is not None else not is_alive(self.plan)
 
     @property
     def log(self) -> Path | None:
-        return Path(self.job.paths.stderr) if self.job is not None else None
+        return last_log(self.plan)
 
 
-def run_locally(plans: Sequence[RunPlan], cluster: ClusterConfig, show: Callable[[], None]) -> None:
+def is_alive(plan: RunPlan) -> bool:
+    """Whether a process of this machine executes the run, or has been started to."""
+    if is_locked(plan.directory):
+        return True
+    submitted = [event for event in plan.directory.read_events() if event.get("event") == "submitted"]
+    if not submitted or submitted[-1].get("executor") != "local":
+        return False
+    with contextlib.suppress(psutil.Error, ValueError):
+        return "submitit" in " ".join(psutil.Process(int(submitted[-1]["job"])).cmdline())
+    return False
+
+
+def last_log(plan: RunPlan) -> Path | None:
+    """Where the run's newest job writes."""
+    logs = [event.get("log") for event in plan.directory.read_events() if event.get("event") == "submitted"]
+    return Path(logs[-1]) if logs and logs[-1] else None
+
+
+def run_locally(plans: Sequence[RunPlan], num_planned: int, cluster: ClusterConfig, show: Callable[[], None]) -> None:
     """Bring all runs to their end, in the order given; one that fails leaves the others running.
 
+    num_planned: runs of the whole sweep; the threads of a run follow from it and not from how
+        many are left, so a run that goes on later computes as it did before
     show: called every half second, to show how far the runs are
     An interrupt ends the runs too; they go on from their checkpoints at the next call.
     """
     gpus = _visible_gpus()
-    num_slots = cluster.max_parallel or max(1, len(gpus) or min(len(plans), _num_cpus()))
-    threads = max(1, _num_cpus() // min(num_slots, max(1, len(plans))))
-    waiting = deque(plan for plan in plans if not is_locked(plan.directory))
-    running = [LocalJob(plan, slot, None) for slot, plan in enumerate(p for p in plans if is_locked(p.directory))]
+    num_slots = cluster.max_parallel or max(1, len(gpus) or min(num_planned, _num_cpus()))
+    threads = max(1, _num_cpus() // min(num_slots, num_planned))
+    adopted = [plan for plan in plans if is_alive(plan)]
+    waiting = deque(plan for plan in plans if plan not in adopted)
+    running = [LocalJob(plan, slot, None) for slot, plan in enumerate(adopted)]
     try:
         while waiting or running:
             while waiting and len(running) < num_slots:
@@ -66,7 +87,7 @@ def run_locally(plans: Sequence[RunPlan], cluster: ClusterConfig, show: Callable
                 _record_silent_end(job)
             show()
     except BaseException:
-        _stop([job.job for job in running if job.job is not None])
+        _stop(running)
         raise
 
 
@@ -90,12 +111,15 @@ def _submit(plan: RunPlan, slot: int, threads: int, gpus: Sequence[int]) -> Loca
     return LocalJob(plan, slot, job)
 
 
-def _stop(jobs: Sequence[submitit.Job]) -> None:
+def _stop(jobs: Sequence[LocalJob]) -> None:
     """Interrupt runs, and kill those that have not ended within a few seconds."""
     processes: list[psutil.Process] = []
     for job in jobs:
-        with contextlib.suppress(psutil.NoSuchProcess):  # submitit names a local job by its controller's process
-            processes += psutil.Process(int(job.job_id)).children()
+        with contextlib.suppress(psutil.Error, ValueError, OSError):
+            if job.job is not None:  # submitit names a local job by its controller's process
+                processes += psutil.Process(int(job.job.job_id)).children()
+            else:
+                processes.append(psutil.Process(int(job.plan.directory.lock.read_text())))
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGINT)
@@ -108,7 +132,7 @@ def _stop(jobs: Sequence[submitit.Job]) -> None:
 def _record_silent_end(job: LocalJob) -> None:
     """A process that was killed cannot say so itself."""
     directory = job.plan.directory
-    if directory.state()[0] in ("finished", "failed"):
+    if directory.state()[0] in ("finished", "failed") or is_locked(directory):
         return
     last_line = _last_line(job.log) if job.log is not None else ""
     directory.log_event(
@@ -116,7 +140,7 @@ def _record_silent_end(job: LocalJob) -> None:
         failure="killed",
         reason="its process ended without a word: killed from outside, or out of memory"
         + (f"; its log ends: {last_line}" if last_line else ""),
-        log=str(job.log),
+        **({"log": str(job.log)} if job.log is not None else {}),
     )
 
 

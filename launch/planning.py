@@ -12,10 +12,24 @@ from launch.config import StudyConfig
 from scaling.cli import compose_config, is_group, to_object, with_values
 from scaling.config import DataConfig, RunConfig
 from scaling.errors import UserError
+from scaling.grid import Cell, SweepConfig
 from scaling.plan import RunPlan, plan_run
 from scaling.prepare import open_shards
 from scaling.records import StudyDirectory, write_records
 from scaling.shards import ShardIndex
+
+
+def load_study(words: Sequence[str]) -> StudyConfig:
+    """The sweep's configuration, with its first cell's values: what no cell has needs to make no sense."""
+    composed = compose_config(StudyConfig, "study", words)
+    sweep = to_object(SweepConfig, composed.sweep)
+    _refuse_overridden_axes(sweep, words)
+    choices, values = _split(sweep.cells()[0])
+    composed = with_values(compose_config(StudyConfig, "study", [*words, *choices]), values, StudyConfig)
+    config = to_object(StudyConfig, composed)
+    if config.train.test:  # quick checks stay out of the study they check
+        config.study += "-test"
+    return config
 
 
 def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
@@ -24,24 +38,22 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     words: the command line's overrides, which every cell starts from
     """
     assert config.sweep is not None
-    _refuse_overridden_axes(config, words)
-    plans: dict[str, RunPlan] = {}
+    plans: dict[str, RunPlan] = {}  # by their science, of which a size's name is no part
     indices: dict[str, ShardIndex] = {}
     composed: dict[tuple[str, ...], DictConfig] = {}  # by the choices of groups; composing is what takes time
     for cell in config.sweep.cells():
-        choices = tuple(f"{axis}={value}" for axis, value in cell.items() if is_group(axis))
+        choices, values = _split(cell)
         if choices not in composed:
             composed[choices] = compose_config(StudyConfig, "study", [*words, *choices])
-        values = {axis: value for axis, value in cell.items() if not is_group(axis)}
         run = _run_part(with_values(composed[choices], values, StudyConfig), config.study)
         plan = plan_run(run, _open_once(run.data, indices), cell)
-        if plan.run_id in plans:
+        if plan.science_hash in plans:
             raise UserError(
-                f"sweep {config.sweep.name}: cells {plans[plan.run_id].axes} and {cell} are the same run "
+                f"sweep {config.sweep.name}: cells {plans[plan.science_hash].axes} and {cell} are the same run "
                 f"{plan.run_id}: their axes differ in no scientific setting; remove one"
             )
         hours = config.cluster.training_hours(run.model.num_layers, plan.macs_per_second, plan.audio_seconds_seen)
-        plans[plan.run_id] = replace(plan, estimated_hours=hours)
+        plans[plan.science_hash] = replace(plan, estimated_hours=hours)
     return sorted(plans.values(), key=lambda plan: -(plan.estimated_hours or plan.train_macs))
 
 
@@ -56,7 +68,7 @@ def plan_table(plans: Sequence[RunPlan], states: dict[str, str]) -> Table:
     """The runs with what they cost; `states` says of each run_id what has become of it."""
     table = Table(title=f"{len(plans)} runs", title_justify="left", box=None, pad_edge=False)
     for name in ("run", "size", "params", "MACs/s", "data (h)", "steps", "audio seen (h)", "compute", "state"):
-        table.add_column(name, justify="left" if name in ("run", "size", "state") else "right")
+        table.add_column(name, justify="left" if name in ("run", "size", "state") else "right", no_wrap=name == "run")
     for plan in plans:
         row = plan.to_record()
         table.add_row(
@@ -70,22 +82,35 @@ def plan_table(plans: Sequence[RunPlan], states: dict[str, str]) -> Table:
             "?" if plan.estimated_hours is None else f"~{_duration(plan.estimated_hours)}",
             states.get(plan.run_id, ""),
         )
+    unseen = [plan for plan in plans if plan.audio_seconds_seen < plan.hours * 3600]
     if all(plan.estimated_hours is not None for plan in plans):
         total = sum(plan.estimated_hours or 0 for plan in plans)
         table.caption = f"about {_duration(total)} of training in all, on one core or GPU"
     else:
         table.caption = "compute unknown: set cluster.seconds_per_layer and cluster.seconds_per_gmac as measured"
+    if unseen:
+        table.caption += f"; {len(unseen)} runs end before they have seen all of their data: raise train.budget"
     table.caption_justify = "left"
     return table
 
 
-def _refuse_overridden_axes(config: StudyConfig, words: Sequence[str]) -> None:
-    assert config.sweep is not None
+def _split(cell: Cell) -> tuple[tuple[str, ...], Cell]:
+    """A cell's choices of groups, as Hydra takes them, and its other values."""
+    choices = tuple(f"{axis}={value}" for axis, value in cell.items() if is_group(axis))
+    return choices, {axis: value for axis, value in cell.items() if not is_group(axis)}
+
+
+def _refuse_overridden_axes(sweep: SweepConfig, words: Sequence[str]) -> None:
     for word in words:
         key, _, value = word.partition("=")
-        if key.lstrip("+~") in config.sweep.axis_names:
+        key = key.lstrip("+~")
+        if key in sweep.axis_names:
+            raise UserError(f"{word}: {key} is an axis of sweep {sweep.name}: set sweep.axes.{key}=[{value}] instead")
+        group = key.split(".")[0]
+        if group == "model" and group in sweep.axis_names:
             raise UserError(
-                f"{word}: {key} is an axis of sweep {config.sweep.name}: set sweep.axes.{key}=[{value}] instead"
+                f"{word}: would give every size of sweep {sweep.name} the same {key}: "
+                f"make a size of its own in conf/model, or an axis sweep.axes.{key}=[...] in place of model"
             )
 
 

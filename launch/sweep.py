@@ -25,13 +25,14 @@ from rich.console import Console
 
 from launch.config import StudyConfig
 from launch.display import RunsDisplay
-from launch.local import run_locally
-from launch.planning import plan_study, plan_table, write_plan
+from launch.local import last_log, run_locally
+from launch.planning import load_study, plan_study, plan_table, write_plan
 from launch.slurm import live_jobs, require_slurm, submit_to_slurm
-from scaling.cli import CONFIG_FOLDER, load_config, run_main
+from scaling.cli import CONFIG_FOLDER, run_main
 from scaling.errors import UserError
-from scaling.plan import RunPlan
+from scaling.plan import RunPlan, require_writable
 from scaling.records import StudyDirectory
+from scaling.run import held_lock
 
 
 def main(words: list[str]) -> int:
@@ -39,7 +40,7 @@ def main(words: list[str]) -> int:
     if not any(word.startswith("+sweep=") for word in words):
         sweeps = sorted(path.stem for path in (CONFIG_FOLDER / "sweep").glob("*.yaml"))
         raise UserError(f"no sweep named: give +sweep=NAME, one of {', '.join(sweeps)} (the files of conf/sweep)")
-    config = load_config(StudyConfig, "study", words)
+    config = load_study(words)
     study = StudyDirectory(Path(config.study))
     plans = plan_study(config, words)
     Console(width=None if sys.stdout.isatty() else 160).print(
@@ -49,6 +50,14 @@ def main(words: list[str]) -> int:
         return 0
     if config.cluster.executor == "slurm":
         require_slurm()
+    require_writable(study.path)
+    with held_lock(study.lock, f"study {study.path} is being swept"):
+        return _execute(study, plans, config)
+
+
+def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfig) -> int:
+    """Write the plan, bring what is not settled to its end (or submit it), report."""
+    _tell_other_runs(study, plans)
     write_plan(study, plans)
     todo = [plan for plan in plans if not is_settled(plan)]
     print(f"{len(plans) - len(todo)} of {len(plans)} runs are settled, {len(todo)} to execute")
@@ -57,9 +66,9 @@ def main(words: list[str]) -> int:
     if todo:
         signal.signal(signal.SIGTERM, _interrupt)
         with RunsDisplay(todo) as display:
-            run_locally(todo, config.cluster, display.show)
-    _report(study)
-    return _tell_failures(plans)
+            run_locally(todo, len(plans), config.cluster, display.show)
+    is_reported = _report(study)
+    return max(_tell_failures(plans), 0 if is_reported else 1)
 
 
 def _spelt_for_hydra(word: str) -> str:
@@ -87,15 +96,25 @@ def _submit(study: StudyDirectory, todo: Sequence[RunPlan], config: StudyConfig)
     return 0
 
 
+def _tell_other_runs(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
+    others = {path.name for path in study.runs.glob("*")} - {plan.run_id for plan in plans}
+    if others:
+        print(
+            f"{study.path} holds {len(others)} runs of earlier plans that this sweep does not name: they stay, but its "
+            "table is of this plan alone; widen the axes to have both, or give another study=DIR"
+        )
+
+
 def _last_job(plan: RunPlan) -> str | None:
     jobs = [event.get("job") for event in plan.directory.read_events() if event.get("event") == "submitted"]
     return jobs[-1] if jobs else None
 
 
-def _report(study: StudyDirectory) -> None:
+def _report(study: StudyDirectory) -> bool:
     """In a process of its own: the analysis imports nothing of this room, nor this room of it."""
     sys.stdout.flush()
-    subprocess.run([sys.executable, "-m", "analysis.report", f"study={study.path}"], check=False)
+    done = subprocess.run([sys.executable, "-m", "analysis.report", f"study={study.path}"], check=False)
+    return done.returncode == 0
 
 
 def _tell_failures(plans: Sequence[RunPlan]) -> int:
@@ -104,9 +123,8 @@ def _tell_failures(plans: Sequence[RunPlan]) -> int:
         state, event = plan.directory.state()
         if state != "finished":
             failed += 1
-            logs = [e["log"] for e in plan.directory.read_events() if e.get("event") == "submitted" and e.get("log")]
             reason = f"{event.get('failure')}: {event.get('reason')}" if state == "failed" else f"it is {state}"
-            print(f"run {plan.run_id} did not finish, {reason}; log: {logs[-1] if logs else 'none'}", file=sys.stderr)
+            print(f"run {plan.run_id} did not finish, {reason}; log: {last_log(plan)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -26,6 +26,10 @@ class SweepConfig:
     exclude: list[Any] = field(default_factory=list)  # drops the cells in which all of axis -> value hold
 
     def __post_init__(self) -> None:
+        for name, rules in (("points", self.points), ("exclude", self.exclude)):
+            for rule in rules:
+                if not isinstance(rule, dict):
+                    raise UserError(f"sweep.{name} has {rule}: expected axis: value pairs, as [{{model: s, seed: 0}}]")
         for axis, values in _flatten(self.axes).items():
             if not isinstance(values, list) or not values:
                 raise UserError(

@@ -132,6 +132,31 @@ def test_a_killed_sweeps_runs_are_found_by_the_next_call_and_not_doubled(
     assert len(started(study)) == 3
 
 
+def test_a_second_sweep_on_the_same_study_is_refused_by_name(sweep_words: list[str], tmp_path: Path, command):
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=100"]
+    process = subprocess.Popen([sys.executable, "-m", "launch.sweep", *words], cwd=tmp_path, stdout=-3, stderr=-3)
+    study = StudyDirectory(tmp_path / "study")
+    wait_for_running(study, process)
+    second = command("launch.sweep", *words)
+    assert second.returncode == 2
+    assert f"is being swept by process {process.pid}: wait for it, or stop it first" in second.stderr
+    assert process.wait(timeout=120) == 0
+    assert set(started(study).values()) == {1}
+
+
+def test_a_budget_can_be_an_axis_and_quick_checks_stay_out_of_the_study(
+    sweep_words: list[str], tmp_path: Path, command
+):
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=null", "dry_run=true"]
+    done = command("launch.sweep", *words, "sweep.axes.train.budget.epochs=[2,4]")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("planned") == 2
+    quick = command("launch.sweep", *sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.test=true")
+    assert quick.returncode == 0, quick.stderr
+    assert not (tmp_path / "study").exists()
+    assert StudyDirectory(tmp_path / "study-test").read_plan()[0]["steps"] == 10
+
+
 def test_an_interrupt_ends_the_runs_and_the_next_call_goes_on(sweep_words: list[str], tmp_path: Path, command):
     words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=200"]
     process = subprocess.Popen(
@@ -161,7 +186,13 @@ def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path
         ([*sweep_words, "sweep.axes.model=[xxt,huge]"], "error: model=huge: no such model"),
         ([*sweep_words, "sweep.axes.execution.num_workers=[1,2]"], "error: sweep sizes: cells {'model': 'xxt', 'seed'"),
         ([*sweep_words, "sweep.axes.train.sede=[1,2]"], "error: train.sede: no such setting"),
-        ([*sweep_words, "sweep.axis=3"], "error: sweep.axis: no such setting; did you mean sweep.axes"),
+        ([*sweep_words, "sweep.axis=3"], "error: axis: no such setting; did you mean axes?"),
+        (
+            [*sweep_words, "model.num_layers=3"],
+            "error: model.num_layers=3: would give every size of sweep sizes",
+        ),
+        ([*sweep_words, "sweep.points=[3]"], "error: sweep.points has 3: expected axis: value pairs"),
+        ([*sweep_words, "study=/dev/null/x"], "error: /dev/null/x cannot be written"),
         ([*sweep_words, "cluster.max_parallel=0"], "error: cluster.max_parallel = 0: expected at least 1"),
     ):
         done = command("launch.sweep", *words)
