@@ -6,6 +6,7 @@ Every term is a mean over all its elements, so a batch's loss is the mean of its
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,8 +30,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         weights = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"loss.{name} = {weight}: expected a weight of at least 0")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"loss.{name} = {weight}: expected a finite weight of at least 0")
         if not any(weights.values()):
             raise ValueError("every loss weight is 0: give at least one term a weight")
 

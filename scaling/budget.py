@@ -33,7 +33,7 @@ def select_hours(clips: Sequence[Clip], hours: float | None, order_seed: int) ->
             return ordered[:count]
     raise UserError(
         f"data.hours = {hours:g} needs {hours:g} h of training clips; the shards hold "
-        f"{total / SAMPLE_RATE / 3600:.3g} h: lower data.hours or prepare more data"
+        f"{total / SAMPLE_RATE / 3600:.6g} h: lower data.hours or prepare more data"
     )
 
 

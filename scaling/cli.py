@@ -47,6 +47,8 @@ def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictCon
             return compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema, overrides)) from None
+    except ValueError as error:  # Hydra's own, for model=null or a nameless key
+        raise UserError(f"{' '.join(overrides)}: not understood ({_first_line(error)})") from None
     except AssertionError:  # OmegaConf's answer to data.demo.hours=1 where data.demo is null
         dotted = " ".join(word for word in overrides if "." in word.split("=")[0])
         raise UserError(f"{dotted}: one of these sets a part of something that is null here; leave it out") from None
@@ -154,6 +156,7 @@ def _did_you_mean(key: str, known: Sequence[str]) -> str:
         leaves.setdefault(name.rsplit(".", 1)[-1], []).append(name)
     close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=2, cutoff=0.7)
     names = [name for leaf in close for name in leaves[leaf]] or difflib.get_close_matches(key, known, n=2)
+    names = sorted(names, key=lambda name: name.count("."))  # the nearer to the top first
     return (
         f"; did you mean {' or '.join(names[:3])}?" if names else "; the settings are listed in docs/configuration.md"
     )

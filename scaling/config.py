@@ -9,6 +9,7 @@ They are not frozen, because OmegaConf makes frozen dataclasses read-only while 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from scaling.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+
+
+def _require_finite(prefix: str, settings: object) -> None:
+    """UserError for a number that is not one, or has no end."""
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}.{name} = {value}: expected a finite number")
 
 
 @dataclass
@@ -52,6 +60,9 @@ class DataConfig:
     demo: DemoConfig | None = None  # what to synthesise where the corpus is the demo
 
     def __post_init__(self) -> None:
+        _require_finite("data", self)
+        if self.order_seed < 0:
+            raise UserError(f"data.order_seed = {self.order_seed}: expected a whole number of at least 0")
         if self.hours is not None and not self.hours > 0:
             raise UserError(f"data.hours = {self.hours}: expected a number of hours above 0, or null for all there is")
         if self.name == "demo" and (self.demo is None or self.root is None):
@@ -67,6 +78,7 @@ class BudgetConfig:
     audio_hours: float | None = None  # hours of crops seen
 
     def __post_init__(self) -> None:
+        _require_finite("train.budget", self)
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             said = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
@@ -101,6 +113,7 @@ class OptimiserConfig:
     max_gradient_norm: float | None = None  # null: gradients are not clipped
 
     def __post_init__(self) -> None:
+        _require_finite("train.optimiser", self)
         if not self.learning_rate >= self.min_learning_rate >= 0:
             raise UserError(
                 f"train.optimiser: learning_rate = {self.learning_rate} and min_learning_rate = "
@@ -108,7 +121,7 @@ class OptimiserConfig:
             )
         if self.warmup_steps < 0:
             raise UserError(f"train.optimiser.warmup_steps = {self.warmup_steps}: expected at least 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.optimiser.betas = {list(self.betas)}: expected two numbers in [0, 1)")
         if self.weight_decay < 0:
             raise UserError(f"train.optimiser.weight_decay = {self.weight_decay}: expected at least 0")
@@ -132,6 +145,7 @@ class TrainConfig:
     test: bool = False  # quick check of everything: 10 steps, a validation, the metrics
 
     def __post_init__(self) -> None:
+        _require_finite("train", self)
         for name in ("global_batch", "norm_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} = {getattr(self, name)}: expected at least 1 crop")
@@ -208,6 +222,7 @@ class RunConfig:
 @dataclass
 class EvaluateConfig:
     run: str | None = None  # a run's folder
+    shards: str | None = None  # where its shards are now; null: where they were
     noisy: str | None = None  # or three folders of wav files under the same names: noisy,
     clean: str | None = None  # clean,
     enhanced: str | None = None  # and enhanced; the scores go to
@@ -215,6 +230,8 @@ class EvaluateConfig:
     processes: int | None = None  # null: all cores
 
     def __post_init__(self) -> None:
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"processes = {self.processes}: expected at least 1, or null for all cores")
         folders: list[Any] = [self.noisy, self.clean, self.enhanced, self.scores]
         if (self.run is None) == (not all(folders)) and not (self.run is not None and not any(folders)):
             raise UserError("evaluate needs run=DIR, or all of noisy=DIR clean=DIR enhanced=DIR scores=FILE")

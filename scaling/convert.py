@@ -60,7 +60,7 @@ def converted(utterances: Sequence[Utterance], num_workers: int) -> Generator[tu
             yield from zip(done, pairs.result(), strict=True)
     except BrokenProcessPool:
         raise UserError(
-            f"one of {num_workers} worker processes was killed, perhaps for lack of memory: prepare with fewer workers"
+            f"one of {num_workers} worker processes was killed, perhaps for lack of memory: free some and prepare again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

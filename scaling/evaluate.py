@@ -1,6 +1,6 @@
 """Scores of a run on the test set: whole utterances, enhanced and unprocessed.
 
-    python -m scaling.evaluate run=DIR
+    python -m scaling.evaluate run=DIR [shards=DIR]
     python -m scaling.evaluate noisy=DIR clean=DIR enhanced=DIR scores=FILE
 
 The first scores the trained model of a run's folder and writes its scores.jsonl. The second
@@ -57,31 +57,37 @@ def score_utterances(
 
     known_unprocessed: rows of utterances, by id, whose unprocessed scores need not be taken again
     """
-    with spawned_pool(processes) as pool, ProgressDisplay("scoring", num_utterances) as progress:
-        pending: list[tuple[Record, Future, Future | None]] = []
-        for utterance in utterances:
-            known = utterance.record["id"] in known_unprocessed
-            pending.append(
-                (
-                    utterance.record,
-                    pool.submit(score, utterance.enhanced, utterance.clean),
-                    None if known else pool.submit(score, utterance.noisy, utterance.clean),
-                )
-            )
-        rows = []
-        for record, enhanced, unprocessed in pending:
-            values, refused = enhanced.result()
-            row = record | values
-            if unprocessed is None:
-                row |= _unprocessed_part(known_unprocessed[record["id"]])
-                refused |= known_unprocessed[record["id"]]["refused"]
-            else:
-                values, refused_unprocessed = unprocessed.result()
-                row |= {f"unprocessed_{name}": value for name, value in values.items()}
-                refused |= {f"unprocessed_{name}": reason for name, reason in refused_unprocessed.items()}
-            rows.append(row | {"refused": refused})
-            progress.advance()
-    return rows
+    pool = spawned_pool(processes)
+    try:
+        with ProgressDisplay("scoring", num_utterances) as progress:
+            pending: list[tuple[Record, Future, Future | None]] = []
+            for utterance in utterances:
+                known = utterance.record["id"] in known_unprocessed
+                enhanced = pool.submit(score, utterance.enhanced, utterance.clean)
+                unprocessed = None if known else pool.submit(score, utterance.noisy, utterance.clean)
+                pending.append((utterance.record, enhanced, unprocessed))
+                progress.show(sum(future.done() for _, future, _ in pending))
+            rows = []
+            for record, enhanced, unprocessed in pending:
+                rows.append(_row(record, enhanced, unprocessed, known_unprocessed))
+                progress.show(max(progress.done, len(rows)))
+            return rows
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt, what waits is not scored
+
+
+def _row(record: Record, enhanced: Future, unprocessed: Future | None, known_unprocessed: dict[str, Record]) -> Record:
+    values, refused = enhanced.result()
+    row = record | values
+    if unprocessed is None:
+        known = known_unprocessed[record["id"]]
+        row |= _unprocessed_part(known)
+        refused |= known["refused"]
+    else:
+        values, refused_unprocessed = unprocessed.result()
+        row |= {f"unprocessed_{name}": value for name, value in values.items()}
+        refused |= {f"unprocessed_{name}": reason for name, reason in refused_unprocessed.items()}
+    return row | {"refused": refused}
 
 
 # --- a run ---------------------------------------------------------------------------------
@@ -203,7 +209,7 @@ def main(words: list[str]) -> int:
     if config.run is not None:
         directory = RunDirectory(Path(config.run))
         plan, model = load_model(directory)
-        index = ShardIndex.load(plan.config.shard_root)
+        index = ShardIndex.load(Path(config.shards) if config.shards else plan.config.shard_root)
         plan.check_index(index)
         rows = evaluate_run(plan, index, model, processes)
         write_records(directory.scores, rows)

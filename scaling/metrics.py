@@ -45,8 +45,6 @@ def pesq_wb(estimate: Waveform, clean: Waveform) -> float:
         raise RefusedError(
             reason.decode() if isinstance(reason, bytes) else f"{reason or type(error).__name__}"
         ) from None
-    if not np.isfinite(score):
-        raise RefusedError(f"pesq gave {score}")
     return score
 
 
@@ -87,7 +85,10 @@ def score(estimate: Waveform, clean: Waveform) -> tuple[dict[str, float | None],
     refused: dict[str, str] = {}
     for name, measure in METRICS.items():
         try:
-            values[name] = measure(estimate, clean)
+            value = measure(estimate, clean)
+            if not np.isfinite(value):
+                raise RefusedError(f"its value is {value}")
+            values[name] = value
         except RefusedError as error:
             values[name], refused[name] = None, str(error)
     return values, refused
@@ -95,4 +96,4 @@ def score(estimate: Waveform, clean: Waveform) -> tuple[dict[str, float | None],
 
 def versions() -> dict[str, str]:
     """The packages behind the figures."""
-    return {name: metadata.version(name) for name in ("pesq", "pystoi")}
+    return {name: metadata.version(name) for name in ("pesq", "pystoi")} | {"metrics": "1 " + " ".join(METRICS)}

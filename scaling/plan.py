@@ -7,8 +7,10 @@ setting is a new run.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,12 @@ class RunPlan:
         return f"{'test-' if config.train.test else ''}{config.model.name}{hours}-seed{config.seed}"
 
     @property
+    def science_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.science, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
     def run_id(self) -> str:
-        text = json.dumps(self.science, sort_keys=True)
-        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return f"{self.name}-{self.science_hash}"
 
     @property
     def science(self) -> Record:
@@ -136,6 +141,16 @@ class RunPlan:
         return directory
 
 
+def require_writable(folder: Path) -> None:
+    """Make a folder; UserError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): name another folder with study=DIR") from None
+
+
 def plan_run(config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None = None) -> RunPlan:
     """Resolve a configuration against the prepared data; UserError if the budget does not fit it."""
     clips = training_clips(config, index)
@@ -149,8 +164,10 @@ def plan_run(config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None =
                 f"train.optimiser.warmup_steps = {train.optimiser.warmup_steps} leaves nothing of {steps} steps: "
                 "lower it or raise train.budget"
             )
+    # Absolute, so that the plan holds wherever it is executed or read from.
+    data = replace(config.data, shards=str(index.root.resolve()))
     return RunPlan(
-        config=config,
+        config=replace(config, data=data, study=str(Path(config.study).resolve())),
         axes=axes or {},
         index_hash=index.index_hash,
         hours=sum(clip.duration for clip in clips) / 3600,

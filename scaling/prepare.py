@@ -261,21 +261,26 @@ def open_shards(data: DataConfig) -> ShardIndex:
     """
     shard_root = Path(data.shards)
     num_workers = os.cpu_count() or 1
+    is_made = (shard_root / "index.json").exists()
+    if is_made and (data.root is None or not Path(data.root).exists()):
+        index = ShardIndex.load(shard_root)
+        if index.corpus != data.name:
+            raise UserError(
+                f"data={data.name}: {shard_root} holds shards of {index.corpus}: name another data.shards, or delete it"
+            )
+        return index
+    if data.root is None:
+        raise UserError(
+            f"data={data.name}: no shards at {shard_root}; "
+            f"make them once with python -m scaling.prepare data={data.name} data.root=DIR"
+        )
     if data.name == "demo":
-        if (shard_root / "index.json").exists():
-            return ShardIndex.load(shard_root)
-        assert data.root is not None
         assert data.demo is not None
-        logger.info("data=demo: synthesising %g h of speech in noise at %s, once", data.demo.hours, data.root)
+        if not is_made:
+            logger.info("data=demo: synthesising %g h of speech in noise at %s, once", data.demo.hours, data.root)
         with ProgressDisplay("synthesising", 1) as progress:
             make_demo_corpus(Path(data.root), data.demo, num_workers, progress.show_of)
-    elif data.root is None:
-        if not (shard_root / "index.json").exists():
-            raise UserError(
-                f"data={data.name}: no shards at {shard_root}; "
-                f"make them once with python -m scaling.prepare data={data.name} data.root=DIR"
-            )
-        return ShardIndex.load(shard_root)
+        num_workers = min(num_workers, round(1 + data.demo.hours))  # starting processes takes longer than half an hour
     return prepare_shards(Path(data.root), shard_root, data.name, num_workers, show_progress=True)
 
 

@@ -29,7 +29,15 @@ MISTAKES = {
     "train.global_batch=12": r"train.global_batch = 12 is no multiple of train.norm_batch = 8",
     "execution.micro_batch=4": r"execution.micro_batch = 4: expected a multiple of train.norm_batch = 8 that divides",
     "train.precision=int8": r"train.precision = int8: expected one of fp32, bf16, fp16",
-    "train.losses.waveform=-1": r"loss.waveform = -1.0: expected a weight of at least 0",
+    "train.losses.waveform=-1": r"loss.waveform = -1.0: expected a finite weight of at least 0",
+    "train.losses.magnitude=nan": r"loss.magnitude = nan: expected a finite weight",
+    "data.hours=inf": r"data.hours = inf: expected a finite number",
+    "train.budget.steps=null train.budget.epochs=inf": r"train.budget.epochs = inf: expected a finite number",
+    "train.optimiser.learning_rate=inf": r"learning_rate = inf: expected a finite number",
+    "train.optimiser.betas=[0.9]": r"betas = \[0.9\]: expected two numbers",
+    "data.order_seed=-1": r"data.order_seed = -1: expected a whole number",
+    "model=null": r"model",
+    "=3": r"=3",
     "train.crop_seconds=0": r"train.crop_seconds = 0.0: expected 0.1 to 60 seconds",
     "train.optimiser.learning_rate=0": r"expected learning_rate >= min_learning_rate >= 0",
     "train.optimiser.max_gradient_norm=0": r"max_gradient_norm = 0.0: expected above 0, or null",
@@ -42,7 +50,7 @@ MISTAKES = {
 @pytest.mark.parametrize("override", MISTAKES)
 def test_each_mistake_is_answered_in_one_line(override: str):
     with pytest.raises(UserError, match=MISTAKES[override]) as caught:
-        load_config(RunConfig, "run", [override])
+        load_config(RunConfig, "run", override.split())
     assert "\n" not in str(caught.value)
 
 
