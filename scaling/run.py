@@ -32,8 +32,13 @@ def execute(plan: RunPlan) -> int:
     """Bring a planned run to its end from wherever it stands; the exit status.
 
     0: finished, now or before; 1: diverged. Whatever else ends it is put on record and raised.
+    UserError if several processes were started for it, or another process is executing it.
     """
     directory = plan.directory
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(
+            f"{processes} processes were started for one run (WORLD_SIZE); this version takes one: start one"
+        )
     directory.path.mkdir(parents=True, exist_ok=True)
     with held_lock(directory.lock, f"run {directory.path} is being trained"):
         if plan.config.train.test:  # a quick check starts anew every time

@@ -64,11 +64,6 @@ class Trainer:
             raise UserError("train.precision = fp16 needs a GPU and torch finds none: take bf16 or fp32")
         precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
         self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
-        if self.accelerator.num_processes > 1:
-            raise UserError(
-                f"{self.accelerator.num_processes} processes were started for one run; "
-                "this version trains a run in one process: start one"
-            )
         torch.manual_seed(config.seed)
         self.model = BSRNN(config.model.architecture(config.train.norm_batch))
         optimiser = config.train.optimiser

@@ -243,6 +243,19 @@ def test_a_second_process_on_the_same_run_is_refused_by_name(tiny_run: list[str]
         process.wait()
 
 
+def test_several_processes_for_one_run_are_refused_before_anything_is_written(tiny_run: list[str], tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "scaling.train", *tiny_run],
+        env=os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: 2 processes were started for one run (WORLD_SIZE)")
+    assert not list(tmp_path.glob("study/runs/*/plan.json"))
+
+
 def test_a_users_mistakes_end_in_one_line_and_status_2(tiny_run: list[str], tmp_path: Path, command):
     for words, expected in (
         (["model=huge"], "error: model=huge: no such model"),
