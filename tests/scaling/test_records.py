@@ -67,6 +67,8 @@ def test_a_runs_state_follows_its_events(tmp_path: Path):
         ("resumed", "running"),
         ("evaluating", "running"),
         ("finished", "finished"),
+        ("submitted", "finished"),  # by a sweep that looked too early
+        ("failed", "finished"),
     ):
         directory.log_event(event, note=event)
         assert directory.state()[0] == state
