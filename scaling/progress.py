@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
@@ -23,9 +23,12 @@ class ProgressDisplay:
         self.done = done
         self.bar: Progress | None = None
         self.shown = shown
-        if shown and sys.stderr.isatty():
+        console = Console(stderr=True)
+        if shown and console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self.bar = Progress(TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}"))
+            self.bar = Progress(
+                TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}"), console=console
+            )
             self.task = self.bar.add_task(description, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressDisplay:
