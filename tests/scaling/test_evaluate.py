@@ -119,20 +119,30 @@ def test_a_finished_run_can_be_scored_again_and_an_unfinished_one_says_so(tiny_r
     assert "no run at nowhere" in done.stderr
 
 
-def test_scoring_processes_end_with_a_killed_evaluation(tiny_run: list[str], tmp_path: Path):
-    """No process that a killed run started is left behind."""
-    words = [*tiny_run, "train.budget.steps=1", "train.optimiser.warmup_steps=0", "execution.scoring_processes=2"]
-    process = subprocess.Popen([sys.executable, "-m", "scaling.train", *words], stderr=subprocess.DEVNULL)
-    children: list[psutil.Process] = []
+def test_scoring_processes_end_with_a_killed_evaluation(speech, tmp_path: Path):
+    """No process that a killed evaluation started is left behind."""
+    for folder in ("noisy", "clean", "enhanced"):
+        (tmp_path / folder).mkdir()
+        for number in range(100):  # many seconds of scoring
+            soundfile.write(tmp_path / folder / f"p1_{number:03d}.wav", speech[folder == "clean"], 16_000)
+    words = ["noisy=noisy", "clean=clean", "enhanced=enhanced", "scores=out.jsonl", "processes=2"]
+    process = subprocess.Popen([sys.executable, "-m", "scaling.evaluate", *words], cwd=tmp_path, stderr=-3)
+    workers: list[psutil.Process] = []
     deadline = time.monotonic() + 120
-    while not children and time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before its scoring was seen"
-        children = [child for child in psutil.Process(process.pid).children() if "spawn" in " ".join(child.cmdline())]
-        time.sleep(0.005)
-    assert children
-    time.sleep(2)
-    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else children
+    while len(workers) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "the evaluation ended before its workers were seen"
+        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in _words_of(child)]
+        time.sleep(0.01)
+    assert len(workers) == 2
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def _words_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it is just being started
+        return ""
