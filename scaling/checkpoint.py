@@ -1,28 +1,31 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a folder `step-00000050` with the state and a manifest of its files' sizes and
-SHA-256. It is written under a temporary name, every file and folder is flushed to disk, and
-the rename commits it: a crash at any point leaves the one before. Two are kept; the
-older goes only after the newer is committed. Loading takes the newest that its manifest
-confirms and passes over a damaged one with a warning.
+A checkpoint is a folder `step-00000050` with the state, in files of one or several ranks, and a
+manifest of their sizes and SHA-256. It is written under a temporary name, every file and folder
+is flushed to disk, the ranks vote that all of them succeeded, and the rename commits it: a crash
+at any point leaves the one before. Two are kept; the older goes only after the newer is
+committed. Loading takes the newest that its manifest confirms and passes over a damaged one
+with a warning.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scaling.errors import UserError
-from scaling.records import sync_folder
+from scaling.processes import ALONE, Processes
+from scaling.records import sync_file, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -38,25 +41,48 @@ class Checkpoint:
 
     @property
     def state(self) -> Path:
+        """Holds the whole model under "model", however the rest is cut into parts."""
         return self.path / "state.pt"
 
     @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 
+    @property
+    def layout(self) -> dict[str, int] | None:
+        """How the state is cut into parts, by the manifest; None: it is whole."""
+        return json.loads(self.manifest.read_text())["layout"]
+
     def damage(self) -> str | None:
         """What is wrong with the files by the manifest; None if nothing is."""
         try:
-            files = json.loads(self.manifest.read_text())["files"]
+            text = self.manifest.read_text()
+            content = json.loads(text)
+            if text != _manifest_text(content):
+                return "manifest.json does not have the SHA-256 that it says itself"
+            files = content["files"]
             for name, expected in files.items():
-                data = (self.path / name).read_bytes()
-                if len(data) != expected["num_bytes"]:
-                    return f"{name} has {len(data)} bytes, its manifest says {expected['num_bytes']}"
-                if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                found = _describe(self.path / name)
+                if found["num_bytes"] != expected["num_bytes"]:
+                    return f"{name} has {found['num_bytes']} bytes, its manifest says {expected['num_bytes']}"
+                if found["sha256"] != expected["sha256"]:
                     return f"{name} does not have the SHA-256 that its manifest says"
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
+
+
+def _manifest_text(content: dict[str, Any]) -> str:
+    """The manifest as it is written, with the SHA-256 of all else that it holds."""
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"sha256": digest}, indent=2, sort_keys=True) + "\n"
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return {"num_bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -69,50 +95,116 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Checkpoint:
-    """Commit a checkpoint and let go of all but the newest two; UserError if the disk is full."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    processes: Processes = ALONE,
+    layout: dict[str, int] | None = None,
+) -> Checkpoint:
+    """Commit a checkpoint and let go of all but the newest two; called by every rank.
+
+    write: puts this rank's files into the folder that it is given
+
+    UserError, on every rank, if a rank could not write: disk full, quota, input or output error.
+    """
     final = Checkpoint(folder / f"step-{step:08d}", step)
-    temporary = Checkpoint(folder / f".writing-{step:08d}-{os.getpid()}", step)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".writing-*"):  # of a process that was killed; the run's lock makes us the only writer
-            shutil.rmtree(stale)
-        temporary.path.mkdir()
-        with temporary.state.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        data = temporary.state.read_bytes()
-        files = {temporary.state.name: {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    temporary = Checkpoint(folder / f".writing-{step:08d}", step)
+
+    def write_part() -> None:
+        write(temporary.path)
+        # Each rank from its own node: on a network's file system another node's data is not its to flush.
+        for path in temporary.path.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+
+    def commit() -> None:
+        files = {
+            str(path.relative_to(temporary.path)): _describe(path)
+            for path in sorted(temporary.path.rglob("*"))
+            if path.is_file()
+        }
         with temporary.manifest.open("w") as text:
-            json.dump({"step": step, "files": files}, text, indent=2)
+            text.write(_manifest_text({"step": step, "layout": layout, "files": files}))
             text.flush()
             os.fsync(text.fileno())
-        sync_folder(temporary.path)
+        for path in [*(path for path in temporary.path.rglob("*") if path.is_dir()), temporary.path]:
+            sync_folder(path)
         if final.path.exists():  # a damaged one of the same step, passed over at load
             shutil.rmtree(final.path)
         os.rename(temporary.path, final.path)
         sync_folder(folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary.path, ignore_errors=True)
-        # torch.save tells of a full disk as a RuntimeError of its zip writer
-        if isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder).free
+
+    by_first = processes.is_first
+    for action in (
+        partial(_make_room, folder, temporary.path) if by_first else None,
+        write_part,
+        commit if by_first else None,
+    ):
+        errors = processes.gather(_attempt(action))
+        if any(errors):
+            if by_first:
+                shutil.rmtree(temporary.path, ignore_errors=True)
+            alone = processes.world_size == 1
+            what = "; ".join(error if alone else f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
             raise UserError(
-                f"checkpoint {final.path} could not be written ({error}; {free / 2**20:.0f} MiB free): "
-                "free some space and run the same command again; the checkpoint before it is whole"
-            ) from None
-        raise
-    for old in list_checkpoints(folder)[:-NUM_KEPT]:
-        shutil.rmtree(old.path, ignore_errors=True)
+                f"checkpoint {final.path} could not be written ({what}; {_free_space(folder)}): "
+                "make the disk writable and free some space, and run the same command again; "
+                "the checkpoint before it is whole"
+            )
+    if processes.is_first:
+        _let_go(folder)
     return final
 
 
-def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Checkpoint, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state; None if there is none."""
+def _make_room(folder: Path, temporary: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".writing-*"):  # of processes that were killed; the run's lock makes us the only writers
+        shutil.rmtree(stale)
+    temporary.mkdir()
+
+
+def _attempt(action: Callable[[], None] | None) -> str | None:
+    """Run the action, if there is one; what stopped it, if the disk did."""
+    if action is None:
+        return None
+    try:
+        action()
+    except OSError as error:
+        return f"{error.strerror or error}"
+    except RuntimeError as error:
+        # torch's zip writer tells of a failed write as a RuntimeError
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        return str(error).splitlines()[0]
+    return None
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
+    except OSError as error:
+        return f"free space unknown: {error.strerror}"
+
+
+def _let_go(folder: Path) -> None:
+    for old in list_checkpoints(folder)[:-NUM_KEPT]:
+        shutil.rmtree(old.path, ignore_errors=True)
+
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that its manifest confirms; None if there is none."""
     for checkpoint in reversed(list_checkpoints(folder)):
         damage = checkpoint.damage()
         if damage is None:
-            return checkpoint, torch.load(checkpoint.state, map_location=device, weights_only=True)
+            return checkpoint
         log.warning("checkpoint %s is damaged (%s): passed over for the one before", checkpoint.path, damage)
     return None
+
+
+def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The newest whole checkpoint and what its `state.pt` holds; None if there is none."""
+    checkpoint = newest_whole(folder)
+    if checkpoint is None:
+        return None
+    return checkpoint, torch.load(checkpoint.state, map_location=device, weights_only=True)

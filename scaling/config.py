@@ -164,7 +164,7 @@ class TrainConfig:
 class ExecutionConfig:
     """How a run is executed; nothing here changes its result beyond rounding."""
 
-    micro_batch: int | None = None  # crops in memory at once: a multiple of norm_batch; null: the global batch
+    micro_batch: int | None = None  # crops in a process's memory at once; null: its share of the global batch
     device: str = "auto"  # auto takes a GPU where there is one
     threads: int | None = None  # CPU threads of the run; null: all cores (a sweep shares them out)
     num_workers: int = 0  # processes that read crops; 0 reads in the training process
@@ -173,6 +173,11 @@ class ExecutionConfig:
     checkpoint_every: int = 50  # steps between checkpoints
     num_validations: int = 4  # evenly spaced, the last at the end
     scoring_processes: int | None = None  # of the evaluation's metrics; null: as many as threads
+    zero_stage: int | None = None  # of DeepSpeed's ZeRO, 0 to 3 (conf/deepspeed); null: without DeepSpeed
+    audit: bool = False  # sums in a fixed order: bit for bit the same for any number of processes, slower
+    rendezvous_timeout: float = 300.0  # seconds within which all processes of the run must have come
+    silence_timeout: float = 60.0  # seconds without a sign of life after which a process counts as lost
+    step_timeout: float = 1800.0  # seconds that one collective, or the reading of one batch, may take
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every", "num_validations"):
@@ -185,6 +190,15 @@ class ExecutionConfig:
             raise UserError(f"execution.num_workers = {self.num_workers}: expected at least 0")
         if self.device not in DEVICES:
             raise UserError(f"execution.device = {self.device}: expected one of {', '.join(DEVICES)}")
+        if self.zero_stage not in (None, 0, 1, 2, 3):
+            raise UserError(
+                f"execution.zero_stage = {self.zero_stage}: expected 0, 1, 2 or 3, or null for no DeepSpeed"
+            )
+        if self.zero_stage is not None and self.audit:
+            raise UserError("execution.audit does not go with execution.zero_stage: leave one of them out")
+        for name in ("rendezvous_timeout", "silence_timeout", "step_timeout"):
+            if not 5 <= getattr(self, name) < math.inf:
+                raise UserError(f"execution.{name} = {getattr(self, name)}: expected at least 5 seconds")
 
 
 @dataclass
@@ -201,17 +215,45 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"seed = {self.seed}: expected a whole number of at least 0")
-        if self.train.global_batch % self.micro_batch or self.micro_batch % self.train.norm_batch:
-            raise UserError(
-                f"execution.micro_batch = {self.micro_batch}: expected a multiple of train.norm_batch = "
-                f"{self.train.norm_batch} that divides train.global_batch = {self.train.global_batch}"
-            )
+        if self.execution.micro_batch is not None:
+            self.micro_batches(world_size=1, norms_may_span=True)
         if self.execution.device == "cpu" and self.train.precision == "fp16":
             raise UserError("train.precision = fp16 needs a GPU: take bf16 or fp32 with execution.device=cpu")
 
-    @property
-    def micro_batch(self) -> int:
-        return self.execution.micro_batch or self.train.global_batch
+    def micro_batches(self, world_size: int, norms_may_span: bool = False) -> tuple[int, int]:
+        """Crops of a micro-batch, and over how many processes side by side a norm batch spans.
+
+        norms_may_span: whether the number of processes is open, as it is before a run starts
+
+        UserError if the global batch cannot be shared out so.
+        """
+        global_batch, norm_batch = self.train.global_batch, self.train.norm_batch
+        micro_batch = self.execution.micro_batch
+        if micro_batch is None and global_batch % world_size:
+            raise UserError(
+                f"train.global_batch = {global_batch} cannot be shared out to {world_size} processes: take a number of "
+                "processes that divides it"
+            )
+        micro_batch = micro_batch or global_batch // world_size
+        if global_batch % micro_batch or (micro_batch % norm_batch and norm_batch % micro_batch):
+            raise UserError(
+                f"execution.micro_batch = {micro_batch}: expected a divisor of train.global_batch = {global_batch} "
+                f"that is a multiple or a divisor of train.norm_batch = {norm_batch}"
+            )
+        span = max(1, norm_batch // micro_batch)
+        if norms_may_span:
+            return micro_batch, span
+        if (global_batch // micro_batch) % world_size:
+            raise UserError(
+                f"{global_batch // micro_batch} micro-batches of {micro_batch} crops cannot be shared out to "
+                f"{world_size} processes: lower execution.micro_batch, or take a number of processes that divides them"
+            )
+        if world_size % span:
+            raise UserError(
+                f"execution.micro_batch = {micro_batch} is below train.norm_batch = {norm_batch}: its batch norms span "
+                f"{span} processes and there are {world_size}; take a multiple of {span}, or a larger micro-batch"
+            )
+        return micro_batch, span
 
     @property
     def shard_root(self) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
+
+from scaling.stopping import ignore_stop_signals
 
 
 def spawned_pool(num_workers: int) -> ProcessPoolExecutor:
@@ -16,8 +17,8 @@ def spawned_pool(num_workers: int) -> ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """In a worker: leave interrupts to the parent, and do not outlive it where it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: leave signals to the parent, and do not outlive it where it is killed."""
+    ignore_stop_signals()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -31,6 +31,18 @@ Record = dict[str, Any]
 # The kinds of event a run can meet, in the order in which they usually come.
 EVENTS = ("submitted", "started", "resumed", "checkpointed", "preempted", "evaluating", "finished", "failed")
 
+# What makes a run fail, each to be treated in its own way.
+FAILURES = (
+    "out of memory",  # of the host or the GPU: fewer crops at once
+    "time limit",  # of the job, without a checkpoint gained
+    "preempted",  # by the scheduler, over and over, without a checkpoint gained
+    "node failure",  # a process killed or frozen, a node gone: to be tried again
+    "diverged",  # a loss that is not finite: a result of the science, not to be tried again
+    "bad data",  # shards that are damaged or are not the planned ones
+    "bad config",  # settings that cannot be executed here
+    "code error",  # an exception that nobody foresaw
+)
+
 
 class RecordError(Exception):
     """A study or run directory that is missing or does not hold what its place promises."""
@@ -88,6 +100,15 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

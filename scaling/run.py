@@ -1,83 +1,185 @@
-"""A run from start to end in one process: train, evaluate, and put on record how it ended.
+"""A run from start to end, in one process or many: train, evaluate, and put on record how it ended.
 
-This is what a job executes, on a laptop and on a cluster, and `python -m scaling.train` too.
+This is what every process of a job executes, on a laptop and on a cluster, and
+`python -m scaling.train` too. Rank 0 holds the run's lock, writes its records, and scores the
+test set when the others have gone.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
+from bsrnn import BSRNN
 from scaling.allocator import keep_freed_memory
 from scaling.errors import UserError
 from scaling.evaluate import evaluate_run, summary
 from scaling.metrics import versions
 from scaling.plan import RunPlan
+from scaling.processes import LOST_STATUS, LostRankError, Processes, join
 from scaling.provenance import hardware
 from scaling.records import RunDirectory, write_records
-from scaling.shards import ShardIndex
+from scaling.shards import DamagedClipError, ShardIndex
+from scaling.stopping import StopFlag, StoppedError
 from scaling.trainer import DivergedError, Trainer
 
 log = logging.getLogger(__name__)
 
+PREEMPTED = 75  # exit status of a run that was asked to stop and has saved: execute it again to go on
 
-def execute(plan: RunPlan) -> int:
+
+def execute(plan: RunPlan, stop: StopFlag | None = None) -> int:
     """Bring a planned run to its end from wherever it stands; the exit status.
 
-    0: finished, now or before; 1: diverged. Whatever else ends it is put on record and raised.
-    UserError if several processes were started for it, or another process is executing it.
+    stop: hears the signals that ask the run to stop, if the caller has opened one already
+
+    0: finished, now or before; 1: diverged; 75 (PREEMPTED): a signal asked it to stop, and all ranks
+    have saved; 76 (LOST_STATUS): another process of the run is lost. Whatever else ends it is put
+    on record and raised. UserError if the run's processes do not find together, or others
+    are executing it.
     """
+    execution = plan.config.execution
+    with ExitStack() as stack:
+        if stop is None:
+            stop = stack.enter_context(StopFlag())
+        try:
+            processes = join(
+                execution.rendezvous_timeout,
+                execution.silence_timeout,
+                execution.step_timeout,
+                needs_group=execution.zero_stage is not None,
+            )
+        except StoppedError:
+            return PREEMPTED
+        try:
+            return _execute(plan, processes, stop, stack)
+        finally:
+            processes.leave(wait=False)
+
+
+def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitStack) -> int:
     directory = plan.directory
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(
-            f"{processes} processes were started for one run (WORLD_SIZE); this version takes one: start one"
-        )
-    directory.path.mkdir(parents=True, exist_ok=True)
-    with held_lock(directory.lock, f"run {directory.path} is being trained"):
+    sciences = processes.gather(plan.science_hash)
+    if len(set(sciences)) > 1:
+        raise UserError(f"the processes of run {directory.path} were started with different settings: {sciences}")
+
+    def take_up() -> bool:
+        """Whether there is anything to do."""
+        directory.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(held_lock(directory.lock, f"run {directory.path} is being trained"))
         if plan.config.train.test:  # a quick check starts anew every time
             directory.clear()
         plan.write()
-        if directory.state()[0] == "finished":
+        return directory.state()[0] != "finished"
+
+    if not processes.from_first(take_up):
+        if processes.is_first:
             log.info("run %s is finished already: %s", directory.run_id, directory.path)
-            return 0
-        try:
-            _train_and_evaluate(plan, directory)
-        except DivergedError as error:
+        return 0
+    if processes.watch is not None:
+        processes.watch.on_loss = _recorder_of_loss(directory, processes.rank)
+    try:
+        model = _train(plan, directory, processes, stop)
+        processes.leave()
+        if processes.is_first:
+            if stop.signal is not None:
+                raise StoppedError(stop.signal)
+            _evaluate(plan, directory, model)
+    except StoppedError as stopped:
+        if processes.is_first:
+            directory.log_event("preempted", reason=str(stopped))
+            log.warning("run %s stops for %s; the same command goes on from its checkpoint", directory.run_id, stopped)
+        return PREEMPTED
+    except DivergedError as error:
+        if processes.is_first:
             directory.log_event("failed", failure="diverged", reason=str(error))
             log.error("run %s diverged: %s", directory.run_id, error)
-            return 1
-        except UserError as error:
-            directory.log_event("failed", failure="bad input", reason=str(error))
-            raise
-        except KeyboardInterrupt:
+        return 1
+    except KeyboardInterrupt:
+        if processes.is_first:
             directory.log_event("preempted", reason="interrupt")
-            raise
-        except Exception as error:
-            directory.log_event("failed", failure="code error", reason=f"{type(error).__name__}: {error}")
-            raise
+        raise
+    except LostRankError as error:
+        _recorder_of_loss(directory, processes.rank)(str(error))
+        return LOST_STATUS
+    except Exception as error:
+        failure, reason = classify(error)
+        directory.log_event("failed", failure=failure, reason=reason, rank=processes.rank, host=socket.gethostname())
+        processes.tell_failure(f"{failure}: {reason}")
+        raise
     return 0
 
 
-def _train_and_evaluate(plan: RunPlan, directory: RunDirectory) -> None:
+def _train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: StopFlag) -> BSRNN:
     execution = plan.config.execution
     keep_freed_memory()
-    torch.set_num_threads(execution.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(execution.threads or _cores_of_this_process())
     index = ShardIndex.load(plan.config.shard_root)
-    trainer = Trainer(plan, directory, index)
-    directory.log_event("resumed" if trainer.step else "started", step=trainer.step, hardware=hardware())
-    model = trainer.fit()
-    directory.log_event("evaluating", step=trainer.step, metrics=versions())
-    rows = evaluate_run(plan, index, model, execution.scoring_processes or torch.get_num_threads())
+    trainer = Trainer(plan, directory, index, processes, stop)
+    hosts = processes.gather(socket.gethostname())
+    if processes.is_first:
+        directory.log_event(
+            "resumed" if trainer.step else "started",
+            step=trainer.step,
+            hardware=hardware(),
+            world_size=processes.world_size,
+            hosts=sorted(set(hosts)),
+            micro_batch=trainer.engine.micro_batch,
+            zero_stage=execution.zero_stage,
+        )
+    return trainer.fit()
+
+
+def _evaluate(plan: RunPlan, directory: RunDirectory, model: BSRNN) -> None:
+    index = ShardIndex.load(plan.config.shard_root)
+    directory.log_event("evaluating", step=plan.steps, metrics=versions())
+    rows = evaluate_run(plan, index, model, plan.config.execution.scoring_processes or torch.get_num_threads())
     write_records(directory.scores, rows)
     log.info("test set: %s", json.dumps(summary(rows)))
-    directory.log_event("finished", step=trainer.step, num_utterances=len(rows))
+    directory.log_event("finished", step=plan.steps, num_utterances=len(rows))
+
+
+def _cores_of_this_process() -> int:
+    """This process's share of the cores: with more threads than cores they wait for one another."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def classify(error: Exception) -> tuple[str, str]:
+    """The kind of failure (of `scaling.records.FAILURES`) that an exception shows, and its reason in a line."""
+    text = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    if isinstance(error, DamagedClipError):
+        return "bad data", str(error)
+    if isinstance(error, UserError):
+        return "bad config", str(error)
+    out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in out_of_memory):
+        return "out of memory", reason
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+        return "node failure", reason
+    return "code error", reason
+
+
+def _recorder_of_loss(directory: RunDirectory, rank: int) -> Callable[[str], None]:
+    """Puts a lost rank on record; one of the ranks that live does, not all of them."""
+
+    def record(lost: str) -> None:
+        log.critical("%s; this rank %d ends too", lost, rank)
+        if "failed: " in lost:  # the rank that failed has said so itself
+            return
+        if rank == 0 or (rank == 1 and lost.startswith("rank 0")):
+            directory.log_event("failed", failure="node failure", reason=lost)
+
+    return record
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from scaling.shards import Clip, ShardReader
+from scaling.stopping import ignore_stop_signals
 
 # Keeps the draws of order and crops apart from all other uses of a run's seed.
 _ORDER, _CROPS = 1, 2
@@ -91,31 +92,60 @@ class CropDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """The global sample counters of each micro-batch from `first_step` to `num_steps`; holds no state."""
+    """The global sample counters of each micro-batch of a rank from `first_step` to `num_steps`; holds no state.
 
-    def __init__(self, first_step: int, num_steps: int, global_batch: int, micro_batch: int) -> None:
+    A global batch is V micro-batches; a rank takes V / world_size of them that lie side by side.
+    Where `span` ranks share a norm batch they take its micro-batches in turn, so that what one
+    statistic covers is side by side in the stream too, on any number of processes.
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        num_steps: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        span: int = 1,
+    ) -> None:
         self.first_step, self.num_steps = first_step, num_steps
         self.global_batch, self.micro_batch = global_batch, micro_batch
+        num_own = global_batch // micro_batch // world_size
+        first = rank // span * num_own
+        self.own = [number * span + rank % span for number in range(first, first + num_own)]
 
     def __len__(self) -> int:
-        return (self.num_steps - self.first_step) * (self.global_batch // self.micro_batch)
+        return (self.num_steps - self.first_step) * len(self.own)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for first in range(self.first_step * self.global_batch, self.num_steps * self.global_batch, self.micro_batch):
-            yield list(range(first, first + self.micro_batch))
+        for step in range(self.first_step, self.num_steps):
+            for number in self.own:
+                first = step * self.global_batch + number * self.micro_batch
+                yield list(range(first, first + self.micro_batch))
 
 
-def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int) -> DataLoader:
-    """Micro-batches of (noisy, clean), each int16 of (micro_batch, crop_samples)."""
+def training_loader(
+    dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int, timeout: float = 0
+) -> DataLoader:
+    """Micro-batches of (noisy, clean), each int16 of (micro_batch, crop_samples).
+
+    timeout: seconds to wait for a worker's batch; 0 waits for ever
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
+        timeout=timeout if num_workers else 0,
+        worker_init_fn=_start_worker,
         # The numbers drawn for workers' seeds must not touch the process's generator.
         generator=torch.Generator(),
     )
+
+
+def _start_worker(number: int) -> None:
+    ignore_stop_signals()
 
 
 def to_float(samples: Tensor, device: torch.device | str = "cpu") -> Tensor:

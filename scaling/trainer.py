@@ -1,7 +1,8 @@
 """Training one run: from the committed step to the last, by its plan.
 
 What a step does depends on the plan and the step's number alone, so a run that was killed
-gives the same losses and weights as one that was not, bit for bit on CPU.
+gives the same losses and weights as one that was not, bit for bit on CPU. How a step is computed,
+on one process or many, is the engine's (`scaling.engines`).
 """
 
 from __future__ import annotations
@@ -11,22 +12,26 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
+import psutil
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from bsrnn import BSRNN
 from bsrnn.losses import enhancement_loss, unprocessed
-from scaling.checkpoint import load_newest, save_checkpoint
+from scaling.checkpoint import Checkpoint, newest_whole, save_checkpoint
 from scaling.config import OptimiserConfig
+from scaling.engines import make_engine
 from scaling.errors import UserError
 from scaling.metrics import RefusedError, si_sdr
 from scaling.plan import RunPlan, training_clips
+from scaling.processes import LostRankError, Processes
 from scaling.progress import ProgressDisplay
 from scaling.records import RunDirectory
 from scaling.shards import SAMPLE_RATE, ShardIndex, ShardReader
+from scaling.stopping import StopFlag, StoppedError
 from scaling.stream import CropDataset, MicroBatchSampler, to_float, training_loader
 
 log = logging.getLogger(__name__)
@@ -51,32 +56,16 @@ def validation_steps(num_steps: int, num_validations: int) -> set[int]:
 
 
 class Trainer:
-    """Model, optimiser and stream of a run, at its committed step."""
+    """Model, optimiser and stream of a run, at its committed step; the same object on every rank."""
 
-    def __init__(self, plan: RunPlan, directory: RunDirectory, index: ShardIndex) -> None:
+    def __init__(
+        self, plan: RunPlan, directory: RunDirectory, index: ShardIndex, processes: Processes, stop: StopFlag
+    ) -> None:
         config = plan.config
         plan.check_index(index)
         self.plan, self.directory, self.index, self.config = plan, directory, index, config
-        if config.execution.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("execution.device = cuda: torch finds no GPU here; take execution.device=auto")
-        on_cpu = config.execution.device == "cpu" or not torch.cuda.is_available()
-        if on_cpu and config.train.precision == "fp16":
-            raise UserError("train.precision = fp16 needs a GPU and torch finds none: take bf16 or fp32")
-        precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
-        torch.manual_seed(config.seed)
-        self.model = BSRNN(config.model.architecture(config.train.norm_batch))
-        optimiser = config.train.optimiser
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optimiser.learning_rate,
-            betas=(optimiser.betas[0], optimiser.betas[1]),
-            weight_decay=optimiser.weight_decay,
-        )
-        self.network: Any
-        self.network, self.optimiser = self.accelerator.prepare(self.model, self.optimiser)
-        # Compiled for the one shape of training; validation's whole utterances are of every length.
-        self.compiled = torch.compile(self.network) if config.execution.compile else self.network
+        self.processes, self.stop = processes, stop
+        self.engine = make_engine(config, processes)
         self.step = self._restore()
         self.dataset = CropDataset(
             index.root,
@@ -88,21 +77,25 @@ class Trainer:
     def fit(self) -> BSRNN:
         """Train to the plan's last step and return the trained model.
 
-        DivergedError if a loss or gradient stops being finite; UserError for a full disk or a damaged clip.
+        DivergedError if a loss or gradient stops being finite; StoppedError once a signal has asked
+        any rank to stop and all have saved; UserError for a full disk or a damaged clip;
+        LostRankError if a process of the run, or one that reads its data, is dead or frozen.
         """
-        from torch.utils.tensorboard import SummaryWriter  # slow to load, and needed nowhere else
-
         config, plan = self.config, self.plan
         validate_at = validation_steps(plan.steps, 1 if config.train.test else config.execution.num_validations)
-        sampler = MicroBatchSampler(self.step, plan.steps, config.train.global_batch, config.micro_batch)
-        batches = iter(training_loader(self.dataset, sampler, config.execution.num_workers))
-        board = SummaryWriter(self.directory.tensorboard, purge_step=self.step or None)
+        batches = self._batches()
         audio_seconds = config.train.global_batch * config.train.crop_seconds
         since, steps_since = time.perf_counter(), 0
-        with board, ProgressDisplay(plan.name, plan.steps, self.step) as progress:
+        with (
+            self._board() as board,
+            ProgressDisplay(plan.name, plan.steps, self.step, shown=self.processes.is_first) as progress,
+            self.stop.deferred(),
+        ):
             while self.step < plan.steps:
                 lr = learning_rate(config.train.optimiser, self.step, plan.steps)
-                loss, terms, gradient_norm = self._optimise(batches, lr)
+                loss, terms, gradient_norm, should_stop = self.engine.optimise(
+                    batches, lr, self.stop.signal is not None
+                )
                 self.step += 1
                 steps_since += 1
                 if not math.isfinite(loss) or not math.isfinite(gradient_norm):
@@ -112,117 +105,148 @@ class Trainer:
                     )
                 if self.step % config.execution.log_every == 0 or self.step in (1, plan.steps):
                     now = time.perf_counter()
-                    row: dict[str, Any] = {
-                        "loss": loss,
-                        "terms": terms,
-                        "learning_rate": lr,
-                        "gradient_norm": gradient_norm,
-                        "audio_seconds_per_second": audio_seconds * steps_since / (now - since),
-                        "memory_gib": _memory_gib(),
-                    }
+                    self._log(
+                        board,
+                        "train",
+                        {
+                            "loss": loss,
+                            "terms": terms,
+                            "learning_rate": lr,
+                            "gradient_norm": gradient_norm,
+                            "audio_seconds_per_second": audio_seconds * steps_since / (now - since),
+                            "step_seconds": (now - since) / steps_since,
+                            "memory_gib": _memory_gib(),
+                        },
+                    )
                     since, steps_since = now, 0
-                    self.directory.log_metrics("train", self.step, **row)
-                    _write_scalars(board, "train", row, self.step)
                 if self.step in validate_at:
                     row = self.validate()
-                    self.directory.log_metrics("validation", self.step, **row)
-                    _write_scalars(board, "validation", row, self.step)
+                    self._log(board, "validation", row)
                     if not math.isfinite(row["loss"]):
                         raise DivergedError(f"the validation loss after step {self.step} is {row['loss']:.4g}")
-                    log.info("validation loss %.5f (unprocessed %.5f)", row["loss"], row["unprocessed_loss"])
+                    if self.processes.is_first:
+                        log.info("validation loss %.5f (unprocessed %.5f)", row["loss"], row["unprocessed_loss"])
                     since, steps_since = time.perf_counter(), 0
-                if self.step % config.execution.checkpoint_every == 0 or self.step == plan.steps:
+                is_due = self.step % config.execution.checkpoint_every == 0 or self.step == plan.steps
+                if is_due or should_stop:
                     self._save()
                     since, steps_since = time.perf_counter(), 0
+                if should_stop and self.step < plan.steps:
+                    raise StoppedError(self.stop.signal or "another rank's signal")
                 progress.show(self.step, f"loss {loss:.4f}")
-        # As `scaling.evaluate` will load it: not compiled, and in 32 bits whatever the training's precision.
-        return self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+        return self.engine.trained_model()
 
     def validate(self) -> dict[str, Any]:
-        """Loss and SI-SDR, enhanced and unprocessed: means over whole validation utterances."""
-        reader = ShardReader(self.index.root)
+        """Loss and SI-SDR, enhanced and unprocessed: means over whole utterances, which the ranks share out."""
+        processes = self.processes
+        processes.at("validating")
         clips = sorted(self.index.clips("validation"), key=lambda clip: clip.id)
-        device = self.accelerator.device
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-
-        def add(name: str, value: float) -> None:
-            sums[name] = sums.get(name, 0.0) + value
-            counts[name] = counts.get(name, 0) + 1
-
-        self.network.eval()
-        with torch.no_grad():
-            for clip in clips:
+        model, device = self.engine.evaluation_model(), self.engine.device
+        reader = ShardReader(self.index.root)
+        weights = self.config.train.losses
+        own: list[dict[str, float]] = []
+        model.eval()
+        with torch.no_grad(), self.engine.autocast():
+            for clip in clips[processes.rank :: processes.world_size]:
                 noisy, clean = (to_float(torch.from_numpy(part), device)[None] for part in reader.read_clip(clip))
-                stft, weights = self.model.stft, self.config.train.losses
-                for prefix, estimate in (("", self.network(noisy)), ("unprocessed_", unprocessed(noisy, stft))):
-                    loss = enhancement_loss(estimate, clean, stft, weights)
-                    add(f"{prefix}loss", loss.total.item())
+                values: dict[str, float] = {}
+                for prefix, estimate in (("", model(noisy)), ("unprocessed_", unprocessed(noisy, model.stft))):
+                    loss = enhancement_loss(estimate, clean, model.stft, weights)
+                    values[f"{prefix}loss"] = loss.total.item()
                     if not prefix:
-                        for name, term in loss.terms.items():
-                            add(f"terms/{name}", term.item())
+                        values |= {f"terms/{name}": term.item() for name, term in loss.terms.items()}
                     try:
-                        add(
-                            f"{prefix}si_sdr",
-                            si_sdr(estimate.waveform[0].float().cpu().numpy(), clean[0].cpu().numpy()),
-                        )
+                        enhanced = estimate.waveform[0].float().cpu().numpy()
+                        values[f"{prefix}si_sdr"] = si_sdr(enhanced, clean[0].cpu().numpy())
                     except RefusedError as error:
                         log.warning("validation clip %s: no SI-SDR, %s", clip.id, error)
-        self.network.train()
-        means = {name: total / counts[name] for name, total in sums.items()}
-        terms = {name.removeprefix("terms/"): value for name, value in means.items() if name.startswith("terms/")}
-        return {name: value for name, value in means.items() if not name.startswith("terms/")} | {"terms": terms}
+                own.append(values)
+        model.train()
+        shares = processes.gather(own)
+        rows = [shares[number % processes.world_size][number // processes.world_size] for number in range(len(clips))]
+        means: dict[str, Any] = {"terms": {}}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values_of_name = [row[name] for row in rows if name in row]
+            mean = sum(values_of_name) / len(values_of_name)
+            if name.startswith("terms/"):
+                means["terms"][name.removeprefix("terms/")] = mean
+            else:
+                means[name] = mean
+        return means
 
-    def _optimise(self, batches: Any, lr: float) -> tuple[float, dict[str, float], float]:
-        """One optimiser step over a global batch: (loss, its terms, gradient norm)."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        self.network.train()
-        self.optimiser.zero_grad()
-        num_micro_batches = self.config.train.global_batch // self.config.micro_batch
-        total = torch.zeros((), device=self.accelerator.device)
-        terms: dict[str, Tensor] = {}
-        for _ in range(num_micro_batches):
-            noisy, clean = (to_float(part, self.accelerator.device) for part in next(batches))
-            loss = enhancement_loss(self.compiled(noisy), clean, self.model.stft, self.config.train.losses)
-            self.accelerator.backward(loss.total / num_micro_batches)
-            total += loss.total.detach() / num_micro_batches
-            for name, term in loss.terms.items():
-                terms[name] = terms.get(name, 0) + term / num_micro_batches
-        bound = self.config.train.optimiser.max_gradient_norm
-        gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if bound is None else bound)
-        norm = float(gradient_norm)
-        if self.accelerator.scaler is not None:
-            self.optimiser.step()  # fp16: the scaler itself passes over gradients that overflowed
-            norm = norm if math.isfinite(norm) else 0.0
-        elif math.isfinite(norm):
-            self.optimiser.step()
-        return total.item(), {name: term.item() for name, term in terms.items()}, norm
+    def _batches(self) -> Iterator[Any]:
+        """This rank's micro-batches from the committed step on; LostRankError if a process that reads them is lost."""
+        config, execution = self.config, self.config.execution
+        sampler = MicroBatchSampler(
+            self.step,
+            self.plan.steps,
+            config.train.global_batch,
+            self.engine.micro_batch,
+            self.processes.rank,
+            self.processes.world_size,
+            self.engine.span,
+        )
+        batches = iter(training_loader(self.dataset, sampler, execution.num_workers, execution.step_timeout))
+        while True:
+            try:
+                yield next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                raise LostRankError(f"{_frozen_children()}{str(error).splitlines()[0]}") from error
+
+    def _board(self) -> Any:
+        """Where TensorBoard's scalars go; nothing on the ranks that write no records."""
+        if not self.processes.is_first:
+            return nullcontext()
+        from torch.utils.tensorboard import SummaryWriter  # slow to load, and needed nowhere else
+
+        return SummaryWriter(self.directory.tensorboard, purge_step=self.step or None)
+
+    def _log(self, board: Any, kind: str, row: dict[str, Any]) -> None:
+        if self.processes.is_first:
+            self.directory.log_metrics(kind, self.step, **row)
+            _write_scalars(board, kind, row, self.step)
 
     def _save(self) -> None:
-        scaler = self.accelerator.scaler
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
+        self.processes.at("saving")
         started = time.perf_counter()
-        save_checkpoint(self.directory.checkpoints, self.step, state)
-        self.directory.log_event("checkpointed", step=self.step, seconds=time.perf_counter() - started)
+        save_checkpoint(self.directory.checkpoints, self.step, self.engine.write, self.processes, self.engine.layout)
+        if self.processes.is_first:
+            self.directory.log_event("checkpointed", step=self.step, seconds=time.perf_counter() - started)
 
     def _restore(self) -> int:
-        """Take up the newest checkpoint; the number of steps it has behind it."""
-        loaded = load_newest(self.directory.checkpoints, self.accelerator.device)
-        if loaded is None:
+        """Take up the newest checkpoint, the same on every rank; the number of steps it has behind it."""
+
+        def choose() -> Checkpoint | None:
+            checkpoint = newest_whole(self.directory.checkpoints)
+            if checkpoint is not None and checkpoint.layout != self.engine.layout:
+                raise UserError(
+                    f"checkpoint {checkpoint.path} was written {_describe_layout(checkpoint.layout)}; this is a run "
+                    f"{_describe_layout(self.engine.layout)}: go on as it was written, or delete the run's checkpoints"
+                )
+            return checkpoint
+
+        checkpoint = self.processes.from_first(choose)
+        if checkpoint is None:
             return 0
-        checkpoint, state = loaded
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        log.info("going on from %s", checkpoint.path)
+        self.engine.load(checkpoint.path)
+        if self.processes.is_first:
+            log.info("going on from %s", checkpoint.path)
         return checkpoint.step
+
+
+def _describe_layout(layout: dict[str, int] | None) -> str:
+    if layout is None:
+        return "without DeepSpeed"
+    return f"with deepspeed=zero{layout['zero_stage']} by {layout['world_size']} processes"
+
+
+def _frozen_children() -> str:
+    frozen = [child.pid for child in psutil.Process().children() if child.status() == psutil.STATUS_STOPPED]
+    return f"worker process {', '.join(map(str, frozen))} that reads the data is frozen: " if frozen else ""
 
 
 def _memory_gib() -> float:

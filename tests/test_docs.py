@@ -23,7 +23,7 @@ def test_every_setting_is_listed_and_every_listed_setting_exists():
     assert dotted - keys == set()
 
 
-@pytest.mark.parametrize("group", ["model", "data", "train", "cluster", "sweep"])
+@pytest.mark.parametrize("group", ["model", "data", "train", "deepspeed", "cluster", "sweep"])
 def test_every_choice_is_listed(group: str):
     text = (ROOT / "docs" / "configuration.md").read_text()
     (line,) = [line for line in text.splitlines() if f"`conf/{group}`" in line and line.startswith("|")]

@@ -1,0 +1,347 @@
+"""The processes of a run: that all of them come, that all of them live, and what they tell one another.
+
+A run is executed by W processes, ranks 0 to W − 1, each started with RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment: by torchrun, by accelerate launch,
+or by the launcher's jobs. In order:
+
+1. Every rank checks that MASTER_ADDR resolves, meets rank 0 at a store there, and says it is here.
+2. Rank 0 waits for all for a stated time, and tells all the verdict: to go on, or who is missing.
+3. The process group is made, over the same store.
+4. From then on every rank leaves a sign of life in the store every two seconds and reads the
+   others'. A rank that leaves none for a stated time (killed, frozen, its node gone) is named,
+   and ends the run on all others: a collective would wait for it for ever.
+
+One process alone needs none of this: `ALONE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from scaling.errors import UserError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SECONDS_BETWEEN_SIGNS = 2.0
+SECONDS_TO_NAME_THE_LOST = 12.0  # after a collective has broken
+LOST_STATUS = 76  # exit status of a rank that ends because another is lost
+
+
+class LostRankError(Exception):
+    """Another rank of the run has died, is frozen, or has failed."""
+
+
+@dataclass
+class Processes:
+    """This process among the W of a run; its methods are collectives, called by every rank in the same order."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    watch: Watch | None = field(default=None, repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes the run's records."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank gave, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        with self.naming_the_lost():
+            distributed.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, on every rank; where it raises UserError, all others exit with status 2."""
+        if self.world_size == 1:
+            return make()
+        error: UserError | None = None
+        made: tuple[bool, T | None] = (False, None)
+        if self.is_first:
+            try:
+                made = (True, make())
+            except UserError as raised:
+                error = raised
+        with self.naming_the_lost():
+            shared = [made]
+            distributed.broadcast_object_list(shared)
+        if error is not None:
+            raise error
+        is_made, value = shared[0]
+        if not is_made:
+            raise SystemExit(2)  # rank 0 says why
+        return value  # type: ignore[return-value]
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.world_size > 1:
+            with self.naming_the_lost():
+                distributed.all_reduce(x)
+        return x
+
+    def gather_tensors(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks, of one shape, stacked in the order of the ranks."""
+        if self.world_size == 1:
+            return x[None]
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        with self.naming_the_lost():
+            distributed.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    def subgroup(self, size: int) -> distributed.ProcessGroup:
+        """The group of `size` ranks side by side that this rank is in; `size` divides the world size."""
+        if size == self.world_size:
+            assert distributed.group.WORLD is not None
+            return distributed.group.WORLD
+        groups = [distributed.new_group(list(range(first, first + size))) for first in range(0, self.world_size, size)]
+        return groups[self.rank // size]
+
+    def at(self, phase: str) -> None:
+        """Leave word of what this rank is doing, for the message if it should be lost."""
+        if self.watch is not None:
+            self.watch.phase = phase
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """A context in which a broken collective becomes LostRankError, which names the rank that broke it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.watch is None:
+                raise
+            lost = self.watch.find_lost(SECONDS_TO_NAME_THE_LOST)
+            if lost is None:
+                raise
+            raise LostRankError(lost) from error
+
+    def tell_failure(self, reason: str) -> None:
+        """Let the other ranks know that this one ends, and why."""
+        if self.watch is not None:
+            self.watch.tell(f"failed {reason}")
+
+    def leave(self, wait: bool = True) -> None:
+        """Part from the group; with `wait` in good order, together. This process may go on alone."""
+        if self.watch is not None:
+            if wait:
+                self.barrier()
+            self.watch.close()
+            if wait:
+                distributed.destroy_process_group()
+        self.world_size, self.watch = 1, None
+
+
+ALONE = Processes()
+
+
+def join(
+    rendezvous_timeout: float, silence_timeout: float, step_timeout: float, needs_group: bool = False
+) -> Processes:
+    """Meet the other processes of the run, as the environment names them.
+
+    rendezvous_timeout: seconds within which all ranks must have come
+    silence_timeout: seconds without a sign of life after which a rank counts as lost
+    step_timeout: seconds that a single collective may take
+    needs_group: make a process group even for one process (DeepSpeed wants one)
+
+    UserError if the environment is incomplete, MASTER_ADDR does not resolve or cannot be reached,
+    or a rank does not come in time.
+    """
+    world_size = _whole_number("WORLD_SIZE", 1)
+    if world_size == 1 and not needs_group:
+        for name in VARIABLES:  # of a launcher that started one process: Accelerate would make a group of it
+            os.environ.pop(name, None)
+        return Processes()
+    if world_size == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= dict(zip(VARIABLES, ("0", "1", "0", "127.0.0.1", str(port)), strict=True))
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE = {world_size} but {', '.join(missing)} not set: start all processes with torchrun, "
+            "accelerate launch or python -m launch.sweep"
+        )
+    rank, local_rank = _whole_number("RANK"), _whole_number("LOCAL_RANK")
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK = {rank}: expected 0 to {world_size - 1}, as WORLD_SIZE = {world_size} says")
+    host, port = os.environ["MASTER_ADDR"], _whole_number("MASTER_PORT")
+    store = _meet(host, port, rank, world_size, rendezvous_timeout)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=distributed.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=step_timeout),
+    )
+    watch = Watch(_connect(host, port, world_size, False, silence_timeout), rank, world_size, silence_timeout)
+    processes = Processes(rank, world_size, local_rank, watch)
+    processes.barrier()  # every rank has left its first sign
+    watch.start()
+    return processes
+
+
+def _whole_number(variable: str, default: int | None = None) -> int:
+    text = os.environ.get(variable, None if default is None else str(default))
+    try:
+        return int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UserError(f"the environment has {variable} = {text!r}: expected a whole number") from None
+
+
+def _meet(host: str, port: int, rank: int, world_size: int, timeout: float) -> distributed.Store:
+    """The store at rank 0, once every rank has said there that it has come."""
+    here = f"rank {rank} on {socket.gethostname()}"
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise UserError(
+            f"{here}: MASTER_ADDR = {host} does not resolve ({error.strerror}): the nodes must know each other's names "
+            "(DNS or the hosts file), or MASTER_ADDR be an address"
+        ) from None
+    # Under torchrun its agent keeps the store, else rank 0 does.
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = distributed.PrefixStore(attempt, _connect(host, port, world_size, keeps_store, timeout))
+        store.set(f"here/{rank}", f"{socket.gethostname()} (process {os.getpid()})")
+    except RuntimeError as error:
+        if keeps_store:
+            raise UserError(f"{here} cannot listen on {host}:{port} ({_first_line(error)}): set another port") from None
+        raise UserError(
+            f"{here} did not reach rank 0 at {host}:{port} within {timeout:g} s: "
+            "it has not started, or a firewall is between"
+        ) from None
+    if rank == 0:
+        deadline = time.monotonic() + timeout
+        absent = [other for other in range(world_size) if not _is_there(store, f"here/{other}", deadline)]
+        ranks = ", ".join(map(str, absent))
+        verdict = f"rank {ranks} of {world_size} did not come to {host}:{port} within {timeout:g} s" if absent else ""
+        store.set("verdict", verdict or "go")
+    else:
+        if not _is_there(store, "verdict", time.monotonic() + timeout + 30):
+            raise UserError(f"{here}: rank 0 at {host}:{port} said nothing within {timeout:g} s: see its log")
+        verdict = store.get("verdict").decode().removeprefix("go")
+    if verdict:
+        raise UserError(f"{verdict}: see that rank's log; execution.rendezvous_timeout is how long to wait")
+    return store
+
+
+def _connect(host: str, port: int, world_size: int, keeps_store: bool, timeout: float) -> distributed.TCPStore:
+    return distributed.TCPStore(
+        host, port, world_size, keeps_store, timeout=timedelta(seconds=timeout), wait_for_workers=False
+    )
+
+
+def _is_there(store: distributed.Store, key: str, deadline: float) -> bool:
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class Watch(threading.Thread):
+    """Signs of life: this rank's own, and a look at all others', over a connection of its own."""
+
+    def __init__(self, store: distributed.TCPStore, rank: int, world_size: int, silence_timeout: float) -> None:
+        super().__init__(daemon=True, name="watch")
+        self.store = distributed.PrefixStore(f"signs-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self.rank, self.world_size, self.silence_timeout = rank, world_size, silence_timeout
+        self.phase = "joining"
+        self.on_loss: Callable[[str], None] = log.critical  # told of a lost rank, by the lowest that lives
+        self._where = f"on {socket.gethostname()} (process {os.getpid()})"
+        self._count = 0
+        self._seen: dict[int, tuple[str, float]] = {}  # rank: its last sign, and when it was new
+        self._is_closed = threading.Event()
+        self._lock = threading.Lock()
+        self._sign()
+
+    def run(self) -> None:
+        while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS):
+            lost = self._look(self.silence_timeout)
+            if lost is not None and not self._is_closed.is_set():
+                self.on_loss(lost)
+                # The main thread may sit in a collective that never returns: no exception would reach it.
+                os._exit(LOST_STATUS)
+
+    def tell(self, word: str) -> None:
+        """Leave a last word, which the others take for what became of this rank."""
+        if self._is_closed.is_set():
+            return
+        self._is_closed.set()
+        with contextlib.suppress(RuntimeError), self._lock:
+            self.store.set(str(self.rank), f"{self._where}\t{word}")
+
+    def close(self) -> None:
+        self.tell("left")
+
+    def find_lost(self, seconds: float) -> str | None:
+        """The rank that failed or gives no sign, by name; None if all live for `seconds` more."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            lost = self._look(min(self.silence_timeout, seconds * 0.7))
+            if lost is not None:
+                return lost
+        return None
+
+    def _sign(self) -> None:
+        self._count += 1
+        self.store.set(str(self.rank), f"{self._where}\t{self._count}\t{self.phase}")
+
+    def _look(self, patience: float) -> str | None:
+        """Leave a sign, read the others'; what to say if one of them is lost."""
+        with self._lock:
+            try:
+                if not self._is_closed.is_set():
+                    self._sign()
+                signs = {
+                    rank: self.store.get(str(rank)).decode() for rank in range(self.world_size) if rank != self.rank
+                }
+            except RuntimeError as error:
+                return f"rank 0, which keeps the store of the run, is gone ({_first_line(error)})"
+            now = time.monotonic()
+            for rank, sign in signs.items():
+                where, _, word = sign.partition("\t")
+                if word.startswith("failed "):
+                    return f"rank {rank} {where} failed: {word.removeprefix('failed ')}"
+                before, since = self._seen.get(rank, ("", now))
+                if sign != before:
+                    self._seen[rank] = (sign, now)
+                elif word != "left" and now - since > patience:
+                    phase = word.partition("\t")[2]
+                    return (
+                        f"rank {rank} {where} has given no sign of life for {now - since:.0f} s, last seen at {phase}: "
+                        "it was killed, is frozen, or its node is gone"
+                    )
+        return None

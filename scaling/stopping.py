@@ -1,0 +1,60 @@
+"""A signal that asks a run to stop only leaves word; the run stops where it can.
+
+SLURM and other supervisors say with a signal that time is up. A handler that saved there and
+then could meet the run inside a collective, which no other rank would join. So while a
+run trains, the handler sets a flag, and the ranks agree on it at a step's end. Elsewhere
+(scoring the test set, in one process) the handler stops the work at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StoppedError(BaseException):
+    """The run was asked to stop from outside, and has; not an error, hence no Exception."""
+
+
+class StopFlag:
+    """A context in which the stop signals are heard. `signal` names the first that came, if one has."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._is_deferred = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        if threading.current_thread() is threading.main_thread():  # handlers can be set nowhere else
+            self._before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A context in which a signal is only noted: whoever opened it asks `signal` and stops by itself."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or signal.Signals(number).name
+        if not self._is_deferred:
+            raise StoppedError(self.signal)
+
+
+def ignore_stop_signals() -> None:
+    """In a worker process: a signal to the whole job is for the run's main process to answer."""
+    for number in (*STOP_SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
