@@ -177,7 +177,9 @@ class ExecutionConfig:
     audit: bool = False  # sums in a fixed order: bit for bit the same for any number of processes, slower
     rendezvous_timeout: float = 300.0  # seconds within which all processes of the run must have come
     silence_timeout: float = 60.0  # seconds without a sign of life after which a process counts as lost
-    step_timeout: float = 1800.0  # seconds that one collective, or the reading of one batch, may take
+    step_timeout: float = (
+        1800.0  # seconds that the reading of a batch, or what a process does between collectives, may take
+    )
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every", "num_validations"):

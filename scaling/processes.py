@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 from torch import Tensor, distributed
 
@@ -132,12 +133,14 @@ class Processes:
             if self.watch is None:
                 raise
             lost = self.watch.find_lost(SECONDS_TO_NAME_THE_LOST)
+            if lost is None and "timed out" in str(error).lower():
+                lost = f"the ranks wait for one another without end, rank by rank: {self.watch.phases()}"
             if lost is None:
                 raise
             raise LostRankError(lost) from error
 
     def tell_failure(self, reason: str) -> None:
-        """Let the other ranks know that this one ends, and why."""
+        """Let the other ranks know that this rank ends, and why."""
         if self.watch is not None:
             self.watch.tell(f"failed {reason}")
 
@@ -155,6 +158,43 @@ class Processes:
 ALONE = Processes()
 
 
+class Deadline:
+    """Ends this process when a thing it does takes too long, where no exception could reach it.
+
+    A loader's worker that is frozen can hold the main process inside a read for ever: the queue's own
+    timeout does not cover the exchange with the worker that follows.
+    """
+
+    def __init__(self, seconds: float, on_expiry: Callable[[str], None]) -> None:
+        """on_expiry: told which child processes are frozen, before the process ends with LOST_STATUS"""
+        self.seconds, self.on_expiry = seconds, on_expiry
+        self._since: float | None = None
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="deadline").start()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def close(self) -> None:
+        self._is_closed.set()
+
+    def _watch(self) -> None:
+        while not self._is_closed.wait(0.5):
+            since = self._since
+            if since is not None and time.monotonic() - since > self.seconds:
+                children = psutil.Process().children(recursive=True)
+                frozen = [str(child.pid) for child in children if child.status() == psutil.STATUS_STOPPED]
+                self.on_expiry(f"worker process {', '.join(frozen)} is frozen" if frozen else "no worker is frozen")
+                for child in children:
+                    child.kill()
+                os._exit(LOST_STATUS)
+
+
 def join(
     rendezvous_timeout: float, silence_timeout: float, step_timeout: float, needs_group: bool = False
 ) -> Processes:
@@ -162,7 +202,7 @@ def join(
 
     rendezvous_timeout: seconds within which all ranks must have come
     silence_timeout: seconds without a sign of life after which a rank counts as lost
-    step_timeout: seconds that a single collective may take
+    step_timeout: seconds that a rank may take between two collectives
     needs_group: make a process group even for one process (DeepSpeed wants one)
 
     UserError if the environment is incomplete, MASTER_ADDR does not resolve or cannot be reached,
@@ -197,7 +237,8 @@ def join(
         store=distributed.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=step_timeout),
+        # Longer than what a rank itself allows, so that the one that is late says why before the others give up.
+        timeout=timedelta(seconds=2 * step_timeout),
     )
     watch = Watch(_connect(host, port, world_size, False, silence_timeout), rank, world_size, silence_timeout)
     processes = Processes(rank, world_size, local_rank, watch)
@@ -243,10 +284,15 @@ def _meet(host: str, port: int, rank: int, world_size: int, timeout: float) -> d
         ranks = ", ".join(map(str, absent))
         verdict = f"rank {ranks} of {world_size} did not come to {host}:{port} within {timeout:g} s" if absent else ""
         store.set("verdict", verdict or "go")
+        if verdict:  # the store goes with this process: let those who came read it
+            for other in set(range(1, world_size)) - set(absent):
+                _is_there(store, f"heard/{other}", time.monotonic() + 5)
     else:
         if not _is_there(store, "verdict", time.monotonic() + timeout + 30):
             raise UserError(f"{here}: rank 0 at {host}:{port} said nothing within {timeout:g} s: see its log")
         verdict = store.get("verdict").decode().removeprefix("go")
+        if verdict:
+            store.set(f"heard/{rank}", "")
     if verdict:
         raise UserError(f"{verdict}: see that rank's log; execution.rendezvous_timeout is how long to wait")
     return store
@@ -284,15 +330,27 @@ class Watch(threading.Thread):
         self._seen: dict[int, tuple[str, float]] = {}  # rank: its last sign, and when it was new
         self._is_closed = threading.Event()
         self._lock = threading.Lock()
+        self._lost: str | None = None
+        self._last_look = time.monotonic()
         self._sign()
 
     def run(self) -> None:
-        while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS):
-            lost = self._look(self.silence_timeout)
-            if lost is not None and not self._is_closed.is_set():
-                self.on_loss(lost)
+        """Look every two seconds; whatever a look says, or that it does not return, ends this process."""
+        threading.Thread(target=self._keep_looking, daemon=True, name="look").start()
+        # A look hangs where rank 0, which keeps the store, is frozen: no timeout of the store's ends that.
+        while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS / 2):
+            silent = time.monotonic() - self._last_look
+            if self._lost is None and silent > self.silence_timeout:
+                self._lost = f"rank 0, which keeps the store of the run, has given no answer for {silent:.0f} s"
+            if self._lost is not None and not self._is_closed.is_set():
+                self.on_loss(self._lost)
                 # The main thread may sit in a collective that never returns: no exception would reach it.
                 os._exit(LOST_STATUS)
+
+    def _keep_looking(self) -> None:
+        while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS) and self._lost is None:
+            self._lost = self._look(self.silence_timeout)
+            self._last_look = time.monotonic()
 
     def tell(self, word: str) -> None:
         """Leave a last word, which the others take for what became of this rank."""
@@ -314,6 +372,12 @@ class Watch(threading.Thread):
             if lost is not None:
                 return lost
         return None
+
+    def phases(self) -> str:
+        """What every rank was doing when it last gave a sign."""
+        own = {self.rank: self.phase}
+        others = {rank: sign.rpartition("\t")[2] for rank, (sign, _) in self._seen.items()}
+        return ", ".join(f"{rank} {phase}" for rank, phase in sorted((others | own).items()))
 
     def _sign(self) -> None:
         self._count += 1

@@ -88,7 +88,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     if processes.watch is not None:
         processes.watch.on_loss = _recorder_of_loss(directory, processes.rank)
     try:
-        model = _train(plan, directory, processes, stop)
+        model = train(plan, directory, processes, stop)
         processes.leave()
         if processes.is_first:
             if stop.signal is not None:
@@ -119,7 +119,8 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     return 0
 
 
-def _train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: StopFlag) -> BSRNN:
+def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: StopFlag) -> BSRNN:
+    """Train a run from its newest checkpoint to its last step, on every rank (see `Trainer.fit` for what it raises)."""
     execution = plan.config.execution
     keep_freed_memory()
     torch.set_num_threads(execution.threads or _cores_of_this_process())
@@ -164,7 +165,8 @@ def classify(error: Exception) -> tuple[str, str]:
     out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in out_of_memory):
         return "out of memory", reason
-    if isinstance(error, OSError) and error.errno == errno.EIO:
+    # A loader's worker that is killed may say so anywhere in the main process.
+    if (isinstance(error, OSError) and error.errno == errno.EIO) or "DataLoader worker" in str(error):
         return "node failure", reason
     return "code error", reason
 

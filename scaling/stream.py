@@ -125,19 +125,13 @@ class MicroBatchSampler(Sampler[list[int]]):
                 yield list(range(first, first + self.micro_batch))
 
 
-def training_loader(
-    dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int, timeout: float = 0
-) -> DataLoader:
-    """Micro-batches of (noisy, clean), each int16 of (micro_batch, crop_samples).
-
-    timeout: seconds to wait for a worker's batch; 0 waits for ever
-    """
+def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int) -> DataLoader:
+    """Micro-batches of (noisy, clean), each int16 of (micro_batch, crop_samples)."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        timeout=timeout if num_workers else 0,
         worker_init_fn=_start_worker,
         # The numbers drawn for workers' seeds must not touch the process's generator.
         generator=torch.Generator(),

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import psutil
 import torch
 
 from bsrnn import BSRNN
@@ -27,7 +26,7 @@ from scaling.engines import make_engine
 from scaling.errors import UserError
 from scaling.metrics import RefusedError, si_sdr
 from scaling.plan import RunPlan, training_clips
-from scaling.processes import LostRankError, Processes
+from scaling.processes import Deadline, Processes
 from scaling.progress import ProgressDisplay
 from scaling.records import RunDirectory
 from scaling.shards import SAMPLE_RATE, ShardIndex, ShardReader
@@ -175,7 +174,7 @@ class Trainer:
         return means
 
     def _batches(self) -> Iterator[Any]:
-        """This rank's micro-batches from the committed step on; LostRankError if a process that reads them is lost."""
+        """This rank's micro-batches from the committed step on; the process ends if one cannot be read in time."""
         config, execution = self.config, self.config.execution
         sampler = MicroBatchSampler(
             self.step,
@@ -186,16 +185,26 @@ class Trainer:
             self.processes.world_size,
             self.engine.span,
         )
-        batches = iter(training_loader(self.dataset, sampler, execution.num_workers, execution.step_timeout))
-        while True:
-            try:
-                yield next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader" not in str(error):
-                    raise
-                raise LostRankError(f"{_frozen_children()}{str(error).splitlines()[0]}") from error
+        batches = iter(training_loader(self.dataset, sampler, execution.num_workers))
+        deadline = Deadline(execution.step_timeout, self._end_for_a_frozen_worker)
+        try:
+            while True:
+                with deadline.running():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            deadline.close()
+
+    def _end_for_a_frozen_worker(self, what: str) -> None:
+        """Last words of this rank: on record, and to the other ranks."""
+        reason = (
+            f"rank {self.processes.rank} has read at one batch for {self.config.execution.step_timeout:g} s: {what}"
+        )
+        log.critical("%s", reason)
+        self.directory.log_event("failed", failure="node failure", reason=reason, rank=self.processes.rank)
+        self.processes.tell_failure(f"node failure: {reason}")
 
     def _board(self) -> Any:
         """Where TensorBoard's scalars go; nothing on the ranks that write no records."""
@@ -242,11 +251,6 @@ def _describe_layout(layout: dict[str, int] | None) -> str:
     if layout is None:
         return "without DeepSpeed"
     return f"with deepspeed=zero{layout['zero_stage']} by {layout['world_size']} processes"
-
-
-def _frozen_children() -> str:
-    frozen = [child.pid for child in psutil.Process().children() if child.status() == psutil.STATUS_STOPPED]
-    return f"worker process {', '.join(map(str, frozen))} that reads the data is frozen: " if frozen else ""
 
 
 def _memory_gib() -> float:

@@ -1,0 +1,165 @@
+"""Real processes of one run, as a launcher starts them: tests start them, harm them, and read what they say.
+
+They are forked from a server that has imported torch already, which saves each of them seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["scaling.run", "torch.utils.tensorboard", "deepspeed", "tests.ranks"])
+
+STARTED: list[Rank] = []
+
+
+@dataclass
+class Rank:
+    process: BaseProcess
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit status; AssertionError if the rank does not end in time."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise AssertionError(f"rank did not end within {timeout} s; it said:\n{self.said}")
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]:
+                process.kill()
+        self.process.join()
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(
+    words: list[str],
+    folder: Path,
+    world_size: int,
+    *,
+    command: str = "train",
+    ranks: list[int] | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+) -> list[Rank]:
+    """Start ranks of a run (all, unless some are named), each with a log of its own in the folder.
+
+    command: "execute" is what `python -m scaling.train` does; "train" ends with the last step, before the
+        test set is scored, and says the hash of the weights
+    """
+    port = port or free_port()
+    started = []
+    for rank in range(world_size) if ranks is None else ranks:
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        log = folder / f"rank-{rank}-of-{world_size}-{port}.log"
+        process = CONTEXT.Process(target=_run, args=(command, words, environment, log))
+        process.start()
+        started.append(Rank(process, log))
+    STARTED.extend(started)
+    return started
+
+
+def end_all() -> None:
+    """Kill whatever a test has left."""
+    while STARTED:
+        rank = STARTED.pop()
+        if rank.process.is_alive():
+            rank.kill()
+
+
+def run_ranks(words: list[str], folder: Path, world_size: int, **options: str) -> str:
+    """Run all ranks to their end, which must be good; the hash of the weights, which they must agree on."""
+    ranks = start_ranks(words, folder, world_size, **options)
+    hashes = set()
+    for rank in ranks:
+        status = rank.wait()
+        assert status == 0, rank.said
+        hashes |= {line.split()[1] for line in rank.said.splitlines() if line.startswith("weights ")}
+    assert len(hashes) == 1, f"the ranks ended with different weights: {hashes}"
+    return hashes.pop()
+
+
+def _run(command: str, words: list[str], environment: dict[str, str], log: Path) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
+    try:
+        status = _execute(words) if command == "execute" else _train(words)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _execute(words: list[str]) -> int:
+    from scaling.cli import run_main
+    from scaling.train import main
+
+    sys.argv = ["scaling.train", *words]
+    run_main(main, "")
+    return 0
+
+
+def _train(words: list[str]) -> int:
+    from scaling.cli import load_config
+    from scaling.config import RunConfig
+    from scaling.plan import plan_run
+    from scaling.prepare import open_shards
+    from scaling.processes import join
+    from scaling.run import train
+    from scaling.stopping import StopFlag
+
+    config = load_config(RunConfig, "run", words)
+    plan = plan_run(config, open_shards(config.data))
+    execution = config.execution
+    with StopFlag() as stop:
+        processes = join(60, execution.silence_timeout, execution.step_timeout, execution.zero_stage is not None)
+        plan.directory.path.mkdir(parents=True, exist_ok=True)
+        model = train(plan, plan.directory, processes, stop)
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        print("weights", digest.hexdigest(), flush=True)
+        processes.leave()
+    return 0

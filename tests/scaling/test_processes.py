@@ -1,0 +1,226 @@
+"""One run on several processes: the same science, nobody missing, nobody waited for without end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from scaling.records import RunDirectory
+from scaling.shards import ShardIndex
+from tests.ranks import Rank, end_all, free_port, run_ranks, start_ranks
+
+STEPS = "train.budget.steps=8"
+
+
+def run_of(study: Path) -> RunDirectory:
+    (path,) = (study / "runs").iterdir()
+    return RunDirectory(path)
+
+
+def rows_of(study: Path) -> list[tuple]:
+    return [(row["kind"], row["step"], row["loss"], row["terms"]) for row in run_of(study).read_metrics()]
+
+
+def wait_for(condition, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    end_all()
+
+
+@pytest.fixture
+def long_run(tiny_run: list[str]) -> list[str]:
+    return [*tiny_run, "train.budget.steps=4000", "execution.checkpoint_every=1000000", "execution.silence_timeout=5"]
+
+
+def start_and_meet(words: list[str], folder: Path, study: Path, world_size: int = 2) -> list[Rank]:
+    """Ranks that are past their first steps."""
+    rows = len(list(study.glob("runs/*"))) and len(run_of(study).read_metrics())
+    ranks = start_ranks(words, folder, world_size, command="execute")
+    wait_for(lambda: list(study.glob("runs/*/metrics.jsonl")) and len(run_of(study).read_metrics()) > rows + 2)
+    return ranks
+
+
+# --- the same science ----------------------------------------------------------------------
+
+
+def test_audited_runs_end_with_the_same_weights_on_one_two_and_four_processes(tiny_run: list[str], tmp_path: Path):
+    words = [*tiny_run, STEPS, "train.global_batch=8", "execution.micro_batch=2", "execution.audit=true"]
+    hashes, rows = set(), []
+    for world_size in (1, 2, 4):
+        study = tmp_path / f"audit-{world_size}"
+        hashes.add(run_ranks([*words, f"study={study}"], tmp_path, world_size))
+        rows.append(rows_of(study))
+    assert len(hashes) == 1
+    assert rows[0] == rows[1] == rows[2]
+    assert len(rows[0]) == 9
+
+
+def test_two_processes_train_as_one_does_up_to_rounding_and_zero_as_they_do(tiny_run: list[str], tmp_path: Path):
+    """norm_batch=4 over two processes of 2 crops: the batch norms span them."""
+    losses = {}
+    words = [*tiny_run, STEPS, "train.norm_batch=4"]
+    for name, world_size, more in (
+        ("one", 1, ""),
+        ("two", 2, ""),
+        ("zero2", 2, "deepspeed=zero2"),
+        ("zero3", 2, "deepspeed=zero3"),
+    ):
+        study = tmp_path / name
+        run_ranks([*words, f"study={study}", *([more] if more else [])], tmp_path, world_size)
+        losses[name] = [row[2] for row in rows_of(study)]
+        started = run_of(study).read_events()[0]
+        assert started["world_size"] == world_size
+        assert started["micro_batch"] == 4 // world_size
+        assert started["zero_stage"] == (int(more[-1]) if more else None)
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-3)
+    assert losses["zero2"] == pytest.approx(losses["two"], rel=1e-6)
+    assert losses["zero3"] == pytest.approx(losses["two"], rel=1e-3)
+
+
+def test_a_checkpoint_cut_into_parts_goes_on_as_it_was_written_and_no_other_way(tiny_run: list[str], tmp_path: Path):
+    def words(name: str, steps: int, *more: str) -> list[str]:
+        return [*tiny_run, f"study={tmp_path / name}", f"train.budget.steps={steps}", "deepspeed=zero2", *more]
+
+    whole = run_ranks(words("whole", 8, "execution.checkpoint_every=4"), tmp_path, 2)
+    run_ranks(words("cut", 8, "execution.checkpoint_every=4"), tmp_path, 2)
+    run = run_of(tmp_path / "cut")
+    for path in run.checkpoints.glob("step-00000008/*"):  # as if the second checkpoint had been damaged
+        if path.is_file():
+            path.unlink()
+    for more, world_size in (((), 1), (("deepspeed=zero1",), 2), (("deepspeed=none",), 2)):
+        ranks = start_ranks(words("cut", 8, *more), tmp_path, world_size)
+        statuses = {rank.wait() for rank in ranks}
+        assert 0 not in statuses
+        assert "step-00000004 was written with deepspeed=zero2 by 2 processes; this is a run" in ranks[0].said
+    assert run_ranks(words("cut", 8, "execution.checkpoint_every=4"), tmp_path, 2) == whole
+    assert [event["event"] for event in run.read_events()].count("resumed") == 1
+
+
+# --- nobody missing ------------------------------------------------------------------------
+
+
+def test_a_rank_that_never_comes_is_named_in_time(tiny_run: list[str], tmp_path: Path):
+    words = [*tiny_run, "execution.rendezvous_timeout=6"]
+    ranks = start_ranks(words, tmp_path, 4, command="execute", ranks=[0, 2])
+    assert [rank.wait(60) for rank in ranks] == [2, 2]
+    for rank in ranks:
+        assert "rank 1, 3 of 4 did not come to 127.0.0.1" in rank.said
+        assert "Traceback" not in rank.said
+    assert not list(tmp_path.glob("study/runs/*/metrics.jsonl"))
+
+
+def test_an_address_that_does_not_resolve_or_answer_is_said_in_a_line(tiny_run: list[str], tmp_path: Path):
+    words = [*tiny_run, "execution.rendezvous_timeout=5"]
+    (nowhere,) = start_ranks(words, tmp_path, 2, command="execute", ranks=[1], host="no-such-node.invalid")
+    (silent,) = start_ranks(words, tmp_path, 2, command="execute", ranks=[1], port=free_port())
+    assert nowhere.wait(60) == 2
+    assert "MASTER_ADDR = no-such-node.invalid does not resolve" in nowhere.said
+    assert silent.wait(90) == 2
+    assert "did not reach rank 0 at 127.0.0.1:" in silent.said
+    assert "Traceback" not in nowhere.said + silent.said
+
+
+def test_processes_with_different_settings_are_refused(tiny_run: list[str], tmp_path: Path):
+    port = free_port()
+    (first,) = start_ranks(tiny_run, tmp_path, 2, command="execute", ranks=[0], port=port)
+    (second,) = start_ranks([*tiny_run, "seed=1"], tmp_path, 2, command="execute", ranks=[1], port=port)
+    assert (first.wait(), second.wait()) == (2, 2)
+    assert "were started with different settings" in first.said
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_by_name(tiny_run: list[str], tmp_path: Path):
+    ranks = start_ranks([*tiny_run, "execution.micro_batch=2"], tmp_path, 4, command="execute")
+    assert {rank.wait() for rank in ranks} == {2}
+    assert "2 micro-batches of 2 crops cannot be shared out to 4 processes" in ranks[0].said
+
+
+# --- nobody waited for without end ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_dies_or_freezes_is_named_and_ends_the_run(
+    long_run: list[str], tmp_path: Path, lost: int, harm: signal.Signals
+):
+    ranks = start_and_meet(long_run, tmp_path, tmp_path / "study")
+    started = time.monotonic()
+    os.kill(ranks[lost].pid, harm)
+    survivor = ranks[1 - lost]
+    assert survivor.wait(60) == 76
+    seconds = time.monotonic() - started
+    ranks[lost].kill()
+    assert seconds < 45
+    assert f"rank {lost}" in survivor.said
+    state, event = run_of(tmp_path / "study").state()
+    assert (state, event["failure"]) == ("failed", "node failure")
+    assert f"rank {lost}" in event["reason"]
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_loader_worker_that_dies_or_freezes_is_named_and_ends_the_run(
+    long_run: list[str], tmp_path: Path, harm: signal.Signals
+):
+    words = [*long_run, "execution.num_workers=2", "execution.step_timeout=8"]
+    ranks = start_and_meet(words, tmp_path, tmp_path / "study")
+    children = psutil.Process(ranks[1].pid).children()
+    worker = next(child for child in children if "resource_tracker" not in " ".join(child.cmdline()))
+    os.kill(worker.pid, harm)
+    statuses = [rank.wait(60) for rank in ranks]
+    assert 0 not in statuses
+    assert str(worker.pid) in ranks[1].said
+    assert "rank 1" in ranks[0].said
+    state, event = run_of(tmp_path / "study").state()
+    assert (state, event["failure"]) == ("failed", "node failure")
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on_the_same(
+    tiny_run: list[str], tmp_path: Path
+):
+    def words(name: str) -> list[str]:
+        return [*tiny_run, f"study={tmp_path / name}", "train.budget.steps=60", "execution.checkpoint_every=1000"]
+
+    whole = run_ranks(words("whole"), tmp_path, 2)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        ranks = start_and_meet(words("stopped"), tmp_path, tmp_path / "stopped")
+        os.kill(ranks[1].pid, number)
+        assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].said
+        assert run_of(tmp_path / "stopped").state()[0] == "preempted"
+    assert run_ranks(words("stopped"), tmp_path, 2) == whole
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    kinds = [event["event"] for event in run_of(tmp_path / "stopped").read_events()]
+    assert kinds.count("preempted") == 2
+    assert kinds.count("resumed") == 2
+
+
+def test_a_rank_that_fails_tells_the_others_why(tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path):
+    """One of two ranks meets a shard that ends too early: the other says which and why, once on record."""
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_index.root, shards)
+    port = free_port()
+    words = [*tiny_run, f"data.shards={shards}", "train.budget.steps=4000"]
+    (first,) = start_ranks([*tiny_run, "train.budget.steps=4000"], tmp_path, 2, command="execute", ranks=[0], port=port)
+    (second,) = start_ranks(words, tmp_path, 2, command="execute", ranks=[1], port=port)
+    wait_for(lambda: list(tmp_path.glob("study/runs/*/metrics.jsonl")))
+    for tar in shards.glob("train-*.tar"):
+        os.truncate(tar, 512)
+    assert second.wait() != 0
+    assert first.wait() == 76
+    assert "rank 1" in first.said
+    assert "failed: bad data" in first.said
+    failures = [event for event in run_of(tmp_path / "study").read_events() if event["event"] == "failed"]
+    assert [failure["failure"] for failure in failures] == ["bad data"]
+    assert failures[0]["rank"] == 1
