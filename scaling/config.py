@@ -10,6 +10,8 @@ They are not frozen, because OmegaConf makes frozen dataclasses read-only while 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from bsrnn import BSRNNConfig
 from bsrnn.losses import LossConfig
 from scaling.corpus.demo import DemoConfig
 from scaling.errors import UserError
+from scaling.remote import RemoteRoot, Root
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -53,20 +56,38 @@ class DataConfig:
     """A corpus and how much of it to train on (conf/data)."""
 
     name: str  # "demo" is synthesised on first use; any other is read from root in VBD's layout
-    shards: str  # folder of the prepared shards
+    shards: str  # folder of the prepared shards, or the URL of one
     root: str | None = None  # folder of the corpus in VBD's layout, needed only to prepare the shards
     hours: float | None = None  # audio to train on, in hours; null: all there is
     order_seed: int = 0  # of the order whose prefixes are the budgets of hours; the same for all runs of a study
     demo: DemoConfig | None = None  # what to synthesise where the corpus is the demo
+    block_shards: int | None = None  # shards mixed at a time by the order of clips; null mixes all
+    cache: str | None = None  # folder of this machine for shards behind a URL; null: below the temporary folder
+    cache_gb: float = 50.0  # at most so many 10^9 bytes of them
+    max_damaged_share: float = 0.01  # of the training clips; with more of them damaged the run stops
 
     def __post_init__(self) -> None:
         _require_finite("data", self)
+        if self.block_shards is not None and self.block_shards < 1:
+            raise UserError(f"data.block_shards = {self.block_shards}: expected at least 1, or null to mix all shards")
+        if not self.cache_gb > 0:
+            raise UserError(f"data.cache_gb = {self.cache_gb}: expected above 0")
+        if not 0 <= self.max_damaged_share < 1:
+            raise UserError(f"data.max_damaged_share = {self.max_damaged_share}: expected 0 (none) to below 1")
         if self.order_seed < 0:
             raise UserError(f"data.order_seed = {self.order_seed}: expected a whole number of at least 0")
         if self.hours is not None and not self.hours > 0:
             raise UserError(f"data.hours = {self.hours}: expected a number of hours above 0, or null for all there is")
         if self.name == "demo" and (self.demo is None or self.root is None):
             raise UserError("data.name = demo needs data.root and data.demo: take data=demo")
+
+    @property
+    def shard_root(self) -> Root:
+        """Where the shards are: a folder, or what is behind a URL."""
+        if "://" not in self.shards:
+            return Path(self.shards)
+        cache = self.cache or Path(tempfile.gettempdir()) / f"bsrnn-scaling-shards-{os.getuid()}"
+        return RemoteRoot(self.shards.rstrip("/"), Path(cache).absolute(), round(self.cache_gb * 1e9))
 
 
 @dataclass
@@ -258,8 +279,8 @@ class RunConfig:
         return micro_batch, span
 
     @property
-    def shard_root(self) -> Path:
-        return Path(self.data.shards)
+    def shard_root(self) -> Root:
+        return self.data.shard_root
 
 
 # What evaluates a run given as `run=DIR`, or a folder of wav files (conf/evaluate.yaml).

@@ -9,3 +9,7 @@ Anything else that is raised is a defect of the project and keeps its traceback.
 
 class UserError(Exception):
     """Bad input, said in one line: the thing, its value, what was expected, the remedy."""
+
+
+class BadDataError(UserError):
+    """Shards, or a share of their clips, that are not what their index promises."""

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ def evaluate_run(plan: RunPlan, index: ShardIndex, model: BSRNN, processes: int)
     clips = sorted(index.clips("test"), key=lambda clip: clip.id)
     if plan.config.train.test:
         clips = clips[:: max(1, len(clips) // 8)][:8]
-    cache = index.root / f"unprocessed-{index.index_hash[:8]}.jsonl"
+    cache = index.folder / f"unprocessed-{index.index_hash[:8]}.jsonl"
     known = {row["id"]: row for row in read_records(cache) if row.get("versions") == versions()}
     rows = score_utterances(enhance_clips(model, index, clips), len(clips), processes, known)
     if any(clip.id not in known for clip in clips):
@@ -209,7 +209,8 @@ def main(words: list[str]) -> int:
     if config.run is not None:
         directory = RunDirectory(Path(config.run))
         plan, model = load_model(directory)
-        index = ShardIndex.load(Path(config.shards) if config.shards else plan.config.shard_root)
+        data = plan.config.data
+        index = ShardIndex.load(replace(data, shards=config.shards or data.shards).shard_root)
         plan.check_index(index)
         rows = evaluate_run(plan, index, model, processes)
         write_records(directory.scores, rows)

@@ -63,12 +63,15 @@ class RunPlan:
         model = asdict(config.model)
         train = asdict(config.train)
         del model["name"], train["budget"]  # a label; resolved into steps
+        # A setting that came later is left out where it changes nothing, so that older runs keep their ids.
+        block = {} if config.data.block_shards is None else {"block_shards": config.data.block_shards}
         return {
             "model": model,
             "data": {
                 "index_hash": self.index_hash,
                 "hours": config.data.hours,
                 "order_seed": config.data.order_seed,
+                **block,
             },
             "train": train,
             "steps": self.steps,
@@ -165,7 +168,7 @@ def plan_run(config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None =
                 "lower it or raise train.budget"
             )
     # Absolute, so that the plan holds wherever it is executed or read from.
-    data = replace(config.data, shards=str(index.root.resolve()))
+    data = replace(config.data, shards=str(index.root.resolve() if isinstance(index.root, Path) else index.root))
     return RunPlan(
         config=replace(config, data=data, study=str(Path(config.study).resolve())),
         axes=axes or {},

@@ -39,6 +39,7 @@ from scaling.corpus.wav import WavHeader, close_zips
 from scaling.errors import UserError
 from scaling.progress import ProgressDisplay
 from scaling.records import sync_folder
+from scaling.remote import RemoteRoot
 from scaling.shard_writer import SHARD_BYTES, ShardWriter, clip_bytes
 from scaling.shards import ShardIndex
 
@@ -187,6 +188,7 @@ def _finished(shard_root: Path, corpus: str, source: str, source_root: Path) -> 
     if not (shard_root / "index.json").exists():
         raise UserError(f"{shard_root} is there but holds no shards: delete it or name another data.shards")
     index = ShardIndex.load(shard_root)
+    index.check_sizes()
     if (index.corpus, index.source) != (corpus, source):
         raise UserError(
             f"{shard_root} holds shards of another source ({index.corpus}, fingerprint {index.source[:12]}) than "
@@ -257,12 +259,13 @@ def open_shards(data: DataConfig) -> ShardIndex:
     """The shards a configuration asks for, made first where they can be.
 
     The demo corpus is synthesised on first use; another corpus is prepared if its root is
-    given. UserError if the shards are not there and there is nothing to make them from.
+    given. Shards behind a URL are only read. UserError if they are not there and there is
+    nothing to make them from.
     """
-    shard_root = Path(data.shards)
+    shard_root = data.shard_root
     num_workers = os.cpu_count() or 1
-    is_made = (shard_root / "index.json").exists()
-    if is_made and (data.root is None or not Path(data.root).exists()):
+    is_made = isinstance(shard_root, RemoteRoot) or (shard_root / "index.json").exists()
+    if isinstance(shard_root, RemoteRoot) or (is_made and (data.root is None or not Path(data.root).exists())):
         index = ShardIndex.load(shard_root)
         if index.corpus != data.name:
             raise UserError(

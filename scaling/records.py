@@ -7,6 +7,7 @@ Every fact a table needs passes through here as a line of JSON that a person can
     STUDY/runs/RUN_ID/metrics.jsonl    training steps and validations
     STUDY/runs/RUN_ID/events.jsonl     submitted, started, checkpointed, ..., finished or failed
     STUDY/runs/RUN_ID/scores.jsonl     one row a test utterance
+    STUDY/runs/RUN_ID/quarantine/      one row a crop whose clip was damaged, a file a process
     STUDY/report/                      what the analysis makes of them
 
 Lines are appended whole, in one write, so a crash can tear only the last one; a torn line
@@ -173,6 +174,11 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def quarantine(self) -> Path:
+        """Which crops were replaced because their clips were damaged: a file a process."""
+        return self.path / "quarantine"
+
+    @property
     def jobs(self) -> Path:
         """Logs and pickles of the jobs that ran this run."""
         return self.path / "jobs"
@@ -229,6 +235,13 @@ class RunDirectory:
 
     def read_scores(self) -> list[Record]:
         return list(read_records(self.scores))
+
+    def read_quarantine(self) -> list[Record]:
+        """The run's replaced crops, one row each, in order; a run that was killed repeats rows."""
+        rows: dict[int, Record] = {}
+        for path in self.quarantine.glob("rank-*.jsonl"):
+            rows |= {row["t"]: row for row in read_records(path) if "t" in row and "id" in row}
+        return [rows[t] for t in sorted(rows)]
 
     def state(self) -> tuple[str, Record]:
         """What has become of the run by its own records: a state and the event that shows it.

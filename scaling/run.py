@@ -21,14 +21,14 @@ import torch
 
 from bsrnn import BSRNN
 from scaling.allocator import keep_freed_memory
-from scaling.errors import UserError
+from scaling.errors import BadDataError, UserError
 from scaling.evaluate import evaluate_run, summary
 from scaling.metrics import versions
 from scaling.plan import RunPlan
 from scaling.processes import LOST_STATUS, LostRankError, Processes, join
 from scaling.provenance import hardware
 from scaling.records import RunDirectory, write_records
-from scaling.shards import DamagedClipError, ShardIndex
+from scaling.shards import ShardIndex
 from scaling.stopping import StopFlag, StoppedError
 from scaling.trainer import DivergedError, Trainer
 
@@ -158,7 +158,7 @@ def classify(error: Exception) -> tuple[str, str]:
     """The kind of failure (of `scaling.records.FAILURES`) that an exception shows, and its reason in a line."""
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-    if isinstance(error, DamagedClipError):
+    if isinstance(error, BadDataError):
         return "bad data", str(error)
     if isinstance(error, UserError):
         return "bad config", str(error)

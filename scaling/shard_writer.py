@@ -29,7 +29,7 @@ from scaling.shards import (
     Samples,
     Shard,
     ShardIndex,
-    crc32,
+    block_checksums,
 )
 
 SHARD_BYTES = 256_000_000  # about this much a shard
@@ -92,7 +92,7 @@ class ShardWriter:
         tar.add(f"{clip_id}.json", to_json(facts | length).encode())
         tar.num_clips += 1
         where = (tar.name, noisy_offset, clean_offset)
-        clip = Clip(clip_id, speaker, noise, snr_db, len(noisy), *where, crc32(noisy), crc32(clean))
+        clip = Clip(clip_id, speaker, noise, snr_db, len(noisy), *where, block_checksums(noisy), block_checksums(clean))
         self._rows.setdefault(split, []).append(clip)
         self._ids.add((split, clip_id))
         return clip
@@ -114,7 +114,9 @@ class ShardWriter:
         summary = {"format": FORMAT_VERSION, "corpus": self.corpus, "source": self.source, "sample_rate": SAMPLE_RATE}
         write_whole(self.root / "index.json", json.dumps(summary | {"splits": splits}, indent=1) + "\n")
         sync_folder(self.root)
-        return ShardIndex.load(self.root)
+        index = ShardIndex.load(self.root)
+        index.check_sizes()
+        return index
 
     def __enter__(self) -> Self:
         return self

@@ -15,50 +15,71 @@ A folder of shards, walked from the whole to a sample:
    these bytes, the index hash, therefore names the data down to the last sample.
 2. A row of `train.jsonl` says of a clip who speaks, in which noise, at which SNR, how many
    samples it has, in which shard it lies, at which byte of the tar its first noisy and its
-   first clean sample are, and the CRC-32 of each:
+   first clean sample are, and the CRC-32 of every block of 8,192 samples of each, one after
+   another, the last block as short as it is:
 
-    {"id": "p228_001", "speaker": "p228", "noise": "babble", "snr_db": 10.0, "num_samples": 31367,
-     "shard": "train-00000.tar", "noisy_offset": 556, "clean_offset": 64044,
-     "noisy_crc32": "5b0c7d1e", "clean_crc32": "90ad3f22"}
+    {"id": "p228_001", "speaker": "p228", "noise": "babble", "snr_db": 10.0, "num_samples": 15367,
+     "shard": "train-00000.tar", "noisy_offset": 556, "clean_offset": 32300,
+     "noisy_crc32": "5b0c7d1ee7a90c44", "clean_crc32": "90ad3f22183bd0f6"}
 
 3. In the tar a clip is three members: `p228_001.noisy.wav` and `p228_001.clean.wav`, 16 kHz
    mono 16-bit PCM behind the canonical header of 44 bytes, and `p228_001.json`. Stock
    WebDataset reads them. `ShardReader` needs no tar and no decoder: sample k of a clip is the
-   two bytes at offset + 2 k, so a crop is one positioned read for noisy and one for clean.
+   two bytes at offset + 2 k, so a crop is one positioned read for noisy and one for clean, of
+   the whole blocks that it touches, whose checksums are compared at every read.
 
-`scaling.shard_writer` makes such a folder, `ShardIndex` loads and checks it, `ShardReader` reads it.
+What a read finds: any change of the samples it returns, but for one in 2^32 a block. What it
+does not look at: headers, JSON and padding of the tar, which it does not use; `scaling.verify`
+does. The rows' SHA-256 is compared when the index is loaded.
+
+`scaling.shard_writer` makes such a folder, `ShardIndex` loads and checks it, `ShardReader` reads
+it. The folder may be far away (`scaling.remote`).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import zlib
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
-from scaling.errors import UserError
+from scaling.errors import BadDataError, UserError
+from scaling.remote import RemoteRoot, Root, UnreachableError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SAMPLE_RATE = 16_000  # Hz
 SAMPLE_BYTES = 2
 WAV_HEADER_BYTES = 44
+BLOCK_SAMPLES = 8_192  # behind one checksum: a crop of 2 s touches four or five blocks
+BLOCK_BYTES = BLOCK_SAMPLES * SAMPLE_BYTES
+CRC_DIGITS = 8
+MAX_RETIRED = 64
+READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before the second, third and fourth attempt to read
 
 Samples = NDArray[np.int16]  # [num_samples], 16 kHz
 
 
-class DamagedClipError(UserError):
-    """A clip whose bytes are not the ones its index promises."""
+class DamagedClipError(BadDataError):
+    """A clip that four attempts did not read as its index promises it."""
 
-    def __init__(self, message: str, clip_id: str = "", shard: str = "") -> None:
+    def __init__(self, message: str, clip_id: str = "", shard: str = "", what: str = "") -> None:
         super().__init__(message)
         self.clip_id = clip_id
         self.shard = shard
+        self.what = what
+
+
+class _Damage(Exception):
+    """What an attempt to read a clip found wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +102,11 @@ class Clip:
         """Seconds."""
         return self.num_samples / SAMPLE_RATE
 
+    @property
+    def end(self) -> int:
+        """The byte of the tar behind the last sample."""
+        return self.clean_offset + self.num_samples * SAMPLE_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -99,7 +125,7 @@ class Shard:
 class ShardIndex:
     """What a folder of shards holds. `source` is the fingerprint of what it was made from."""
 
-    root: Path
+    root: Root
     corpus: str
     source: str
     index_hash: str
@@ -107,16 +133,15 @@ class ShardIndex:
     rows: dict[str, list[Clip]]
 
     @classmethod
-    def load(cls, root: Path) -> ShardIndex:
-        """Read and check the index of a folder; the shards' sizes are checked, their content is not.
+    def load(cls, root: Root) -> ShardIndex:
+        """Read and check the index of a folder; of the shards nothing is looked at (see `check_sizes`).
 
-        UserError for an index that is missing, damaged or of another version, and for a shard
-        that is missing or has another size than the index says.
+        UserError for an index that is missing, damaged or of another version.
         """
         try:
-            content = (root / "index.json").read_bytes()
+            content = _read(root, "index.json")
         except (FileNotFoundError, NotADirectoryError):
-            if root.exists():
+            if isinstance(root, Path) and root.exists():
                 raise _bad_index(root, "index.json is missing") from None
             raise UserError(f"no shards at {root}: make them with python -m scaling.prepare") from None
         try:
@@ -127,11 +152,17 @@ class ShardIndex:
             shards = {split: [Shard(**row) for row in part["shards"]] for split, part in summary["splits"].items()}
             rows = {split: _load_rows(root, split, part["sha256"]) for split, part in summary["splits"].items()}
             index_hash = hashlib.sha256(content).hexdigest()
-            index = cls(root, summary["corpus"], summary["source"], index_hash, shards, rows)
+            if isinstance(root, RemoteRoot):
+                promised = {shard.name: (shard.num_bytes, shard.sha256) for part in shards.values() for shard in part}
+                root = root.of(promised)
+            return cls(root, summary["corpus"], summary["source"], index_hash, shards, rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _bad_index(root, f"index.json is damaged ({type(error).__name__}: {error})") from None
-        index._check_shards()
-        return index
+
+    @property
+    def folder(self) -> Path:
+        """A folder of this machine for what is kept beside the shards."""
+        return self.root if isinstance(self.root, Path) else self.root.cache
 
     def clips(self, split: str) -> list[Clip]:
         """The clips of a split, in the order in which they lie in its shards."""
@@ -146,28 +177,41 @@ class ShardIndex:
         return self.num_samples(split) / SAMPLE_RATE / 3600
 
     def shard_paths(self, split: str) -> list[Path]:
-        """The tars of a split, in order."""
+        """The tars of a split on this machine, in order; they are fetched first if they are far away."""
         self._rows(split)
-        return [self.root / shard.name for shard in self.shards[split]]
+        return [_path(self.root, shard.name) for shard in self.shards[split]]
+
+    def check_sizes(self) -> None:
+        """BadDataError for the first shard of this machine that is missing or has another size than the index says."""
+        for shard in (shard for shards in self.shards.values() for shard in shards):
+            num_bytes = self._size(shard.name)
+            if num_bytes is None:
+                raise _bad_index(self.root, f"shard {shard.name} is missing")
+            if num_bytes != shard.num_bytes:
+                raise _bad_index(self.root, f"shard {shard.name} has {num_bytes} bytes, expected {shard.num_bytes}")
+
+    def cut_off(self, clips: Sequence[Clip]) -> list[Clip]:
+        """Those of the clips that reach beyond the end of their shard, by the sizes of this machine's files."""
+        if isinstance(self.root, RemoteRoot):
+            return []  # a shard's size is seen when it is fetched
+        sizes = {name: self._size(name) or 0 for name in {clip.shard for clip in clips}}
+        return [clip for clip in clips if clip.end > sizes[clip.shard]]
+
+    def _size(self, shard: str) -> int | None:
+        try:
+            return (self.root / shard).stat().st_size if isinstance(self.root, Path) else None
+        except FileNotFoundError:
+            return None
 
     def _rows(self, split: str) -> list[Clip]:
         if split not in self.rows:
             raise UserError(f"shards at {self.root} have no split {split!r}: name one of {', '.join(self.rows)}")
         return self.rows[split]
 
-    def _check_shards(self) -> None:
-        for shard in (shard for shards in self.shards.values() for shard in shards):
-            try:
-                num_bytes = (self.root / shard.name).stat().st_size
-            except FileNotFoundError:
-                raise _bad_index(self.root, f"shard {shard.name} is missing") from None
-            if num_bytes != shard.num_bytes:
-                raise _bad_index(self.root, f"shard {shard.name} has {num_bytes} bytes, expected {shard.num_bytes}")
 
-
-def _load_rows(root: Path, split: str, sha256: str) -> list[Clip]:
+def _load_rows(root: Root, split: str, sha256: str) -> list[Clip]:
     try:
-        content = (root / f"{split}.jsonl").read_bytes()
+        content = _read(root, f"{split}.jsonl")
     except FileNotFoundError:
         raise _bad_index(root, f"{split}.jsonl is missing") from None
     found = hashlib.sha256(content).hexdigest()
@@ -176,8 +220,16 @@ def _load_rows(root: Path, split: str, sha256: str) -> list[Clip]:
     return [Clip(**row) for row in json.loads(b"[" + b",".join(content.splitlines()) + b"]")]
 
 
-def _bad_index(root: Path, what: str) -> UserError:
-    return UserError(f"shards at {root}: {what}; delete {root} and run python -m scaling.prepare again")
+def _read(root: Root, name: str) -> bytes:
+    return root.read(name) if isinstance(root, RemoteRoot) else (root / name).read_bytes()
+
+
+def _path(root: Root, shard: str) -> Path:
+    return root.fetch(shard) if isinstance(root, RemoteRoot) else root / shard
+
+
+def _bad_index(root: Root, what: str) -> BadDataError:
+    return BadDataError(f"shards at {root}: {what}; delete {root} and run python -m scaling.prepare again")
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -187,69 +239,133 @@ class ShardReader:
     """Reads clips and crops of a folder of shards, without decoding.
 
     A shard is opened at its first use and stays open. Reads are positioned, so threads and
-    forked processes may share a reader; a pickled copy opens the shards for itself.
+    forked processes may share a reader; a pickled copy opens the shards for itself. What a
+    read finds wrong is tried again three times, from a shard opened anew and past the page
+    cache, since a network file system may fail for a moment.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Root) -> None:
         self.root = root
+        self.num_retries = 0  # reads that were tried again
         self._descriptors: dict[str, int] = {}
+        self._retired: list[int] = []  # descriptors that another thread may still be reading
 
     def read_crop(self, clip: Clip, start: int, num_samples: int) -> tuple[Samples, Samples]:
-        """Samples start to start + num_samples of noisy and clean, each [num_samples].
-
-        A crop is not checked against the clip's checksum. ValueError for a crop that reaches
-        outside the clip, DamagedClipError for a shard that ends before it.
-        """
-        if start < 0 or num_samples < 0 or start + num_samples > clip.num_samples:
-            raise ValueError(f"crop {start}+{num_samples} reaches outside {clip.id} of {clip.num_samples} samples")
-        descriptor = self._descriptors.get(clip.shard)
-        if descriptor is None:
-            descriptor = self._open(clip)
-        skipped = start * SAMPLE_BYTES
+        """Samples start to start + num_samples of noisy and clean, each [num_samples]; see `read_crop_into`."""
         noisy = np.empty(num_samples, dtype="<i2")
         clean = np.empty(num_samples, dtype="<i2")
-        for samples, offset in ((noisy, clip.noisy_offset), (clean, clip.clean_offset)):
-            num_bytes = os.preadv(descriptor, [samples.data], offset + skipped)
-            if num_bytes != num_samples * SAMPLE_BYTES:
-                raise self._damaged(clip, f"its shard ends {num_samples * SAMPLE_BYTES - num_bytes} bytes too early")
+        self.read_crop_into(clip, start, noisy, clean)
         return noisy, clean
 
-    def read_clip(self, clip: Clip, verify: bool = True) -> tuple[Samples, Samples]:
-        """All of noisy and clean, each [clip.num_samples]; DamagedClipError where a checksum is not the index's."""
-        noisy, clean = self.read_crop(clip, 0, clip.num_samples)
-        if verify:
-            for name, samples, expected in (("noisy", noisy, clip.noisy_crc32), ("clean", clean, clip.clean_crc32)):
-                found = crc32(samples)
-                if found != expected:
-                    raise self._damaged(clip, f"its {name} samples have CRC-32 {found}, expected {expected}")
-        return noisy, clean
+    def read_clip(self, clip: Clip) -> tuple[Samples, Samples]:
+        """All of noisy and clean, each [clip.num_samples]; see `read_crop_into`."""
+        return self.read_crop(clip, 0, clip.num_samples)
+
+    def read_crop_into(self, clip: Clip, start: int, noisy: Samples, clean: Samples) -> None:
+        """Fill noisy and clean, of one length, with the samples of a clip from `start` on.
+
+        ValueError for a crop that reaches outside the clip, DamagedClipError where the bytes
+        cannot be read (EIO, no such file) or a block that the crop touches does not have the
+        index's checksum, UnreachableError where the file system refuses otherwise.
+        """
+        stop = start + len(noisy)
+        if start < 0 or stop > clip.num_samples:
+            raise ValueError(f"crop {start}+{len(noisy)} reaches outside {clip.id} of {clip.num_samples} samples")
+        for pause in (*READ_PAUSES, None):
+            try:
+                descriptor = self._descriptors.get(clip.shard)
+                if descriptor is None:
+                    descriptor = self._open(clip.shard)
+                _read_blocks(descriptor, "noisy", clip.noisy_offset, clip.noisy_crc32, clip.num_samples, start, noisy)
+                _read_blocks(descriptor, "clean", clip.clean_offset, clip.clean_crc32, clip.num_samples, start, clean)
+                return
+            except (OSError, _Damage) as error:
+                what = "its shard is missing" if isinstance(error, FileNotFoundError) else str(error)
+                if pause is None and isinstance(error, OSError) and error.errno not in (errno.EIO, errno.ENOENT):
+                    # says nothing of the data: the run should stop and go on from here when the file system is back
+                    raise UnreachableError(
+                        f"shard {self.root}/{clip.shard} cannot be read ({what}), in {len(READ_PAUSES) + 1} attempts: "
+                        "look to the file system, then run the same command again"
+                    ) from None
+                if pause is None:
+                    remedy = f"delete {self.root} and run python -m scaling.prepare again"
+                    message = f"clip {clip.id} in {self.root}/{clip.shard}: {what}; {remedy}"
+                    raise DamagedClipError(message, clip.id, clip.shard, what) from None
+                self.num_retries += 1
+                if isinstance(error, OSError):  # a file system that fails now may work in a moment
+                    time.sleep(pause)
+                self._forget(clip.shard, wrong_bytes=isinstance(error, _Damage))
+
+    def prefetch(self, shards: Sequence[str]) -> None:
+        """Let go of all shards but these and, if they are far away, fetch them in the background, in this order."""
+        if isinstance(self.root, RemoteRoot):
+            for shard in set(self._descriptors) - set(shards):
+                os.close(self._descriptors.pop(shard))
+            self.root.prefetch(shards)
 
     def close(self) -> None:
         """Close the shards; the next read opens them again."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+        while self._retired:
+            os.close(self._retired.pop())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_descriptors": {}}
+        return {"root": self.root, "num_retries": 0, "_descriptors": {}, "_retired": []}
 
     def __del__(self) -> None:
         self.close()
 
-    def _open(self, clip: Clip) -> int:
-        try:
-            opened = os.open(self.root / clip.shard, os.O_RDONLY)
-        except FileNotFoundError:
-            raise self._damaged(clip, "its shard is missing") from None
-        descriptor = self._descriptors.setdefault(clip.shard, opened)
+    def _open(self, shard: str) -> int:
+        opened = os.open(_path(self.root, shard), os.O_RDONLY)
+        descriptor = self._descriptors.setdefault(shard, opened)
         if descriptor != opened:  # another thread was first
             os.close(opened)
         return descriptor
 
-    def _damaged(self, clip: Clip, what: str) -> DamagedClipError:
-        remedy = f"delete {self.root} and run python -m scaling.prepare again"
-        return DamagedClipError(f"clip {clip.id} in {self.root / clip.shard}: {what}; {remedy}", clip.id, clip.shard)
+    def _forget(self, shard: str, wrong_bytes: bool) -> None:
+        """Make the next read of a shard a fresh one."""
+        descriptor = self._descriptors.get(shard)
+        if descriptor is not None:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._retire(shard)
+        if wrong_bytes and isinstance(self.root, RemoteRoot):
+            self.root.discard(shard)
+
+    def _retire(self, shard: str) -> None:
+        descriptor = self._descriptors.pop(shard, None)
+        if descriptor is not None:
+            self._retired.append(descriptor)
+        while len(self._retired) > MAX_RETIRED:
+            os.close(self._retired.pop(0))
 
 
-def crc32(samples: Samples) -> str:
-    """The checksum of a recording: CRC-32 of its bytes, little-endian, in 8 hex digits."""
-    return f"{zlib.crc32(np.ascontiguousarray(samples, dtype='<i2').data):08x}"
+def _read_blocks(
+    descriptor: int, name: str, offset: int, checksums: str, clip_samples: int, start: int, samples: Samples
+) -> None:
+    """Fill `samples` from `start` on, out of the whole blocks around them; _Damage where they are not as promised."""
+    stop = start + len(samples)
+    first, last = start // BLOCK_SAMPLES, -(-stop // BLOCK_SAMPLES)
+    if first >= last:
+        return
+    begin, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, clip_samples * SAMPLE_BYTES)
+    content = np.empty(end - begin, dtype=np.uint8)
+    view = content.data
+    num_bytes = os.preadv(descriptor, [view], offset + begin)
+    if num_bytes != end - begin:
+        raise _Damage(f"its shard ends {end - begin - num_bytes} bytes too early")
+    found = _checksums(view)
+    if found != checksums[first * CRC_DIGITS : last * CRC_DIGITS]:
+        expected = checksums[first * CRC_DIGITS : last * CRC_DIGITS]
+        raise _Damage(f"its {name} samples have CRC-32 {found}, expected {expected}, in blocks {first} to {last - 1}")
+    samples[:] = content.view("<i2")[start - first * BLOCK_SAMPLES : stop - first * BLOCK_SAMPLES]
+
+
+def _checksums(view: memoryview) -> str:
+    crc = isal_zlib.crc32  # ten times as fast as zlib's, the same sum
+    return "".join([f"{crc(view[at : at + BLOCK_BYTES]):08x}" for at in range(0, len(view), BLOCK_BYTES)])
+
+
+def block_checksums(samples: Samples) -> str:
+    """The checksums of a recording: CRC-32 of each block of its bytes, little-endian, each in 8 hex digits."""
+    return _checksums(np.ascontiguousarray(samples, dtype="<i2").view(np.uint8).data)

@@ -4,33 +4,44 @@ A crop on its way to the network:
     1. t, the global sample counter: crop t of a run is number t % B of the batch of step t // B
     2. epoch = t // N over N clips; the t % N-th entry of that epoch's permutation names the clip
     3. the epoch's uniform draws place the crop within the clip
-    4. the crop is read from its shard, two positioned reads of 16-bit samples
-    5. a clip shorter than the crop is zero-padded on both sides
-    6. int16 becomes float, full scale ±1
+    4. the crop is read from its shard, two positioned reads of 16-bit samples, checked
+    5. where it is damaged, another takes its place: a pure function of (seed, epoch, clip)
+    6. a clip shorter than the crop is zero-padded on both sides
+    7. int16 becomes float, full scale ±1
 
 Steps 1 to 3 are a pure function of (seed, t): the stream has no state but the committed step,
 goes on from any step in constant time, is the same for any number of workers or processes,
 and takes every clip exactly once an epoch. Batches run across the ends of epochs, so every
-batch is full.
+batch is full. A global batch of B crops is V micro-batches; process r of W takes those v of
+them with v·W // V == r.
+
+Where shards are far away, `block_shards` makes the permutation one of two levels: the shards
+are permuted and cut into blocks of so many, and the clips of a block are permuted among
+themselves. Then only a block's shards are needed at a time, and the next one's can be fetched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from scaling.shards import Clip, ShardReader
+from scaling.errors import BadDataError, UserError
+from scaling.remote import RemoteRoot, Root
+from scaling.shards import Clip, DamagedClipError, ShardReader
 from scaling.stopping import ignore_stop_signals
 
-# Keeps the draws of order and crops apart from all other uses of a run's seed.
-_ORDER, _CROPS = 1, 2
+# Keeps the draws of order, crops and replacements apart from all other uses of a run's seed.
+_ORDER, _CROPS, _REPLACEMENTS = 1, 2, 3
+_NEAR_CANDIDATES, _CANDIDATES = 16, 80  # of a replacement: from the same block of shards, and in all
 
 
 @dataclass(frozen=True)
@@ -42,60 +53,226 @@ class CropAt:
     start: int
 
 
+class Epoch(NamedTuple):
+    """The order of an epoch, each an array over the clips of the budget."""
+
+    permutation: NDArray[np.int64]  # of positions, in the order in which they are taken
+    starts: NDArray[np.int64]  # by position: first sample of the clip's crop
+    blocks: NDArray[np.int64]  # by position: number of the clip's block of shards
+
+
 class CropOrder:
     """The order of a run's crops, as a pure function of (seed, t)."""
 
-    def __init__(self, num_samples: Sequence[int], crop_samples: int, seed: int) -> None:
-        """num_samples: length of each clip of the budget, in samples"""
+    def __init__(
+        self,
+        num_samples: Sequence[int],
+        crop_samples: int,
+        seed: int,
+        shards: Sequence[str] | None = None,
+        block_shards: int | None = None,
+    ) -> None:
+        """num_samples, shards: length of each clip of the budget, in samples, and its shard.
+
+        block_shards: how many shards are mixed at a time; None mixes all clips.
+        """
         self.room = np.maximum(0, np.asarray(num_samples, dtype=np.int64) - crop_samples)  # last possible start
         self.seed = seed
+        self.block_shards = block_shards
+        self.shard_names, self.shards = np.unique([""] if shards is None else shards, return_inverse=True)
+        self._epochs: dict[int, Epoch] = {}
+
+    def __len__(self) -> int:
+        """Clips an epoch."""
+        return len(self.room)
 
     def __getitem__(self, t: int) -> CropAt:
-        epoch, within = divmod(t, len(self.room))
-        permutation, starts = _epoch(self.seed, epoch, self.room.tobytes())
-        position = int(permutation[within])
-        return CropAt(epoch, position, int(starts[position]))
+        number, within = divmod(t, len(self.room))
+        epoch = self.epoch(number)
+        position = int(epoch.permutation[within])
+        return CropAt(number, position, int(epoch.starts[position]))
+
+    def epoch(self, number: int) -> Epoch:
+        """The order of an epoch; those of the last few asked for are kept."""
+        found = self._epochs.get(number)
+        if found is None:
+            while len(self._epochs) >= 3:
+                self._epochs.pop(next(iter(self._epochs)))
+            found = self._epochs[number] = self._draw(number)
+        return found
+
+    def replacements(self, at: CropAt, clip_id: str) -> Iterator[CropAt]:
+        """What can take a crop's place, in order: other clips of its block first, then any."""
+        epoch = self.epoch(at.epoch)
+        name = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "big")
+        rng = _generator(self.seed, at.epoch, _REPLACEMENTS, name)
+        near = np.flatnonzero(epoch.blocks == epoch.blocks[at.position])
+        for number in range(_CANDIDATES):
+            candidates = near if number < _NEAR_CANDIDATES else epoch.permutation
+            position = int(candidates[rng.integers(len(candidates))])
+            start = int(rng.random() * (self.room[position] + 1))
+            if position != at.position:
+                yield CropAt(at.epoch, position, start)
+
+    def block(self, t: int) -> tuple[int, int]:
+        """The epoch of crop t, and its block of shards."""
+        number, within = divmod(t, len(self.room))
+        epoch = self.epoch(number)
+        return number, int(epoch.blocks[epoch.permutation[within]])
+
+    def upcoming(self, number: int, block: int) -> list[str]:
+        """The shards of a block of an epoch and of the block after it, in the order of their use."""
+        last = int(self.epoch(number).blocks.max())
+        after = (number, block + 1) if block < last else (number + 1, 0)
+        shards: list[str] = []
+        for of, which in ((number, block), after):
+            epoch = self.epoch(of)
+            ordered = self.shards[epoch.permutation[epoch.blocks[epoch.permutation] == which]]
+            _, first = np.unique(ordered, return_index=True)
+            shards += [str(self.shard_names[shard]) for shard in ordered[np.sort(first)]]
+        return list(dict.fromkeys(shards))
+
+    def _draw(self, number: int) -> Epoch:
+        rng = _generator(self.seed, number, _ORDER)
+        if self.block_shards is None:
+            permutation = rng.permutation(len(self.room))
+            blocks = np.zeros(len(self.room), dtype=np.int64)
+        else:
+            places = rng.permutation(len(self.shard_names))  # of each shard, in the epoch's order of shards
+            blocks = places[self.shards] // self.block_shards
+            shuffled = rng.permutation(len(self.room))
+            permutation = shuffled[np.argsort(blocks[shuffled], kind="stable")]
+        starts = (_generator(self.seed, number, _CROPS).random(len(self.room)) * (self.room + 1)).astype(np.int64)
+        return Epoch(permutation, starts, blocks)
 
 
-@lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, room: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The permutation of the clips and the first sample of each clip's crop, in an epoch."""
-    last_starts = np.frombuffer(room, dtype=np.int64)
-    permutation = _generator(seed, epoch, _ORDER).permutation(len(last_starts))
-    starts = (_generator(seed, epoch, _CROPS).random(len(last_starts)) * (last_starts + 1)).astype(np.int64)
-    return permutation, starts
+def _generator(seed: int, epoch: int, *use: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, *use))))
 
 
-def _generator(seed: int, epoch: int, use: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, use))))
+class Replaced(NamedTuple):
+    """A crop that could not be had, and what took its place."""
+
+    t: int  # the global sample counter
+    clip_id: str
+    shard: str
+    what: str  # what was wrong with it
+    by: str  # the id of the clip that was taken instead
+
+
+class CropBatch(NamedTuple):
+    """A micro-batch: noisy and clean, each int16 of (micro_batch, crop_samples), and its crops that are substitutes."""
+
+    noisy: Tensor
+    clean: Tensor
+    replaced: tuple[Replaced, ...]
 
 
 class CropDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Crop t as (noisy, clean), each int16 of (crop_samples,)."""
+    """Crop t as (noisy, clean), each int16 of (crop_samples,); many of them as a `CropBatch`.
 
-    def __init__(self, shard_root: Path, clips: Sequence[Clip], crop_samples: int, seed: int) -> None:
+    quarantined: clips known to be damaged, by id, and the counter t from which on they count as such.
+    """
+
+    def __init__(
+        self,
+        shard_root: Root,
+        clips: Sequence[Clip],
+        crop_samples: int,
+        seed: int,
+        block_shards: int | None = None,
+        quarantined: Mapping[str, int] | None = None,
+    ) -> None:
         self.reader = ShardReader(shard_root)
         self.clips = list(clips)
         self.crop_samples = crop_samples
-        self.order = CropOrder([clip.num_samples for clip in clips], crop_samples, seed)
+        shards = [clip.shard for clip in clips]
+        self.order = CropOrder([clip.num_samples for clip in clips], crop_samples, seed, shards, block_shards)
+        self.quarantined = dict(quarantined or {})
+        self._fetched_for: tuple[int, int] | None = None
+        if isinstance(shard_root, RemoteRoot):
+            _check_cache(shard_root, sorted(set(shards)), block_shards)
 
     def __getitem__(self, t: int) -> tuple[Tensor, Tensor]:
+        batch = self.__getitems__([t])
+        return batch.noisy[0], batch.clean[0]
+
+    def __getitems__(self, counters: Sequence[int]) -> CropBatch:
+        """The crops of these global sample counters; BadDataError where nothing can take a damaged one's place."""
+        self._fetch_ahead(counters[0])
+        noisy, clean = _empty(len(counters), self.crop_samples), _empty(len(counters), self.crop_samples)
+        rows = zip(noisy.numpy(), clean.numpy(), strict=True)
+        replaced = tuple(
+            substitute
+            for t, (noisy_row, clean_row) in zip(counters, rows, strict=True)
+            if (substitute := self._fill(t, noisy_row, clean_row)) is not None
+        )
+        return CropBatch(noisy, clean, replaced)
+
+    def _fill(self, t: int, noisy: NDArray[np.int16], clean: NDArray[np.int16]) -> Replaced | None:
+        """Read crop t into its row of a batch; what was replaced, if it was."""
         at = self.order[t]
         clip = self.clips[at.position]
+        what = self._read(at, t, noisy, clean)
+        if what is None:
+            return None
+        for candidate in self.order.replacements(at, clip.id):
+            if self._read(candidate, t, noisy, clean) is None:
+                return Replaced(t, clip.id, clip.shard, what, self.clips[candidate.position].id)
+        raise BadDataError(
+            f"clip {clip.id} in {self.reader.root}/{clip.shard} is damaged ({what}) and so are {_CANDIDATES} that "
+            "could take its place: prepare the shards again"
+        )
+
+    def _read(self, at: CropAt, t: int, noisy: NDArray[np.int16], clean: NDArray[np.int16]) -> str | None:
+        """Read a crop, zero-padded on both sides; what is wrong with its clip, if it cannot be read."""
+        clip = self.clips[at.position]
+        if t >= self.quarantined.get(clip.id, t + 1):
+            return "in quarantine"
         num_samples = min(self.crop_samples, clip.num_samples)
-        noisy, clean = self.reader.read_crop(clip, at.start, num_samples)
-        missing = self.crop_samples - num_samples
-        if missing:
-            padding = (missing // 2, missing - missing // 2)
-            noisy, clean = np.pad(noisy, padding), np.pad(clean, padding)
-        return torch.from_numpy(noisy), torch.from_numpy(clean)
+        before = (self.crop_samples - num_samples) // 2
+        if num_samples < self.crop_samples:
+            noisy[:], clean[:] = 0, 0
+        try:
+            taken = slice(before, before + num_samples)
+            self.reader.read_crop_into(clip, at.start, noisy[taken], clean[taken])
+        except DamagedClipError as error:
+            self.quarantined.setdefault(clip.id, t)
+            return error.what
+        return None
+
+    def _fetch_ahead(self, t: int) -> None:
+        if isinstance(self.reader.root, RemoteRoot) and (block := self.order.block(t)) != self._fetched_for:
+            self._fetched_for = block
+            self.reader.prefetch(self.order.upcoming(*block))
+
+
+def _check_cache(root: RemoteRoot, shards: Sequence[str], block_shards: int | None) -> None:
+    """UserError if the cache cannot hold the shards that are in use at a time: all, or those of two blocks."""
+    sizes = sorted((root.promised[shard][0] for shard in shards), reverse=True)
+    needed = sum(sizes if block_shards is None else sizes[: 2 * block_shards])
+    if needed > root.cache_bytes:
+        how = "mixes all of" if block_shards is None else "keeps two blocks of"
+        raise UserError(
+            f"data.cache_gb = {root.cache_bytes / 1e9:g} does not hold the {needed / 1e9:.3g} GB of shards in use at a "
+            f"time, as the order {how} them: raise it, or set data.block_shards lower"
+        )
+
+
+def _empty(*shape: int) -> Tensor:
+    """An int16 tensor, in shared memory where a worker makes it, so that it need not be copied there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.int16)
+    storage = torch.UntypedStorage._new_shared(2 * math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.int16).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """The global sample counters of each micro-batch of a rank from `first_step` to `num_steps`; holds no state.
+    """The global sample counters of each micro-batch of a process, from `first_step` to `num_steps`; holds no state.
 
-    A global batch is V micro-batches; a rank takes V / world_size of them that lie side by side.
-    Where `span` ranks share a norm batch they take its micro-batches in turn, so that what one
+    A global batch is V micro-batches; a process takes V / W of them that lie side by side, where
+    W, which must divide V, is the number of processes: all take the same number of steps.
+    Where `span` processes share a norm batch they take its micro-batches in turn, so that what one
     statistic covers is side by side in the stream too, on any number of processes.
     """
 
@@ -109,6 +286,12 @@ class MicroBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
         span: int = 1,
     ) -> None:
+        if not 0 <= rank < world_size or global_batch % (micro_batch * world_size) or world_size % span:
+            raise ValueError(
+                f"process {rank} of {world_size} cannot take its part of a global batch of {global_batch} in "
+                f"micro-batches of {micro_batch}, with norms over {span}: expected the processes to divide the "
+                "micro-batches"
+            )
         self.first_step, self.num_steps = first_step, num_steps
         self.global_batch, self.micro_batch = global_batch, micro_batch
         num_own = global_batch // micro_batch // world_size
@@ -125,11 +308,12 @@ class MicroBatchSampler(Sampler[list[int]]):
                 yield list(range(first, first + self.micro_batch))
 
 
-def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int) -> DataLoader:
-    """Micro-batches of (noisy, clean), each int16 of (micro_batch, crop_samples)."""
+def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int) -> DataLoader[CropBatch]:
+    """The micro-batches of a sampler, each a `CropBatch`."""
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # its __getitems__ makes the batch
         batch_sampler=sampler,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
@@ -140,6 +324,10 @@ def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_worker
 
 def _start_worker(number: int) -> None:
     ignore_stop_signals()
+
+
+def _as_it_is(batch: CropBatch) -> CropBatch:
+    return batch
 
 
 def to_float(samples: Tensor, device: torch.device | str = "cpu") -> Tensor:

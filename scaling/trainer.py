@@ -28,6 +28,7 @@ from scaling.metrics import RefusedError, si_sdr
 from scaling.plan import RunPlan, training_clips
 from scaling.processes import Deadline, Processes
 from scaling.progress import ProgressDisplay
+from scaling.quarantine import Quarantine
 from scaling.records import RunDirectory
 from scaling.shards import SAMPLE_RATE, ShardIndex, ShardReader
 from scaling.stopping import StopFlag, StoppedError
@@ -66,19 +67,23 @@ class Trainer:
         self.processes, self.stop = processes, stop
         self.engine = make_engine(config, processes)
         self.step = self._restore()
+        clips = training_clips(config, index)
+        self.quarantine = Quarantine(directory, index, clips, config.data.max_damaged_share, processes.rank)
         self.dataset = CropDataset(
             index.root,
-            training_clips(config, index),
+            clips,
             round(config.train.crop_seconds * SAMPLE_RATE),
             config.seed,
+            config.data.block_shards,
+            self.quarantine.first,
         )
 
     def fit(self) -> BSRNN:
         """Train to the plan's last step and return the trained model.
 
         DivergedError if a loss or gradient stops being finite; StoppedError once a signal has asked
-        any rank to stop and all have saved; UserError for a full disk or a damaged clip;
-        LostRankError if a process of the run, or one that reads its data, is dead or frozen.
+        any rank to stop and all have saved; UserError for a full disk or damaged data;
+        LostRankError if a process of the run is dead or frozen.
         """
         config, plan = self.config, self.plan
         validate_at = validation_steps(plan.steps, 1 if config.train.test else config.execution.num_validations)
@@ -115,6 +120,7 @@ class Trainer:
                             "audio_seconds_per_second": audio_seconds * steps_since / (now - since),
                             "step_seconds": (now - since) / steps_since,
                             "memory_gib": _memory_gib(),
+                            "replaced_crops": self.quarantine.num_replaced(self.step * config.train.global_batch),
                         },
                     )
                     since, steps_since = now, 0
@@ -193,7 +199,8 @@ class Trainer:
                     batch = next(batches, None)
                 if batch is None:
                     return
-                yield batch
+                self.quarantine.add(batch.replaced)
+                yield batch.noisy, batch.clean
         finally:
             deadline.close()
 

@@ -228,8 +228,8 @@ def flip(path: Path, offset: int) -> None:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "index.json is missing": lambda root: (root / "index.json").unlink(),
     "index.json is damaged": lambda root: os.truncate(root / "index.json", 200),
-    "index.json is damaged (KeyError: 'splits')": lambda root: (root / "index.json").write_text('{"format": 1}'),
-    "its format is 2, expected 1": lambda root: edit_index(root, format=2),
+    "index.json is damaged (KeyError: 'splits')": lambda root: (root / "index.json").write_text('{"format": 2}'),
+    "its format is 1, expected 2": lambda root: edit_index(root, format=1),
     "train.jsonl is missing": lambda root: (root / "train.jsonl").unlink(),
     "validation.jsonl has SHA-256": lambda root: flip(root / "validation.jsonl", 30),
     "shard train-00001.tar is missing": lambda root: (root / "train-00001.tar").unlink(),
@@ -241,7 +241,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_folder_is_refused_with_the_remedy(root: Path, message: str) -> None:
     DAMAGES[message](root)
     with pytest.raises(UserError) as refused:
-        ShardIndex.load(root)
+        ShardIndex.load(root).check_sizes()
     line = str(refused.value)
     assert message in line
     assert f"delete {root} and run python -m scaling.prepare again" in line
@@ -271,14 +271,14 @@ def test_a_flipped_byte_of_sound_is_found_and_named(root: Path, kind: str, place
     ) as found:
         reader.read_clip(clip)
     assert (found.value.clip_id, found.value.shard) == (clip.id, clip.shard)
-    reader.read_clip(clip, verify=False)
     for other in index.clips("train"):
         if other.id != clip.id:
             reader.read_clip(other)
 
 
 def test_a_shard_cut_off_under_an_open_reader_is_found_at_the_read(root: Path) -> None:
-    clip = ShardIndex.load(root).clips("train")[0]
+    clip = ShardIndex.load(root).clips("train")[-1]
+    assert clip.num_samples > 8192, "two blocks, of which the first stays whole"
     reader = ShardReader(root)
     reader.read_clip(clip)
     os.truncate(root / clip.shard, clip.clean_offset + 2 * clip.num_samples - 6)
@@ -298,7 +298,7 @@ def test_a_shard_that_went_away_is_named(root: Path) -> None:
 def test_a_crop_outside_its_clip_is_refused(root: Path, start: int, num_samples: int) -> None:
     clip = ShardIndex.load(root).clips("train")[0]
     assert clip.num_samples == 6000
-    with pytest.raises(ValueError, match="reaches outside"):
+    with pytest.raises(ValueError, match="reaches outside|negative"):
         ShardReader(root).read_crop(clip, start, num_samples)
 
 

@@ -1,0 +1,83 @@
+"""The clips of a run that turned out to be damaged, and the crops that took their place.
+
+The stream replaces what it cannot read (see `scaling.stream`) and says so in each batch. Here
+that becomes a record, before the step that uses the batch, in the run's folder:
+
+    quarantine/rank-0.jsonl    one row a replaced crop: t, id, shard, what was wrong, by which clip
+
+A clip is in quarantine from the first crop of it that was replaced: a run that goes on, on
+whatever processes, does not read it again from there on, so that it stays the same run even
+where a file system's answers change. With more than `data.max_damaged_share` of the training
+clips damaged the run stops.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from scaling.errors import BadDataError
+from scaling.records import RunDirectory, append_record
+from scaling.shards import Clip, ShardIndex
+from scaling.stream import Replaced
+
+log = logging.getLogger(__name__)
+
+NUM_SHOWN = 5
+
+
+class Quarantine:
+    """What a run knows of its damaged clips; every process has one, and writes a file of its own."""
+
+    def __init__(
+        self, directory: RunDirectory, index: ShardIndex, clips: Sequence[Clip], max_share: float, rank: int = 0
+    ) -> None:
+        """BadDataError if the sizes of the shards alone show that too many of the clips are damaged."""
+        self.directory, self.index, self.rank = directory, index, rank
+        self.num_clips, self.max_share = len(clips), max_share
+        self.first: dict[str, int] = {}  # id: the first crop of it that was replaced
+        self.crops: set[int] = set()  # the global sample counters of all crops that were replaced
+        self._sizes: dict[Path, int] = {}
+        self._take_up()
+        if cut_off := [clip.id for clip in index.cut_off(clips)]:
+            log.warning("%d clips lie beyond the end of their shards in %s", len(cut_off), index.root)
+        self._check_share(set(self.first) | set(cut_off))
+
+    def add(self, replaced: Sequence[Replaced]) -> None:
+        """Put a batch's substitutes on record; BadDataError if too many clips are damaged by now."""
+        if not replaced:
+            return
+        for crop in replaced:
+            row = {"t": crop.t, "id": crop.clip_id, "shard": crop.shard, "what": crop.what, "by": crop.by}
+            append_record(self.directory.quarantine / f"rank-{self.rank}.jsonl", row)
+            if crop.clip_id not in self.first:
+                log.warning(
+                    "clip %s in %s is damaged (%s): %s takes its place", crop.clip_id, crop.shard, crop.what, crop.by
+                )
+        self._take_up()
+        self._check_share(set(self.first))
+
+    def num_replaced(self, num_crops: int) -> int:
+        """Of the first `num_crops` crops of the run, on all processes, how many were replaced."""
+        self._take_up()
+        return sum(t < num_crops for t in self.crops)
+
+    def _take_up(self) -> None:
+        """Read what has been written since, by this process and the others."""
+        sizes = {path: path.stat().st_size for path in self.directory.quarantine.glob("rank-*.jsonl")}
+        if sizes == self._sizes:
+            return
+        self._sizes = sizes
+        for row in self.directory.read_quarantine():
+            self.crops.add(row["t"])
+            self.first[row["id"]] = min(row["t"], self.first.get(row["id"], row["t"]))
+
+    def _check_share(self, damaged: set[str]) -> None:
+        if len(damaged) > self.max_share * self.num_clips:
+            shown = ", ".join(sorted(damaged)[:NUM_SHOWN]) + (", …" if len(damaged) > NUM_SHOWN else "")
+            raise BadDataError(
+                f"{len(damaged)} of {self.num_clips} training clips in {self.index.root} are damaged "
+                f"({len(damaged) / self.num_clips:.2%}; {shown}), more than data.max_damaged_share = "
+                f"{self.max_share:g}: see python -m scaling.verify, prepare the shards again, or raise the share"
+            )
