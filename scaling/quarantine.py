@@ -5,10 +5,9 @@ that becomes a record, before the step that uses the batch, in the run's folder:
 
     quarantine/rank-0.jsonl    one row a replaced crop: t, id, shard, what was wrong, by which clip
 
-A clip is in quarantine from the first crop of it that was replaced: a run that goes on, on
-whatever processes, does not read it again from there on, so that it stays the same run even
-where a file system's answers change. With more than `data.max_damaged_share` of the training
-clips damaged the run stops.
+The record changes nothing in what is read: a crop is replaced if its own blocks are damaged, in
+every epoch, on every process and after every resumption alike. With more than
+`data.max_damaged_share` of the training clips damaged the run stops.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ class Quarantine:
         """BadDataError if the sizes of the shards alone show that too many of the clips are damaged."""
         self.directory, self.index, self.rank = directory, index, rank
         self.num_clips, self.max_share = len(clips), max_share
-        self.first: dict[str, int] = {}  # id: the first crop of it that was replaced
+        self.damaged: set[str] = set()  # the ids of all clips of which a crop was replaced
         self.crops: set[int] = set()  # the global sample counters of all crops that were replaced
         self._sizes: dict[Path, int] = {}
         self._take_up()
         if cut_off := [clip.id for clip in index.cut_off(clips)]:
             log.warning("%d clips lie beyond the end of their shards in %s", len(cut_off), index.root)
-        self._check_share(set(self.first) | set(cut_off))
+        self._check_share(self.damaged | set(cut_off))
 
     def add(self, replaced: Sequence[Replaced]) -> None:
         """Put a batch's substitutes on record; BadDataError if too many clips are damaged by now."""
@@ -51,12 +50,12 @@ class Quarantine:
         for crop in replaced:
             row = {"t": crop.t, "id": crop.clip_id, "shard": crop.shard, "what": crop.what, "by": crop.by}
             append_record(self.directory.quarantine / f"rank-{self.rank}.jsonl", row)
-            if crop.clip_id not in self.first:
+            if crop.clip_id not in self.damaged:
                 log.warning(
                     "clip %s in %s is damaged (%s): %s takes its place", crop.clip_id, crop.shard, crop.what, crop.by
                 )
         self._take_up()
-        self._check_share(set(self.first))
+        self._check_share(self.damaged)
 
     def num_replaced(self, num_crops: int) -> int:
         """Of the first `num_crops` crops of the run, on all processes, how many were replaced."""
@@ -71,7 +70,7 @@ class Quarantine:
         self._sizes = sizes
         for row in self.directory.read_quarantine():
             self.crops.add(row["t"])
-            self.first[row["id"]] = min(row["t"], self.first.get(row["id"], row["t"]))
+            self.damaged.add(row["id"])
 
     def _check_share(self, damaged: set[str]) -> None:
         if len(damaged) > self.max_share * self.num_clips:

@@ -85,11 +85,11 @@ class ShardWriter:
             shards = self._shards.setdefault(split, [])
             self._tar = _Tar(self.root, split, f"{split}-{len(shards):05d}.tar")
         tar = self._tar
-        facts = {"speaker": speaker, "noise": noise, "snr_db": snr_db}
-        length = {"duration": len(noisy) / SAMPLE_RATE, "num_samples": len(noisy)}
-        noisy_offset = tar.add(f"{clip_id}.noisy.wav", _wav(noisy)) + WAV_HEADER_BYTES
-        clean_offset = tar.add(f"{clip_id}.clean.wav", _wav(clean)) + WAV_HEADER_BYTES
-        tar.add(f"{clip_id}.json", to_json(facts | length).encode())
+        before_samples = TAR_BLOCK + WAV_HEADER_BYTES
+        noisy_member, clean_member, json_member = clip_members(clip_id, speaker, noise, snr_db, noisy, clean)
+        noisy_offset = tar.add(noisy_member) + before_samples
+        clean_offset = tar.add(clean_member) + before_samples
+        tar.add(json_member)
         tar.num_clips += 1
         where = (tar.name, noisy_offset, clean_offset)
         clip = Clip(clip_id, speaker, noise, snr_db, len(noisy), *where, block_checksums(noisy), block_checksums(clean))
@@ -146,14 +146,10 @@ class _Tar:
         self._file = self._temporary.open("wb")
         self._sha256 = hashlib.sha256()
 
-    def add(self, name: str, content: bytes) -> int:
+    def add(self, member: bytes) -> int:
         """Append a member; the offset in the tar of its first byte."""
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        self._write(member.tobuf(tarfile.USTAR_FORMAT))
         offset = self.num_bytes
-        self._write(content)
-        self._write(bytes(-len(content) % TAR_BLOCK))
+        self._write(member)
         return offset
 
     def finish(self) -> Shard:
@@ -174,6 +170,25 @@ class _Tar:
         self._file.write(content)
         self._sha256.update(content)
         self.num_bytes += len(content)
+
+
+def clip_members(
+    clip_id: str, speaker: str, noise: str | None, snr_db: float | None, noisy: Samples, clean: Samples
+) -> tuple[bytes, bytes, bytes]:
+    """A clip as it is in a tar: noisy, clean and JSON, each a header, the content, and padding."""
+    facts = {"speaker": speaker, "noise": noise, "snr_db": snr_db}
+    length = {"duration": len(noisy) / SAMPLE_RATE, "num_samples": len(noisy)}
+    return (
+        _member(f"{clip_id}.noisy.wav", _wav(noisy)),
+        _member(f"{clip_id}.clean.wav", _wav(clean)),
+        _member(f"{clip_id}.json", to_json(facts | length).encode()),
+    )
+
+
+def _member(name: str, content: bytes) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    return header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % TAR_BLOCK)
 
 
 def clip_bytes(num_samples: int) -> int:

@@ -343,29 +343,35 @@ class ShardReader:
 def _read_blocks(
     descriptor: int, name: str, offset: int, checksums: str, clip_samples: int, start: int, samples: Samples
 ) -> None:
-    """Fill `samples` from `start` on, out of the whole blocks around them; _Damage where they are not as promised."""
-    stop = start + len(samples)
-    first, last = start // BLOCK_SAMPLES, -(-stop // BLOCK_SAMPLES)
-    if first >= last:
+    """Fill `samples` from `start` on, and check the whole blocks around them; _Damage if they are not as promised."""
+    content = samples.data.cast("B")
+    begin, end = start * SAMPLE_BYTES, start * SAMPLE_BYTES + len(content)
+    first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
+    if begin == end:
         return
-    begin, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, clip_samples * SAMPLE_BYTES)
-    content = np.empty(end - begin, dtype=np.uint8)
-    view = content.data
-    num_bytes = os.preadv(descriptor, [view], offset + begin)
-    if num_bytes != end - begin:
-        raise _Damage(f"its shard ends {end - begin - num_bytes} bytes too early")
-    found = _checksums(view)
-    if found != checksums[first * CRC_DIGITS : last * CRC_DIGITS]:
-        expected = checksums[first * CRC_DIGITS : last * CRC_DIGITS]
+    head = bytearray(begin - first * BLOCK_BYTES)  # of the first block, what is before the samples
+    tail = bytearray(min(last * BLOCK_BYTES, clip_samples * SAMPLE_BYTES) - end)  # of the last, what is behind them
+    num_bytes = os.preadv(descriptor, [head, content, tail], offset + first * BLOCK_BYTES)
+    missing = len(head) + len(content) + len(tail) - num_bytes
+    if missing:
+        raise _Damage(f"its shard ends {missing} bytes too early")
+    found = _checksums(content, head, tail)
+    expected = checksums[first * CRC_DIGITS : last * CRC_DIGITS]
+    if found != expected:
         raise _Damage(f"its {name} samples have CRC-32 {found}, expected {expected}, in blocks {first} to {last - 1}")
-    samples[:] = content.view("<i2")[start - first * BLOCK_SAMPLES : stop - first * BLOCK_SAMPLES]
 
 
-def _checksums(view: memoryview) -> str:
+def _checksums(content: memoryview, head: bytes | bytearray = b"", tail: bytes | bytearray = b"") -> str:
+    """CRC-32 of each block of head, content and tail, which follow one another; none but the last is short."""
     crc = isal_zlib.crc32  # ten times as fast as zlib's, the same sum
-    return "".join([f"{crc(view[at : at + BLOCK_BYTES]):08x}" for at in range(0, len(view), BLOCK_BYTES)])
+    found, value, at = [], crc(head), 0
+    for edge in range(BLOCK_BYTES - len(head), len(content), BLOCK_BYTES):
+        found.append(crc(content[at:edge], value))
+        value, at = 0, edge
+    found.append(crc(tail, crc(content[at:], value)))
+    return "".join([f"{value:08x}" for value in found])
 
 
 def block_checksums(samples: Samples) -> str:
     """The checksums of a recording: CRC-32 of each block of its bytes, little-endian, each in 8 hex digits."""
-    return _checksums(np.ascontiguousarray(samples, dtype="<i2").view(np.uint8).data)
+    return _checksums(np.ascontiguousarray(samples, dtype="<i2").data.cast("B"))

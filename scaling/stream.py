@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ from scaling.stopping import ignore_stop_signals
 
 # Keeps the draws of order, crops and replacements apart from all other uses of a run's seed.
 _ORDER, _CROPS, _REPLACEMENTS = 1, 2, 3
-_NEAR_CANDIDATES, _CANDIDATES = 16, 80  # of a replacement: from the same block of shards, and in all
+_NEAR_CANDIDATES, _FAR_CANDIDATES = 16, 64  # of a replacement: from the same block of shards, and from all
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,11 @@ class CropOrder:
         epoch = self.epoch(at.epoch)
         name = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "big")
         rng = _generator(self.seed, at.epoch, _REPLACEMENTS, name)
-        near = np.flatnonzero(epoch.blocks == epoch.blocks[at.position])
-        for number in range(_CANDIDATES):
-            candidates = near if number < _NEAR_CANDIDATES else epoch.permutation
-            position = int(candidates[rng.integers(len(candidates))])
+        near = rng.permutation(np.flatnonzero(epoch.blocks == epoch.blocks[at.position]))[:_NEAR_CANDIDATES]
+        for position in (*near, *rng.permutation(len(self.room))[:_FAR_CANDIDATES]):
             start = int(rng.random() * (self.room[position] + 1))
             if position != at.position:
-                yield CropAt(at.epoch, position, start)
+                yield CropAt(at.epoch, int(position), start)
 
     def block(self, t: int) -> tuple[int, int]:
         """The epoch of crop t, and its block of shards."""
@@ -171,7 +169,8 @@ class CropBatch(NamedTuple):
 class CropDataset(Dataset[tuple[Tensor, Tensor]]):
     """Crop t as (noisy, clean), each int16 of (crop_samples,); many of them as a `CropBatch`.
 
-    quarantined: clips known to be damaged, by id, and the counter t from which on they count as such.
+    A crop is replaced if a block of its clip that it touches is damaged. What is delivered is so
+    a function of (seed, t) and the shards' bytes alone, whoever reads it and whatever was read before.
     """
 
     def __init__(
@@ -181,14 +180,12 @@ class CropDataset(Dataset[tuple[Tensor, Tensor]]):
         crop_samples: int,
         seed: int,
         block_shards: int | None = None,
-        quarantined: Mapping[str, int] | None = None,
     ) -> None:
         self.reader = ShardReader(shard_root)
         self.clips = list(clips)
         self.crop_samples = crop_samples
         shards = [clip.shard for clip in clips]
         self.order = CropOrder([clip.num_samples for clip in clips], crop_samples, seed, shards, block_shards)
-        self.quarantined = dict(quarantined or {})
         self._fetched_for: tuple[int, int] | None = None
         if isinstance(shard_root, RemoteRoot):
             _check_cache(shard_root, sorted(set(shards)), block_shards)
@@ -213,22 +210,20 @@ class CropDataset(Dataset[tuple[Tensor, Tensor]]):
         """Read crop t into its row of a batch; what was replaced, if it was."""
         at = self.order[t]
         clip = self.clips[at.position]
-        what = self._read(at, t, noisy, clean)
+        what = self._read(at, noisy, clean)
         if what is None:
             return None
         for candidate in self.order.replacements(at, clip.id):
-            if self._read(candidate, t, noisy, clean) is None:
+            if self._read(candidate, noisy, clean) is None:
                 return Replaced(t, clip.id, clip.shard, what, self.clips[candidate.position].id)
         raise BadDataError(
-            f"clip {clip.id} in {self.reader.root}/{clip.shard} is damaged ({what}) and so are {_CANDIDATES} that "
+            f"clip {clip.id} in {self.reader.root}/{clip.shard} is damaged ({what}) and so is all that "
             "could take its place: prepare the shards again"
         )
 
-    def _read(self, at: CropAt, t: int, noisy: NDArray[np.int16], clean: NDArray[np.int16]) -> str | None:
+    def _read(self, at: CropAt, noisy: NDArray[np.int16], clean: NDArray[np.int16]) -> str | None:
         """Read a crop, zero-padded on both sides; what is wrong with its clip, if it cannot be read."""
         clip = self.clips[at.position]
-        if t >= self.quarantined.get(clip.id, t + 1):
-            return "in quarantine"
         num_samples = min(self.crop_samples, clip.num_samples)
         before = (self.crop_samples - num_samples) // 2
         if num_samples < self.crop_samples:
@@ -237,7 +232,6 @@ class CropDataset(Dataset[tuple[Tensor, Tensor]]):
             taken = slice(before, before + num_samples)
             self.reader.read_crop_into(clip, at.start, noisy[taken], clean[taken])
         except DamagedClipError as error:
-            self.quarantined.setdefault(clip.id, t)
             return error.what
         return None
 

@@ -75,7 +75,6 @@ class Trainer:
             round(config.train.crop_seconds * SAMPLE_RATE),
             config.seed,
             config.data.block_shards,
-            self.quarantine.first,
         )
 
     def fit(self) -> BSRNN:

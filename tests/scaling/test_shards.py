@@ -298,7 +298,7 @@ def test_a_shard_that_went_away_is_named(root: Path) -> None:
 def test_a_crop_outside_its_clip_is_refused(root: Path, start: int, num_samples: int) -> None:
     clip = ShardIndex.load(root).clips("train")[0]
     assert clip.num_samples == 6000
-    with pytest.raises(ValueError, match="reaches outside|negative"):
+    with pytest.raises(ValueError, match=r"reaches outside|negative"):
         ShardReader(root).read_crop(clip, start, num_samples)
 
 
