@@ -1,4 +1,4 @@
-"""Shards in an object store: fetched once a machine, verified, bounded, ahead of use; no failure or kill changes them."""
+"""Shards in an object store: fetched once a machine, verified, bounded, ahead of use; no failure changes them."""
 
 from __future__ import annotations
 
