@@ -1,15 +1,22 @@
 # make sweep: set up and run the main job; make test: set up and pass the tests.
+# make reliability, make benchmarks: the full counts and the speeds; they rewrite the figures of docs/.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: setup sweep test lint
+.PHONY: setup sweep test lint reliability benchmarks
 
 sweep: setup
 	$(RUN) -m launch.sweep +sweep=sizes
 
 test: setup lint
 	$(RUN) -m pytest
+
+reliability: setup
+	$(RUN) -m pytest tests/reliability --reliability=full
+
+benchmarks: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/benchmarks -o python_files='bench_*.py'
 
 lint: setup
 	$(VENV)/bin/ruff check .

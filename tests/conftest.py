@@ -30,6 +30,11 @@ TINY_RUN = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    counts = "how often tests/reliability injects each fault; full rewrites the figures of docs/reliability.md"
+    parser.addoption("--reliability", choices=("quick", "full"), default="quick", help=counts)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that name a demo corpus of about two and a half minutes, its shards made."""
