@@ -8,7 +8,8 @@ matrix product a group instead of one small product a band.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -46,8 +47,18 @@ def group_bands(widths: tuple[int, ...]) -> list[BandGroup]:
     return groups
 
 
+def bands_holding(groups: Sequence[BandGroup], num_bins: int) -> list[BandGroup]:
+    """The bands that the first `num_bins` bins fall into, in groups; the last may reach beyond those bins."""
+    held = []
+    for group in groups:
+        if group.first_bin < num_bins:
+            num_bands = min(group.num_bands, math.ceil((num_bins - group.first_bin) / group.width))
+            held.append(replace(group, num_bands=num_bands))
+    return held
+
+
 class BandwiseLinear(nn.Module):
-    """One linear layer for each of several bands, y[n, k] = x[n, k] W[k] + b[k].
+    """One linear layer for each of several bands, y[n, k] = x[n, k] W[k] + b[k]; or for the first few of them.
 
     Initialised as torch's `nn.Linear` and 1x1 `nn.Conv1d` are: uniform in ±1/sqrt(in_features).
     """
@@ -61,4 +72,10 @@ class BandwiseLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Float[Tensor, "band row input"]) -> Float[Tensor, "band row output"]:
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+        weight, bias = first(self.weight, len(x)), first(self.bias, len(x))
+        return torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+
+def first(parameter: Tensor, num_rows: int) -> Tensor:
+    """The first rows; the parameter itself where that is all of them, which spares a copy of its gradient."""
+    return parameter if num_rows == len(parameter) else parameter[:num_rows]

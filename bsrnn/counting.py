@@ -15,8 +15,10 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from bsrnn.bands import bands_holding, group_bands
 from bsrnn.model import BSRNN, BSRNNConfig
 from bsrnn.norm import BatchNorm
+from bsrnn.recording_norm import GroupNorm
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ParameterCount:
 
     @property
     def folded(self) -> int:
-        """What inference needs, every normalisation folded into its neighbour."""
+        """What inference needs, every normalisation's parameters folded into its neighbour."""
         return self.total - self.norms
 
     @property
@@ -61,7 +63,7 @@ def count_parameters(config: BSRNNConfig) -> ParameterCount:
     """Counted from the model itself, built without memory for its weights."""
     with torch.device("meta"):
         model = BSRNN(config)
-    norms = sum(_num_parameters(module) for module in model.modules() if isinstance(module, BatchNorm))
+    norms = sum(_num_parameters(module) for module in model.modules() if isinstance(module, BatchNorm | GroupNorm))
     heads = [model.mask_decoder.scale, model.mask_decoder.shift]  # the decoder's norm, an affine pair a head
     count = ParameterCount(
         band_split=_num_parameters(model.band_split),
@@ -75,18 +77,21 @@ def count_parameters(config: BSRNNConfig) -> ParameterCount:
 
 @lru_cache
 def count_macs(config: BSRNNConfig) -> MacCount:
-    """By formula, for one second of audio."""
+    """By formula, for one second of audio; bands above the audio's bins are not computed."""
     channels = config.num_channels
     hidden = 2 * channels
     lstm = 4 * hidden * (channels + hidden)  # four gates, from the input and from the last output
-    over_time = lstm + hidden * channels
-    over_bands = 2 * lstm + 2 * hidden * channels
-    head = [channels * 4 * channels + 4 * channels * 4 * width for width in config.band_widths]
+    one_way = lstm + hidden * channels
+    ways = (1 if config.causal else 2) + 2  # over time, and over bands
+    groups = bands_holding(group_bands(config.band_widths), config.num_bins)
+    num_bands = sum(group.num_bands for group in groups)
+    num_bins = sum(group.num_bins for group in groups)  # the highest band is computed whole
+    head = num_bands * channels * 4 * channels + 4 * channels * 4 * num_bins
     per_second = config.frames_per_second
     return MacCount(
-        band_split=per_second * 2 * config.num_bins * channels,
-        blocks=per_second * config.num_layers * config.num_bands * (over_time + over_bands),
-        mask_decoder=per_second * 2 * sum(head),
+        band_split=per_second * 2 * num_bins * channels,
+        blocks=per_second * config.num_layers * num_bands * ways * one_way,
+        mask_decoder=per_second * 2 * head,
     )
 
 

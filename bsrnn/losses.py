@@ -2,6 +2,7 @@
 
 Terms and weights are those of FastEnhancer's recipe (arXiv 2509.21867) without its PESQ term.
 Every term is a mean over all its elements, so a batch's loss is the mean of its crops' losses.
+Spectra are compared at the recipe's compression, whatever the compression of the model's STFT is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from bsrnn.model import Enhanced
-from bsrnn.stft import CompressedSTFT
+from bsrnn.stft import CompressedSTFT, compress
+
+COMPRESSION = 0.3  # exponent of the magnitude in the spectral terms
 
 
 @dataclass
@@ -47,15 +50,15 @@ def enhancement_loss(
 ) -> Loss:
     """The loss of an estimate against the clean waveform; computed in 32 bits."""
     with torch.autocast(clean.device.type, enabled=False):
-        spectrum = torch.view_as_real(stft(clean))  # (B, F, T, 2)
-        estimated = torch.view_as_real(estimate.spectrum)
+        spectrum = _compressed(stft(clean), stft)  # (B, F, T, 2)
+        estimated = _compressed(estimate.spectrum, stft)
         terms: dict[str, Tensor] = {}
         if weights.magnitude:
             terms["magnitude"] = F.mse_loss(_magnitude(estimated), _magnitude(spectrum))
         if weights.complex:
             terms["complex"] = F.mse_loss(estimated, spectrum)
         if weights.consistency:
-            terms["consistency"] = F.mse_loss(torch.view_as_real(stft(estimate.waveform)), spectrum)
+            terms["consistency"] = F.mse_loss(_compressed(stft(estimate.waveform), stft), spectrum)
         if weights.waveform:
             terms["waveform"] = F.l1_loss(estimate.waveform, clean)
         total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
@@ -65,6 +68,11 @@ def enhancement_loss(
 def unprocessed(noisy: Float[Tensor, "batch sample"], stft: CompressedSTFT) -> Enhanced:
     """The noisy input as if it were an estimate: what every model has to beat."""
     return Enhanced(noisy, stft(noisy))
+
+
+def _compressed(spectrum: Complex[Tensor, "*shape"], stft: CompressedSTFT) -> Float[Tensor, "*shape 2"]:
+    """A spectrum of the STFT's compression at that of the losses."""
+    return torch.view_as_real(compress(spectrum, COMPRESSION / stft.exponent))
 
 
 def _magnitude(spectrum: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape"]:

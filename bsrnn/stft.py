@@ -18,7 +18,9 @@ MAGNITUDE_FLOOR = 1e-5
 
 
 def compress(spectrum: Complex[Tensor, "*shape"], exponent: float) -> Complex[Tensor, "*shape"]:
-    """Raise the magnitude to `exponent` (below 1), keep the phase; the magnitude counts as at least 1e-5."""
+    """Raise the magnitude to `exponent` (at most 1), keep the phase; the magnitude counts as at least 1e-5."""
+    if exponent == 1:
+        return spectrum
     # The norm of (real, imaginary) has gradient 0 at 0, where that of a complex modulus may be NaN.
     magnitude = torch.linalg.vector_norm(torch.view_as_real(spectrum), dim=-1).clamp(min=MAGNITUDE_FLOOR)
     return spectrum * magnitude.pow(exponent - 1)
@@ -26,21 +28,24 @@ def compress(spectrum: Complex[Tensor, "*shape"], exponent: float) -> Complex[Te
 
 def decompress(spectrum: Complex[Tensor, "*shape"], exponent: float) -> Complex[Tensor, "*shape"]:
     """The inverse of `compress` for magnitudes above its floor."""
+    if exponent == 1:
+        return spectrum
     magnitude = torch.linalg.vector_norm(torch.view_as_real(spectrum), dim=-1)
     return spectrum * magnitude.pow(1 / exponent - 1)
 
 
 class CompressedSTFT(nn.Module):
-    """The Hann-windowed STFT with compressed magnitude, and its inverse."""
+    """The Hann-windowed STFT, times `gain`, with compressed magnitude, and its inverse."""
 
     window: Tensor
 
-    def __init__(self, n_fft: int, hop_length: int, exponent: float) -> None:
+    def __init__(self, n_fft: int, hop_length: int, exponent: float, gain: float = 1.0) -> None:
         super().__init__()
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.exponent = exponent
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        # The inverse divides by the window's square, so a factor of the window is undone there.
+        self.register_buffer("window", gain * torch.hann_window(n_fft), persistent=False)
 
     def forward(self, waveform: Float[Tensor, "batch sample"]) -> Complex[Tensor, "batch bin frame"]:
         """The compressed spectrum of a waveform of more than n_fft / 2 samples."""
