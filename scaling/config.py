@@ -5,6 +5,9 @@ execution settings (paths, micro-batch, workers, threads, compile, intervals) do
 Hydra composes the YAML files of conf/ into these classes, which check themselves and each
 other: a bad value or an impossible combination is refused by name before anything runs.
 They are not frozen, because OmegaConf makes frozen dataclasses read-only while it composes.
+
+A scientific setting that came after the first runs were planned says so in its field's metadata, `since`: at its
+default it is left out of a run's identity (`scaling.plan.science_of`), so that these keep theirs.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from bsrnn import BSRNNConfig
+from bsrnn.front_end import FRONT_ENDS
 from bsrnn.losses import LossConfig
 from scaling.corpus.demo import DemoConfig
 from scaling.errors import UserError
 from scaling.remote import RemoteRoot, Root
+from scaling.shards import SAMPLE_RATE
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -35,18 +40,33 @@ def _require_finite(prefix: str, settings: object) -> None:
 
 @dataclass
 class ModelConfig:
-    """A model size: its name, width and depth (conf/model)."""
+    """A model size: its name, width and depth, and which variant of the network it is of (conf/model)."""
 
     name: str
     num_channels: int
     num_layers: int
+    front_end: str = field(default="streaming_16khz", metadata={"since": "0.2"})  # STFT and bands, of bsrnn.front_end
+    norm: str = field(default="batch", metadata={"since": "0.2"})  # batch, group or cumulative
+    causal: bool = field(default=True, metadata={"since": "0.2"})  # whether the recurrence over time runs forward only
 
     def __post_init__(self) -> None:
-        self.architecture(norm_batch=None)
+        if self.front_end not in FRONT_ENDS:
+            raise UserError(f"model.front_end = {self.front_end}: expected one of {', '.join(FRONT_ENDS)}")
+        self.architecture(None, FRONT_ENDS[self.front_end].sample_rate)
 
-    def architecture(self, norm_batch: int | None) -> BSRNNConfig:
+    def architecture(self, norm_batch: int | None, sample_rate: int = SAMPLE_RATE) -> BSRNNConfig:
+        """Of the network for audio of a rate, by default the shards'; UserError if there is none."""
+        front_end = FRONT_ENDS[self.front_end]
         try:
-            return BSRNNConfig(self.num_channels, self.num_layers, norm_batch=norm_batch)
+            config = BSRNNConfig(
+                self.num_channels,
+                self.num_layers,
+                **vars(front_end),
+                norm_batch=norm_batch,
+                norm=self.norm,
+                causal=self.causal,
+            )
+            return config.at_sample_rate(sample_rate)
         except ValueError as error:
             raise UserError(f"model {self.name}: {error}") from None
 
@@ -238,6 +258,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"seed = {self.seed}: expected a whole number of at least 0")
+        self.model.architecture(self.train.norm_batch)  # there is one for the shards' sample rate
         if self.execution.micro_batch is not None:
             self.micro_batches(world_size=1, norms_may_span=True)
         if self.execution.device == "cpu" and self.train.precision == "fp16":

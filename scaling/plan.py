@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,24 @@ from scaling.shards import Clip, ShardIndex
 # the activations, gradient of the weights (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 TRAINING_PASSES = 3
 TEST_STEPS = 10
+
+
+def science_of(settings: Any) -> Any:
+    """A tree of settings as plain data, without those that came later (`since`) and stand at their default.
+
+    So a run planned before a setting existed keeps its identity.
+    """
+    if isinstance(settings, list | tuple):
+        return [science_of(entry) for entry in settings]
+    if not is_dataclass(settings):
+        return settings
+    kept = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if "since" not in field.metadata or value != default:
+            kept[field.name] = science_of(value)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -60,8 +78,8 @@ class RunPlan:
     def science(self) -> Record:
         """The resolved scientific settings, whose hash is the run's identity."""
         config = self.config
-        model = asdict(config.model)
-        train = asdict(config.train)
+        model = science_of(config.model)
+        train = science_of(config.train)
         del model["name"], train["budget"]  # a label; resolved into steps
         # A setting that came later is left out where it changes nothing, so that older runs keep their ids.
         block = {} if config.data.block_shards is None else {"block_shards": config.data.block_shards}
