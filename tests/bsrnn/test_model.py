@@ -59,7 +59,8 @@ def test_every_size_has_the_tables_parameters_and_macs(size: str):
 
 
 def test_a_configured_size_exists_for_every_row_of_the_table():
-    assert {path.stem for path in CONF.glob("*.yaml")} == set(TABLE)
+    variants = {"music_v7", *(path.stem for path in CONF.glob("ses_*.yaml"))}  # tests/bsrnn/test_variants.py
+    assert {path.stem for path in CONF.glob("*.yaml")} - variants == set(TABLE)
     for size in TABLE:
         assert yaml.safe_load((CONF / f"{size}.yaml").read_text())["name"] == size
 

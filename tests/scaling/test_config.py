@@ -9,7 +9,7 @@ from scaling.config import BudgetConfig, RunConfig
 from scaling.errors import UserError
 
 MISTAKES = {
-    "model=xxl": r"model=xxl: no such model; expected one of l, m, s, t, xl, xt, xxt \(the files of conf/model\)",
+    "model=xxl": r"model=xxl: no such model; expected one of l, m, .*xt, xxt \(the files of conf/model\)",
     "train=nope": r"train=nope: no such train; expected one of demo, fastenhancer",
     "sede=1": r"sede: no such setting; did you mean seed or data.demo.seed",
     "train.optimiser.lerning_rate=1": r"train.optimiser.lerning_rate: no such setting; did you mean train.optimiser.l",
@@ -43,6 +43,10 @@ MISTAKES = {
     "train.optimiser.max_gradient_norm=0": r"max_gradient_norm = 0.0: expected above 0, or null",
     "execution.device=tpu": r"execution.device = tpu: expected one of auto, cpu, cuda",
     "execution.num_workers=-1": r"execution.num_workers = -1: expected at least 0",
+    "model=music_v7": r"samples at 44100 Hz are no whole numbers of samples at 16000 Hz",
+    "model.front_end=mel": r"model.front_end = mel: expected one of streaming_16khz, universal_48khz, music_44khz",
+    "model.norm=layer": r"model xt: norm = layer: expected one of batch, group, cumulative",
+    "model=ses_tiny model.norm=batch": r"n_fft = 320 has 161: .* or a norm other than batch",
     "model.name=???": r"model.name is not set: give model.name=VALUE",
 }
 
@@ -61,7 +65,7 @@ def test_impossible_combinations_are_refused():
 
 @pytest.mark.parametrize("group", ["model", "data", "train"])
 def test_every_choice_of_every_group_makes_a_configuration(group: str):
-    choices = [path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")]
+    choices = {path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")} - {"music_v7"}  # which is for 44.1 kHz
     assert choices
     for choice in choices:
         config = load_config(RunConfig, "run", [f"{group}={choice}"])
