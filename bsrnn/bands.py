@@ -53,7 +53,7 @@ def bands_holding(groups: Sequence[BandGroup], num_bins: int) -> list[BandGroup]
     for group in groups:
         if group.first_bin < num_bins:
             num_bands = min(group.num_bands, math.ceil((num_bins - group.first_bin) / group.width))
-            held.append(replace(group, num_bands=num_bands))
+            held.append(group if num_bands == group.num_bands else replace(group, num_bands=num_bands))
     return held
 
 
