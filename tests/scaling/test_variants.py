@@ -13,6 +13,7 @@ from scaling.config import RunConfig
 from scaling.plan import RunPlan, plan_run, read_planned
 from scaling.records import StudyDirectory
 from scaling.shards import ShardIndex
+from scaling.train import main
 
 # run_id of each size for 300 steps of train=demo on a made-up index, before there were variants
 IDENTITIES = (
@@ -54,12 +55,17 @@ def test_a_sweep_over_the_variants_is_planned_with_their_counts(tiny_run: list[s
 
 
 @pytest.mark.parametrize("choice", [("ses_xtiny",), ("ses_xtiny_noncausal", "model.norm=cumulative")])
-def test_a_variant_trains_is_scored_and_goes_on_record(
-    choice: tuple[str, ...], tiny_run: list[str], command, tmp_path: Path
-):
+def test_a_variant_trains_is_scored_and_goes_on_record(choice: tuple[str, ...], tiny_run: list[str], tmp_path: Path):
     words = [word for word in tiny_run if "model" not in word]
-    done = command("scaling.train", *words, f"model={choice[0]}", *choice[1:], "model.num_layers=1", "train.test=true")
-    assert done.returncode == 0, done.stderr
+    words += [
+        f"model={choice[0]}",
+        *choice[1:],
+        "model.num_layers=1",
+        "train.test=true",
+        "execution.scoring_processes=1",
+    ]
+    assert main(words) == 0
     (directory,) = [StudyDirectory(tmp_path / "study").run(path.name) for path in (tmp_path / "study/runs").iterdir()]
     assert directory.state()[0] == "finished"
+    assert len(directory.read_scores()) == 4
     assert read_planned(directory).config.model.front_end == "universal_48khz"
