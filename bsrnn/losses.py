@@ -1,14 +1,15 @@
 """The training loss: a weighted sum of terms on the waveform and on the compressed spectrum.
 
-Terms and weights are those of FastEnhancer's recipe (arXiv 2509.21867) without its PESQ term.
-Every term is a mean over all its elements, so a batch's loss is the mean of its crops' losses.
-Spectra are compared at the recipe's compression, whatever the compression of the model's STFT is.
+The first five terms are those of FastEnhancer's recipe (arXiv 2509.21867), the last that of Zhang et al. 2024
+(arXiv 2406.04269). Every term is a mean over crops, so the loss of a batch is the mean of its crops' losses and does
+not depend on how the batch is cut into micro-batches. Spectra are compared at the first recipe's compression, whatever
+the compression of the model's STFT is.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from jaxtyping import Complex, Float
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bsrnn.model import Enhanced
+from bsrnn.perceptual import perceptual_model
 from bsrnn.stft import CompressedSTFT, compress
 
 COMPRESSION = 0.3  # exponent of the magnitude in the spectral terms
@@ -29,9 +31,11 @@ class LossConfig:
     complex: float = 0.2  # MSE of compressed spectra, over real and imaginary parts
     consistency: float = 0.3  # the same against the STFT of the estimated waveform
     waveform: float = 0.2  # L1
+    pesq: float = field(default=0.0, metadata={"since": "0.2"})  # how far wideband PESQ's raw score is below its best
+    multi_resolution: float = field(default=0.0, metadata={"since": "0.2"})  # L1 of waveform and four spectra, scaled
 
     def __post_init__(self) -> None:
-        weights = {field.name: getattr(self, field.name) for field in fields(self)}
+        weights = {term.name: getattr(self, term.name) for term in fields(self)}
         for name, weight in weights.items():
             if not 0 <= weight < math.inf:
                 raise ValueError(f"loss.{name} = {weight}: expected a finite weight of at least 0")
@@ -61,8 +65,40 @@ def enhancement_loss(
             terms["consistency"] = F.mse_loss(_compressed(stft(estimate.waveform), stft), spectrum)
         if weights.waveform:
             terms["waveform"] = F.l1_loss(estimate.waveform, clean)
+        if weights.pesq:
+            terms["pesq"] = perceptual_model(clean.device)(estimate.waveform, clean).loss.mean()
+        if weights.multi_resolution:
+            terms["multi_resolution"] = multi_resolution_l1(estimate.waveform, clean).mean()
         total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
         return Loss(total, {name: term.detach() for name, term in terms.items()})
+
+
+# Of the loss of Zhang et al. 2024: windows in samples, rectangular, half overlapping.
+RESOLUTIONS = (256, 512, 768, 1024)
+QUIET_VARIANCE = 1e-12  # below it a signal is not brought to unit variance, so that silence has a finite gain
+
+
+def multi_resolution_l1(
+    estimate: Float[Tensor, "batch sample"], clean: Float[Tensor, "batch sample"]
+) -> Float[Tensor, " batch"]:
+    """Half the L1 distance of waveforms, half that of magnitude spectra at four resolutions (Lu et al. 2022).
+
+    Both signals are brought to unit variance and the estimate scaled to fit the clean one; distances are summed.
+    """
+    clean, estimate = (
+        signal.float() / (signal.float().var(-1, keepdim=True) + QUIET_VARIANCE).sqrt() for signal in (clean, estimate)
+    )
+    scale = (estimate * clean).sum(-1, keepdim=True) / (estimate.square().sum(-1, keepdim=True) + 1e-8)
+    estimate = scale * estimate
+    spectral = clean.new_zeros(len(clean))
+    for window in RESOLUTIONS:
+        magnitudes = []
+        for signal in (estimate, clean):
+            rectangle = torch.ones(window, device=signal.device)
+            spectrum = torch.stft(signal, window, window // 2, window=rectangle, return_complex=True)
+            magnitudes.append(_magnitude(torch.view_as_real(spectrum)))
+        spectral = spectral + (magnitudes[0] - magnitudes[1]).abs().sum((1, 2)) / len(RESOLUTIONS)
+    return 0.5 * (estimate - clean).abs().sum(-1) + 0.5 * spectral
 
 
 def unprocessed(noisy: Float[Tensor, "batch sample"], stft: CompressedSTFT) -> Enhanced:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bsrnn import BSRNN, BSRNNConfig, Enhanced
-from bsrnn.losses import LossConfig, enhancement_loss, unprocessed
+from bsrnn.losses import LossConfig, enhancement_loss, multi_resolution_l1, unprocessed
 from bsrnn.stft import CompressedSTFT, compress, decompress
 
 
@@ -79,3 +79,47 @@ def test_a_small_model_learns_to_beat_its_input():
         loss.item()
         < 0.5 * enhancement_loss(unprocessed(noisy, model.stft), clean, model.stft, LossConfig()).total.item()
     )
+
+
+def test_the_multi_resolution_loss_equals_its_formula_in_numpy():
+    rng = np.random.default_rng(0)
+    clean, noise = rng.standard_normal((2, 4_096)), rng.standard_normal((2, 4_096))
+    estimate = 0.2 * clean + 0.1 * noise
+    expected = []
+    for e, c in zip(estimate, clean, strict=True):
+        e, c = e / e.std(ddof=1), c / c.std(ddof=1)
+        e = e * (e @ c) / (e @ e)
+        distances = []
+        for size in (256, 512, 768, 1024):
+            padded = [np.pad(signal, size // 2, mode="reflect") for signal in (e, c)]
+            starts = range(0, len(c) + 1, size // 2)
+            spectra = [np.abs(np.fft.rfft([part[s : s + size] for s in starts], axis=-1)) for part in padded]
+            distances.append(np.abs(spectra[0] - spectra[1]).sum())
+        expected.append(0.5 * np.abs(e - c).sum() + 0.5 * np.mean(distances))
+    given = multi_resolution_l1(torch.tensor(estimate).float(), torch.tensor(clean).float())
+    assert given.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-9, 1.0])
+def test_the_multi_resolution_loss_has_finite_gradients_on_silence(level: float):
+    torch.manual_seed(0)
+    for clean in (torch.zeros(1, 4_096), level * torch.randn(1, 4_096)):
+        estimate = (level * torch.randn(1, 4_096)).requires_grad_()
+        multi_resolution_l1(estimate, clean).sum().backward()
+        assert estimate.grad is not None
+        assert estimate.grad.isfinite().all()
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_crops_losses():
+    torch.manual_seed(0)
+    stft = CompressedSTFT(512, 256, 0.3)
+    clean = 0.1 * torch.randn(4, 8_000)
+    noisy = clean + 0.05 * torch.randn(4, 8_000)
+    weights = LossConfig(pesq=1e-3, multi_resolution=1.0)
+    whole = enhancement_loss(unprocessed(noisy, stft), clean, stft, weights)
+    pairs = zip(noisy.split(1), clean.split(1), strict=True)
+    parts = [enhancement_loss(unprocessed(n, stft), c, stft, weights) for n, c in pairs]
+    assert set(whole.terms) == {"magnitude", "complex", "consistency", "waveform", "pesq", "multi_resolution"}
+    for name, term in whole.terms.items():
+        assert term.item() == pytest.approx(np.mean([part.terms[name].item() for part in parts]), rel=1e-4), name
+    assert whole.total.item() == pytest.approx(np.mean([part.total.item() for part in parts]), rel=1e-4)
