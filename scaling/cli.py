@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -143,6 +143,8 @@ def all_keys(schema: type, prefix: str = "") -> list[str]:
     keys = []
     for name, hint in get_type_hints(schema).items():
         keys.append(f"{prefix}{name}")
+        if get_origin(hint) is list:  # its entries have no key of their own
+            continue
         for choice in (hint, *get_args(hint)):  # X and the X of X | None
             if is_dataclass(choice) and isinstance(choice, type):
                 keys += all_keys(choice, f"{prefix}{name}.")

@@ -29,6 +29,13 @@ from scaling.shards import SAMPLE_RATE
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+OPTIMISERS = ("adamw", "adam", "adamp")
+METRIC_NAMES = (
+    "pesq_wb", "stoi", "estoi", "si_sdr", "segmental_snr", "csig", "cbak", "covl",
+    "dnsmos_p808", "dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl",
+)  # fmt: skip
+DEFAULT_METRICS = METRIC_NAMES[:4]
+SCHEDULES = ("cosine", "step")
 
 
 def _require_finite(prefix: str, settings: object) -> None:
@@ -36,6 +43,14 @@ def _require_finite(prefix: str, settings: object) -> None:
     for name, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}.{name} = {value}: expected a finite number")
+
+
+def _require_metrics(setting: str, names: list[str]) -> None:
+    for name in names:
+        if name not in METRIC_NAMES:
+            raise UserError(f"{setting}: {name} is no metric; expected names among {', '.join(METRIC_NAMES)}")
+    if not names:
+        raise UserError(f"{setting} = []: expected at least one of {', '.join(METRIC_NAMES)}")
 
 
 @dataclass
@@ -79,9 +94,13 @@ class DataConfig:
     shards: str  # folder of the prepared shards, or the URL of one
     root: str | None = None  # folder of the corpus in VBD's layout, needed only to prepare the shards
     hours: float | None = None  # audio to train on, in hours; null: all there is
+    # Train on the speakers held out for validation too, as some published systems did; validation then says little.
+    train_on_validation: bool = field(default=False, metadata={"since": "0.2"})
     order_seed: int = 0  # of the order whose prefixes are the budgets of hours; the same for all runs of a study
+    samples: list[str] | None = None  # test utterances to listen to on TensorBoard; null: four spread over the test set
     demo: DemoConfig | None = None  # what to synthesise where the corpus is the demo
-    block_shards: int | None = None  # shards mixed at a time by the order of clips; null mixes all
+    # shards mixed at a time by the order of clips; null mixes all
+    block_shards: int | None = field(default=None, metadata={"since": "0.2"})
     cache: str | None = None  # folder of this machine for shards behind a URL; null: below the temporary folder
     cache_gb: float = 50.0  # at most so many 10^9 bytes of them
     max_damaged_share: float = 0.01  # of the training clips; with more of them damaged the run stops
@@ -143,8 +162,27 @@ class BudgetConfig:
 
 
 @dataclass
+class ParameterGroupConfig:
+    """What holds for the parameters whose name matches a pattern (`*.weight`, `blocks.0.*`)."""
+
+    pattern: str
+    lr_scale: float = 1.0  # times the schedule's learning rate
+    weight_decay: float | None = None  # null: the optimiser's
+
+    def __post_init__(self) -> None:
+        _require_finite(f"train.optimiser.groups, {self.pattern}", self)
+        for name in ("lr_scale", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"train.optimiser.groups, {self.pattern}: {name} = {value}: expected at least 0")
+
+
+@dataclass
 class OptimiserConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then a cosine down to the end of the run."""
+    """The optimiser: linear warm-up, then a cosine down to the end of the run, or steps.
+
+    adamw: Loshchilov & Hutter 2019; adam: Kingma & Ba 2015, weight decay part of the gradient; adamp: Heo et al. 2021
+    """
 
     learning_rate: float = 2e-3
     min_learning_rate: float = 1e-6
@@ -152,6 +190,12 @@ class OptimiserConfig:
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 0.01
     max_gradient_norm: float | None = None  # null: gradients are not clipped
+    name: str = field(default="adamw", metadata={"since": "0.2"})  # adamw, adam or adamp
+    schedule: str = field(default="cosine", metadata={"since": "0.2"})  # after warm-up: cosine or step
+    step_interval: int | None = field(default=None, metadata={"since": "0.2"})  # steps between steps of the rate
+    step_factor: float | None = field(default=None, metadata={"since": "0.2"})  # of the rate at each of these
+    # The first pattern that matches a parameter's name counts; [] is one group.
+    groups: list[ParameterGroupConfig] = field(default_factory=list, metadata={"since": "0.2"})
 
     def __post_init__(self) -> None:
         _require_finite("train.optimiser", self)
@@ -170,6 +214,41 @@ class OptimiserConfig:
             raise UserError(
                 f"train.optimiser.max_gradient_norm = {self.max_gradient_norm}: expected above 0, or null for none"
             )
+        for name, known in (("name", OPTIMISERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"train.optimiser.{name} = {getattr(self, name)}: expected one of {', '.join(known)}")
+        stepping = (self.step_interval, self.step_factor)
+        if self.schedule == "step" and (
+            self.step_interval is None or self.step_factor is None or self.step_interval < 1 or self.step_factor <= 0
+        ):
+            raise UserError(
+                f"train.optimiser.schedule = step has step_interval = {stepping[0]}, step_factor = {stepping[1]}: "
+                "expected at least 1 step, and a factor above 0"
+            )
+        if self.schedule != "step" and stepping != (None, None):
+            raise UserError(
+                f"train.optimiser.schedule = {self.schedule} uses no step_interval or step_factor: "
+                "set both to null, or take schedule=step"
+            )
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """Stop where validation has stopped improving, and keep the weights that validated best; null for both: never."""
+
+    interval: int | None = None  # optimiser steps between validations; execution.num_validations then has no say
+    patience: int | None = None  # validations without a new best loss after which to stop
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.early_stopping.{name} = {value}: expected at least 1, or null")
+        if (self.interval is None) != (self.patience is None):
+            raise UserError(
+                f"train.early_stopping has interval = {self.interval} and patience = {self.patience}: "
+                "give both or neither"
+            )
 
 
 @dataclass
@@ -184,6 +263,7 @@ class TrainConfig:
     losses: LossConfig = field(default_factory=LossConfig)
     precision: str = "fp32"  # of the network's matrix products: fp32, bf16 or fp16
     test: bool = False  # quick check of everything: 10 steps, a validation, the metrics
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig, metadata={"since": "0.2"})
 
     def __post_init__(self) -> None:
         _require_finite("train", self)
@@ -213,6 +293,8 @@ class ExecutionConfig:
     log_every: int = 5  # steps between rows of training metrics
     checkpoint_every: int = 50  # steps between checkpoints
     num_validations: int = 4  # evenly spaced, the last at the end
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))  # of the evaluation
+    samples_every: int | None = 1  # validations between enhanced utterances on TensorBoard; null: none
     scoring_processes: int | None = None  # of the evaluation's metrics; null: as many as threads
     zero_stage: int | None = None  # of DeepSpeed's ZeRO, 0 to 3 (conf/deepspeed); null: without DeepSpeed
     audit: bool = False  # sums in a fixed order: bit for bit the same for any number of processes, slower
@@ -226,9 +308,10 @@ class ExecutionConfig:
         for name in ("log_every", "checkpoint_every", "num_validations"):
             if getattr(self, name) < 1:
                 raise UserError(f"execution.{name} = {getattr(self, name)}: expected at least 1")
-        for name in ("micro_batch", "threads", "scoring_processes"):
+        for name in ("micro_batch", "threads", "scoring_processes", "samples_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"execution.{name} = {getattr(self, name)}: expected at least 1, or null")
+        _require_metrics("execution.metrics", self.metrics)
         if self.num_workers < 0:
             raise UserError(f"execution.num_workers = {self.num_workers}: expected at least 0")
         if self.device not in DEVICES:
@@ -314,10 +397,12 @@ class EvaluateConfig:
     enhanced: str | None = None  # and enhanced; the scores go to
     scores: str | None = None  # this file
     processes: int | None = None  # null: all cores
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
 
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:
             raise UserError(f"processes = {self.processes}: expected at least 1, or null for all cores")
+        _require_metrics("metrics", self.metrics)
         folders: list[Any] = [self.noisy, self.clean, self.enhanced, self.scores]
         if (self.run is None) == (not all(folders)) and not (self.run is not None and not any(folders)):
             raise UserError("evaluate needs run=DIR, or all of noisy=DIR clean=DIR enhanced=DIR scores=FILE")

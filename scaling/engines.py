@@ -34,6 +34,7 @@ from bsrnn.losses import enhancement_loss
 from bsrnn.norm import batch_norms, running_statistics, synchronise
 from scaling.config import RunConfig
 from scaling.errors import UserError
+from scaling.optimiser import build_optimiser, set_learning_rate
 from scaling.processes import Processes
 from scaling.stream import to_float
 
@@ -73,13 +74,7 @@ class Engine:
         self.num_micro_batches = config.train.global_batch // self.micro_batch  # of all ranks together
         torch.manual_seed(config.seed)
         self.model = BSRNN(config.model.architecture(config.train.norm_batch))
-        optimiser = config.train.optimiser
-        self.optimiser: Any = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optimiser.learning_rate,
-            betas=(optimiser.betas[0], optimiser.betas[1]),
-            weight_decay=optimiser.weight_decay,
-        )
+        self.optimiser: Any = build_optimiser(config.train.optimiser, self.model)
         if self.span > 1:
             synchronise(self.model, processes.subgroup(self.span))
 
@@ -109,12 +104,15 @@ class Engine:
         model.load_state_dict(self.evaluation_model().state_dict())
         return model
 
-    def write(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint; rank 0 writes `state.pt`, with the whole model under "model"."""
+    def write(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Write this rank's part of a checkpoint.
+
+        Rank 0 writes `state.pt`, with the whole model under "model", and what else the caller wants kept.
+        """
         raise NotImplementedError
 
-    def load(self, folder: Path) -> None:
-        """Take up the checkpoint in a folder."""
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Take up the checkpoint in a folder; what its `state.pt` holds."""
         raise NotImplementedError
 
     @property
@@ -166,8 +164,7 @@ class DataParallel(Engine):
         self.compiled = torch.compile(self.network) if config.execution.compile else self.network
 
     def optimise(self, batches: Iterator[Any], lr: float, is_asked_to_stop: bool) -> Step:
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimiser, lr)
         self.network.train()
         self.optimiser.zero_grad()
         num_own = self.num_micro_batches // self.processes.world_size
@@ -197,7 +194,7 @@ class DataParallel(Engine):
             self.optimiser.step()
         return Step(total.item(), {name: term.item() for name, term in terms.items()}, norm, should_stop)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, extra: dict[str, Any]) -> None:
         if not self.processes.is_first:
             return
         scaler = self.accelerator.scaler
@@ -205,15 +202,17 @@ class DataParallel(Engine):
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            **extra,
         }
         torch.save(state, folder / "state.pt")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> dict[str, Any]:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state
 
     def _mean_over_ranks(
         self, total: Tensor, terms: dict[str, Tensor], is_asked_to_stop: bool
@@ -267,8 +266,7 @@ class FixedOrder(DataParallel):
         self.network = self.model
 
     def optimise(self, batches: Iterator[Any], lr: float, is_asked_to_stop: bool) -> Step:
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimiser, lr)
         self.model.train()
         statistics = running_statistics(self.model)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -345,8 +343,7 @@ class ZeRO(DataParallel):
             raise RuntimeError(f"DeepSpeed runs stage {self.network.zero_optimization_stage()}, expected {self.stage}")
 
     def optimise(self, batches: Iterator[Any], lr: float, is_asked_to_stop: bool) -> Step:
-        for group in self.network.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.network.optimizer, lr)
         self.network.train()
         before = self._set_statistics_aside()
         losses, parts, norm = [], [], 0.0
@@ -383,18 +380,19 @@ class ZeRO(DataParallel):
             whole.load_state_dict(self.model.state_dict())
         return whole
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, extra: dict[str, Any]) -> None:
         model = self.evaluation_model()
         if self.processes.is_first:
-            torch.save({"model": model.state_dict()}, folder / "state.pt")
+            torch.save({"model": model.state_dict(), **extra}, folder / "state.pt")
         with self.processes.naming_the_lost():
             self.network.save_checkpoint(str(folder), tag="zero")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> dict[str, Any]:
         with self.processes.naming_the_lost():
             path, _ = self.network.load_checkpoint(str(folder), tag="zero")
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder / 'zero'}")
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
     @property
     def layout(self) -> dict[str, int] | None:

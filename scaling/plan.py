@@ -48,6 +48,14 @@ def science_of(settings: Any) -> Any:
     return kept
 
 
+def flat_settings(settings: Record, prefix: str = "") -> Record:
+    """A tree of settings as dotted key → value."""
+    flat: Record = {}
+    for name, value in settings.items():
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """Everything about a run that is known before it starts."""
@@ -59,6 +67,7 @@ class RunPlan:
     num_clips: int
     steps: int
     estimated_hours: float | None = None  # on one core or GPU, from the cluster's throughput
+    folder: str | None = None  # where the run lies, if not in its study under its id
 
     @property
     def name(self) -> str:
@@ -80,17 +89,13 @@ class RunPlan:
         config = self.config
         model = science_of(config.model)
         train = science_of(config.train)
+        data = science_of(config.data)
+        names = ("hours", "order_seed", "train_on_validation", "block_shards")
+        of_data = {name: data[name] for name in names if name in data}
         del model["name"], train["budget"]  # a label; resolved into steps
-        # A setting that came later is left out where it changes nothing, so that older runs keep their ids.
-        block = {} if config.data.block_shards is None else {"block_shards": config.data.block_shards}
         return {
             "model": model,
-            "data": {
-                "index_hash": self.index_hash,
-                "hours": config.data.hours,
-                "order_seed": config.data.order_seed,
-                **block,
-            },
+            "data": {"index_hash": self.index_hash, **of_data},
             "train": train,
             "steps": self.steps,
             "seed": config.seed,
@@ -112,6 +117,8 @@ class RunPlan:
 
     @property
     def directory(self) -> RunDirectory:
+        if self.folder is not None:
+            return RunDirectory(Path(self.folder))
         return StudyDirectory(Path(self.config.study)).run(self.run_id)
 
     def to_record(self) -> Record:
@@ -153,6 +160,21 @@ class RunPlan:
                 f"run {self.run_id} was planned on shards with index hash {self.index_hash[:12]}; {index.root} now has "
                 f"{index.index_hash[:12]}: put the planned shards back, or plan again by running the sweep again"
             )
+
+    def check_folder(self) -> None:
+        """UserError if the run's folder holds a run of other science."""
+        if not self.directory.plan.exists():
+            return
+        there = read_planned(self.directory)
+        if there.science_hash == self.science_hash:
+            return
+        theirs, ours = flat_settings(there.science), flat_settings(self.science)
+        different = [name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]
+        shown = ", ".join(f"{name} = {theirs.get(name)} there and {ours.get(name)} here" for name in different[:3])
+        raise UserError(
+            f"{self.directory.path} holds another run ({shown}{', ...' if len(different) > 3 else ''}): "
+            "name another folder with run=DIR, or replace what is there with force=true"
+        )
 
     def write(self) -> RunDirectory:
         """Make the run's directory with its plan and provenance, unless it is there already."""
@@ -198,7 +220,10 @@ def plan_run(config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None =
 
 
 def training_clips(config: RunConfig, index: ShardIndex) -> list[Clip]:
-    return select_hours(index.clips("train"), config.data.hours, config.data.order_seed)
+    clips = index.clips("train")
+    if config.data.train_on_validation:
+        clips = [*clips, *index.clips("validation")]
+    return select_hours(clips, config.data.hours, config.data.order_seed)
 
 
 def read_planned(directory: RunDirectory) -> RunPlan:
@@ -206,7 +231,7 @@ def read_planned(directory: RunDirectory) -> RunPlan:
     record = directory.read_plan()
     try:
         config = to_object(RunConfig, record["config"])
-        return RunPlan(
+        plan = RunPlan(
             # the directory may have been moved since
             config=replace(config, study=str(directory.path.parent.parent)),
             axes=record["axes"],
@@ -216,6 +241,7 @@ def read_planned(directory: RunDirectory) -> RunPlan:
             steps=record["steps"],
             estimated_hours=record["estimated_hours"],
         )
+        return plan if plan.directory == directory else replace(plan, folder=str(directory.path))
     except (KeyError, TypeError, UserError) as error:
         raise RecordError(
             f"{directory.plan} was written by another version of this project ({error}): "

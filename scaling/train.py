@@ -2,27 +2,79 @@
 
     python -m scaling.train model=xxt                     train and score it
     python -m scaling.train model=xxt train.test=true     everything once, quickly
+    python -m scaling.train model=xxt run=DIR             in a folder of your own
+    python -m scaling.train run=DIR                       go on, with the settings that the folder holds
     accelerate launch -m scaling.train model=xxt          the same, in one process
 
-The same command again goes on from the last checkpoint; a finished run is not trained again.
-Settings: docs/configuration.md.
+The same command again goes on from the last checkpoint; a finished run is not trained again. A folder that holds a
+run with other scientific settings is refused; force=true deletes that run and starts anew.
+Settings: docs/configuration.md. With run=DIR alone, `execution` may be set beside it.
 """
 
 from __future__ import annotations
 
-from scaling.cli import load_config, run_main
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from scaling.cli import compose_config, load_config, run_main, to_object, with_values
 from scaling.config import RunConfig
-from scaling.plan import plan_run, require_writable
+from scaling.errors import UserError
+from scaling.plan import RunPlan, plan_run, read_planned, require_writable
 from scaling.prepare import open_shards
-from scaling.run import execute
+from scaling.records import RunDirectory
+from scaling.run import execute, held_lock
+
+
+@dataclass
+class TrainCommandConfig(RunConfig):
+    """A run and where it goes."""
+
+    run: str | None = None  # its folder; null: in the study, named by its settings
+    force: bool = False  # replace a run of other scientific settings that the folder holds
 
 
 def main(words: list[str]) -> int:
-    config = load_config(RunConfig, "run", words)
-    plan = plan_run(config, open_shards(config.data))
+    config, plan = _plan(words)
     require_writable(plan.directory.path)
+    if os.environ.get("RANK", "0") == "0":
+        _claim_folder(plan, config.force)
     print(f"run {plan.run_id}: {plan.steps} steps, in {plan.directory.path}", flush=True)
     return execute(plan)
+
+
+def _plan(words: Sequence[str]) -> tuple[TrainCommandConfig, RunPlan]:
+    config = load_config(TrainCommandConfig, "run", words)
+    about = {word.lstrip("+").split("=")[0].split(".")[0] for word in words}
+    if config.run is not None and about <= {"run", "force", "execution"}:
+        return config, _planned(Path(config.run).resolve(), words)
+    run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
+    plan = plan_run(run, open_shards(config.data))
+    return config, plan if config.run is None else replace(plan, folder=str(Path(config.run).resolve()))
+
+
+def _planned(folder: Path, words: Sequence[str]) -> RunPlan:
+    """The run that a folder holds, executed as it was planned but for what the words set of `execution`."""
+    plan = read_planned(RunDirectory(folder))
+    overrides = [word for word in words if word.lstrip("+").startswith("execution.")]
+    composed = compose_config(RunConfig, "run", overrides)
+    keys = [word.lstrip("+").split("=")[0] for word in overrides]
+    values = {key: OmegaConf.select(composed, key) for key in keys}
+    stored = OmegaConf.create(asdict(plan.config))
+    return replace(plan, config=to_object(RunConfig, with_values(stored, values, RunConfig)))
+
+
+def _claim_folder(plan: RunPlan, force: bool) -> None:
+    try:
+        plan.check_folder()
+    except UserError:
+        if not force:
+            raise
+        with held_lock(plan.directory.lock, f"run {plan.directory.path} is being trained"):
+            plan.directory.clear()
 
 
 if __name__ == "__main__":

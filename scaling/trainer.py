@@ -20,11 +20,14 @@ import torch
 
 from bsrnn import BSRNN
 from bsrnn.losses import enhancement_loss, unprocessed
+from scaling.board import SampleBoard
 from scaling.checkpoint import Checkpoint, newest_whole, save_checkpoint
-from scaling.config import OptimiserConfig
+from scaling.config import RunConfig
+from scaling.early_stopping import EarlyStopping
 from scaling.engines import make_engine
 from scaling.errors import UserError
 from scaling.metrics import RefusedError, si_sdr
+from scaling.optimiser import learning_rate
 from scaling.plan import RunPlan, training_clips
 from scaling.processes import Deadline, Processes
 from scaling.progress import ProgressDisplay
@@ -41,13 +44,12 @@ class DivergedError(Exception):
     """The loss is not finite any more: a result of the run's science, not a defect of its execution."""
 
 
-def learning_rate(config: OptimiserConfig, step: int, num_steps: int) -> float:
-    """Of optimiser step `step` (0 is the first): linear warm-up, then a half cosine to the minimum."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    span = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+def planned_validations(config: RunConfig, num_steps: int) -> set[int]:
+    """The committed steps after which to validate; the last one always."""
+    interval = config.train.early_stopping.interval
+    if interval is not None and not config.train.test:
+        return {*range(interval, num_steps, interval), num_steps}
+    return validation_steps(num_steps, 1 if config.train.test else config.execution.num_validations)
 
 
 def validation_steps(num_steps: int, num_validations: int) -> set[int]:
@@ -66,6 +68,8 @@ class Trainer:
         self.plan, self.directory, self.index, self.config = plan, directory, index, config
         self.processes, self.stop = processes, stop
         self.engine = make_engine(config, processes)
+        patience = config.train.early_stopping.patience
+        self.early_stopping = EarlyStopping(patience) if patience is not None else None
         self.step = self._restore()
         clips = training_clips(config, index)
         self.quarantine = Quarantine(directory, index, clips, config.data.max_damaged_share, processes.rank)
@@ -85,7 +89,7 @@ class Trainer:
         LostRankError if a process of the run is dead or frozen.
         """
         config, plan = self.config, self.plan
-        validate_at = validation_steps(plan.steps, 1 if config.train.test else config.execution.num_validations)
+        validate_at = planned_validations(config, plan.steps)
         batches = self._batches()
         audio_seconds = config.train.global_batch * config.train.crop_seconds
         since, steps_since = time.perf_counter(), 0
@@ -94,7 +98,8 @@ class Trainer:
             ProgressDisplay(plan.name, plan.steps, self.step, shown=self.processes.is_first) as progress,
             self.stop.deferred(),
         ):
-            while self.step < plan.steps:
+            samples = SampleBoard(board, config.data, self.index) if board and config.execution.samples_every else None
+            while self.step < plan.steps and not self.stopped_early:
                 lr = learning_rate(config.train.optimiser, self.step, plan.steps)
                 loss, terms, gradient_norm, should_stop = self.engine.optimise(
                     batches, lr, self.stop.signal is not None
@@ -130,15 +135,24 @@ class Trainer:
                         raise DivergedError(f"the validation loss after step {self.step} is {row['loss']:.4g}")
                     if self.processes.is_first:
                         log.info("validation loss %.5f (unprocessed %.5f)", row["loss"], row["unprocessed_loss"])
+                    self._after_validation(samples, row["loss"], sum(at <= self.step for at in validate_at))
                     since, steps_since = time.perf_counter(), 0
-                is_due = self.step % config.execution.checkpoint_every == 0 or self.step == plan.steps
-                if is_due or should_stop:
+                is_last = self.step == plan.steps or self.stopped_early
+                if self.step % config.execution.checkpoint_every == 0 or is_last or should_stop:
                     self._save()
                     since, steps_since = time.perf_counter(), 0
-                if should_stop and self.step < plan.steps:
+                if should_stop and not is_last:
                     raise StoppedError(self.stop.signal or "another rank's signal")
                 progress.show(self.step, f"loss {loss:.4f}")
-        return self.engine.trained_model()
+        model = self.engine.trained_model()
+        if self.early_stopping is not None:
+            log.info("the best validation was after step %d of %d", self.early_stopping.best_step, self.step)
+            model.load_state_dict(self.early_stopping.best_weights)
+        return model
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.early_stopping is not None and self.early_stopping.is_over
 
     def validate(self) -> dict[str, Any]:
         """Loss and SI-SDR, enhanced and unprocessed: means over whole utterances, which the ranks share out."""
@@ -177,6 +191,17 @@ class Trainer:
             else:
                 means[name] = mean
         return means
+
+    def _after_validation(self, samples: SampleBoard | None, loss: float, count: int) -> None:
+        """Write what is to be listened to, and see whether training still improves; every rank."""
+        every = self.config.execution.samples_every
+        writes = every is not None and count % every == 0
+        if writes or self.early_stopping is not None:
+            model = self.engine.evaluation_model()
+            if samples is not None and writes:
+                samples.write(model, self.step)
+            if self.early_stopping is not None:
+                self.early_stopping.update(loss, self.step, model)
 
     def _batches(self) -> Iterator[Any]:
         """This rank's micro-batches from the committed step on; the process ends if one cannot be read in time."""
@@ -227,8 +252,15 @@ class Trainer:
 
     def _save(self) -> None:
         self.processes.at("saving")
+        extra = {"early_stopping": self.early_stopping.state_dict() if self.early_stopping is not None else None}
         started = time.perf_counter()
-        save_checkpoint(self.directory.checkpoints, self.step, self.engine.write, self.processes, self.engine.layout)
+        save_checkpoint(
+            self.directory.checkpoints,
+            self.step,
+            lambda folder: self.engine.write(folder, extra),
+            self.processes,
+            self.engine.layout,
+        )
         if self.processes.is_first:
             self.directory.log_event("checkpointed", step=self.step, seconds=time.perf_counter() - started)
 
@@ -247,7 +279,9 @@ class Trainer:
         checkpoint = self.processes.from_first(choose)
         if checkpoint is None:
             return 0
-        self.engine.load(checkpoint.path)
+        state = self.engine.load(checkpoint.path)
+        if self.early_stopping is not None:
+            self.early_stopping.load_state_dict(state["early_stopping"])
         if self.processes.is_first:
             log.info("going on from %s", checkpoint.path)
         return checkpoint.step

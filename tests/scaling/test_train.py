@@ -24,10 +24,11 @@ from scaling.checkpoint import list_checkpoints, load_newest
 from scaling.config import OptimiserConfig
 from scaling.evaluate import load_model
 from scaling.metrics import si_sdr
+from scaling.optimiser import learning_rate
 from scaling.records import RunDirectory
 from scaling.shards import ShardIndex, ShardReader
 from scaling.stream import CropDataset
-from scaling.trainer import learning_rate, validation_steps
+from scaling.trainer import validation_steps
 
 
 def only_run(study: Path) -> RunDirectory:

@@ -1,0 +1,211 @@
+"""The recipes are those of the papers, and what came later has renamed no run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scaling.cli import load_config
+from scaling.config import EarlyStoppingConfig, RunConfig
+from scaling.early_stopping import EarlyStopping
+from scaling.errors import UserError
+from scaling.plan import plan_run, training_clips
+from scaling.records import RunDirectory
+from scaling.shards import ShardIndex
+
+MISTAKES = {
+    "train.optimiser.name=sgd": r"train.optimiser.name = sgd: expected one of adamw, adam, adamp",
+    "train.optimiser.schedule=linear": r"train.optimiser.schedule = linear: expected one of cosine, step",
+    "train.optimiser.schedule=step": r"step_interval = None, step_factor = None: expected at least 1 step",
+    "train.optimiser.step_interval=5": r"schedule = cosine uses no step_interval or step_factor",
+    "train.optimiser.groups=[{pattern: a, lr_scale: -1}]": r"groups, a: lr_scale = -1.0: expected at least 0",
+    "train.early_stopping={interval: 0, patience: 1}": r"train.early_stopping.interval = 0: expected at least 1",
+    "train.early_stopping.patience=3": r"interval = None and patience = 3: give both or neither",
+    "train.losses.pesq=-1": r"loss.pesq = -1.0: expected a finite weight",
+    "execution.metrics=[mos]": r"execution.metrics: mos is no metric; expected names among pesq_wb",
+    "execution.metrics=[]": r"execution.metrics = \[\]: expected at least one of pesq_wb",
+    "execution.samples_every=0": r"execution.samples_every = 0: expected at least 1, or null",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_in_a_recipe_is_one_line(override: str):
+    with pytest.raises(UserError, match=MISTAKES[override]) as caught:
+        load_config(RunConfig, "run", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "run_id"),
+    [
+        ((), "xt-seed0-edf29387"),
+        (("train=fastenhancer", "train.losses.pesq=0", "train.budget.epochs=10000"), "xt-seed0-fa1ebdfb"),
+        (
+            ("model=t", "train.precision=bf16", "data.hours=0.02", "train.optimiser.max_gradient_norm=5"),
+            "t-0.02h-seed0-49cf55e7",
+        ),
+    ],
+)
+def test_runs_planned_before_a_setting_existed_keep_their_id(
+    tiny_data: list[str], tiny_index: ShardIndex, words: tuple[str, ...], run_id: str
+):
+    index = replace(tiny_index, index_hash="0" * 64)
+    assert plan_run(load_config(RunConfig, "run", [*tiny_data, *words]), index).run_id == run_id
+
+
+LATER = ("train.losses.pesq=1e-3", "train.losses.multi_resolution=1", "train.optimiser.name=adamp",
+         "train.optimiser={schedule: step, step_interval: 5, step_factor: 0.5}",
+         "train.optimiser.groups=[{pattern: '*bias*', weight_decay: 0}]", "data.train_on_validation=true",
+         "train.early_stopping={interval: 5, patience: 2}")  # fmt: skip
+
+
+def test_a_later_setting_that_is_not_at_its_default_makes_another_run(tiny_run: list[str], tiny_index: ShardIndex):
+    plans = [plan_run(load_config(RunConfig, "run", [*tiny_run, *words]), tiny_index) for words in [(), *zip(LATER)]]
+    assert len({plan.run_id for plan in plans}) == len(plans)
+
+
+def test_fastenhancer_is_the_published_recipe():
+    train = load_config(RunConfig, "run", ["train=fastenhancer", "data=vbd28"]).train
+    assert asdict(train.losses) == {
+        "magnitude": 0.3,
+        "complex": 0.2,
+        "consistency": 0.3,
+        "waveform": 0.2,
+        "pesq": 1e-3,
+        "multi_resolution": 0.0,
+    }
+    optimiser = train.optimiser
+    assert (optimiser.name, optimiser.learning_rate, optimiser.min_learning_rate) == ("adamw", 2e-3, 1e-6)
+    assert ([*optimiser.betas], optimiser.weight_decay, optimiser.warmup_steps) == ([0.95, 0.999], 0.01, 500)
+    assert optimiser.max_gradient_norm is None
+    assert (train.budget.epochs, train.global_batch, train.crop_seconds, train.precision) == (500, 64, 2.0, "fp32")
+
+
+def test_espnet_is_the_published_recipe_with_one_patience_for_all_sizes():
+    recipes = [load_config(RunConfig, "run", ["train=espnet", f"model={size}"]).train for size in ("xxt", "xl")]
+    assert recipes[0] == recipes[1]
+    train, optimiser = recipes[0], recipes[0].optimiser
+    assert {name for name, weight in asdict(train.losses).items() if weight} == {"multi_resolution"}
+    assert (optimiser.name, optimiser.learning_rate, optimiser.weight_decay) == ("adam", 1e-3, 1e-5)
+    assert (optimiser.schedule, optimiser.step_interval, optimiser.step_factor) == ("step", 2 * 8_000, 0.99)
+    assert (train.budget.steps, train.global_batch, optimiser.max_gradient_norm) == (100 * 8_000, 4, 5.0)
+    assert train.early_stopping == EarlyStoppingConfig(interval=8_000, patience=30)
+
+
+def test_all_28_speakers_are_trained_on_where_that_is_asked(tiny_data: list[str], tiny_index: ShardIndex):
+    speakers = {}
+    for asked in ("false", "true"):
+        config = load_config(RunConfig, "run", [*tiny_data, f"data.train_on_validation={asked}"])
+        speakers[asked] = {clip.speaker for clip in training_clips(config, tiny_index)}
+    held_out = {clip.speaker for clip in tiny_index.clips("validation")}
+    assert held_out
+    assert not speakers["false"] & held_out
+    assert speakers["true"] == speakers["false"] | held_out
+    assert load_config(RunConfig, "run", ["data=vbd28"]).data.train_on_validation
+    assert load_config(RunConfig, "run", ["data=vbd28"]).data.shards == "data/vbd/shards"
+
+
+def test_early_stopping_keeps_the_best_weights_and_ends_after_its_patience():
+    stopping = EarlyStopping(patience=2)
+    model = nn.Linear(1, 1, bias=False)
+    for step, loss in enumerate([3.0, 1.0, 2.0, 1.0], 1):
+        assert not stopping.is_over
+        nn.init.constant_(model.weight, step)
+        stopping.update(loss, step, model)
+    assert stopping.is_over
+    assert (stopping.best_step, stopping.best_loss) == (2, 1.0)
+    assert stopping.best_weights["weight"].item() == 2
+    again = EarlyStopping(patience=2)
+    again.load_state_dict(stopping.state_dict())
+    assert again.is_over
+    assert torch.equal(again.best_weights["weight"], stopping.best_weights["weight"])
+
+
+def test_a_run_stops_early_and_is_scored_with_its_best_weights(tiny_run: list[str], tmp_path: Path, command):
+    """A learning rate that explodes after its warm-up makes every later validation worse."""
+    words = [*tiny_run, "train.early_stopping={interval: 2, patience: 2}", "train.optimiser.warmup_steps=4"]
+    words += ["train.optimiser.learning_rate=3", "execution.samples_every=null"]
+    done = command("scaling.train", *words)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "study" / "runs").iterdir()
+    directory = RunDirectory(run)
+    losses = {row["step"]: row["loss"] for row in directory.read_metrics() if row["kind"] == "validation"}
+    best = min(losses, key=lambda step: (losses[step], step))
+    assert max(losses) == best + 4 < 24
+    assert directory.state()[0] == "finished"
+    state = torch.load(max((run / "checkpoints").iterdir()) / "state.pt", weights_only=True)
+    assert state["early_stopping"]["best_step"] == best
+    before = directory.read_scores()
+    done = command("scaling.evaluate", f"run={run}", "processes=1")
+    assert done.returncode == 0, done.stderr
+    for old, new in zip(before, directory.read_scores(), strict=True):
+        assert new["si_sdr"] == pytest.approx(old["si_sdr"], abs=1e-3)
+
+
+# --- a run's folder ------------------------------------------------------------------------
+
+
+def test_a_folder_of_ones_own_is_not_taken_from_another_run_and_goes_on_alone(
+    tiny_run: list[str], tmp_path: Path, command
+):
+    folder = tmp_path / "mine"
+    words = [*tiny_run, "train.budget.steps=4", f"run={folder}"]
+    done = command("scaling.train", *words)
+    assert done.returncode == 0, done.stderr
+    assert RunDirectory(folder).state()[0] == "finished"
+    assert not (tmp_path / "study").exists()
+
+    done = command("scaling.train", *words, "seed=1", "train.precision=bf16")
+    assert done.returncode == 2
+    assert f"{folder} holds another run (seed = 0 there and 1 here, train.precision = fp32 there" in done.stderr
+    assert "force=true" in done.stderr
+
+    for checkpoint in sorted((folder / "checkpoints").iterdir())[1:]:
+        raise AssertionError(f"{checkpoint}: one was expected")
+    (folder / "scores.jsonl").unlink()
+    events = (folder / "events.jsonl").read_text().splitlines()
+    (folder / "events.jsonl").write_text("\n".join(line for line in events if '"finished"' not in line) + "\n")
+    folder = folder.rename(tmp_path / "moved")
+    done = command("scaling.train", f"run={folder}", "execution.log_every=2")
+    assert done.returncode == 0, done.stderr
+    assert RunDirectory(folder).state()[0] == "finished"
+    assert (folder / "scores.jsonl").exists()
+    assert [event["event"] for event in RunDirectory(folder).read_events()].count("resumed") == 1
+
+    done = command("scaling.train", *words[:-1], f"run={folder}", "seed=1", "force=true")
+    assert done.returncode == 0, done.stderr
+    assert RunDirectory(folder).read_plan()["seed"] == 1
+    done = command("scaling.train", f"run={tmp_path / 'nothing'}")
+    assert done.returncode == 2
+    assert f"no run at {tmp_path / 'nothing'}" in done.stderr
+
+
+def test_enhanced_utterances_and_spectrograms_go_to_tensorboard(tiny_run: list[str], tmp_path: Path, command):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = command("scaling.train", *tiny_run, "train.budget.steps=4", "execution.num_validations=2")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "study" / "runs").iterdir()
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"audio": 0, "images": 0})
+    board.Reload()
+    tags = board.Tags()
+    assert len({tag.split("/")[1] for tag in tags["audio"]}) == 4
+    (utterance, *_) = sorted({tag.split("/")[1] for tag in tags["audio"]})
+    for name, steps in (("enhanced", [2, 4]), ("noisy", [2]), ("clean", [2])):
+        audio = board.Audio(f"samples/{utterance}/{name}")
+        assert [event.step for event in audio] == steps
+        assert audio[0].sample_rate == 16_000
+        assert audio[0].encoded_audio_string.startswith(b"RIFF")
+        images = board.Images(f"samples/{utterance}/{name}/spectrogram")
+        assert [event.step for event in images] == steps
+        assert images[0].height == 257
+
+
+def test_a_sample_that_the_test_set_lacks_is_refused(tiny_run: list[str], command):
+    done = command("scaling.train", *tiny_run, "data.samples=[p999_001]")
+    assert done.returncode == 2
+    assert "data.samples: p999_001 is no test utterance of" in done.stderr
