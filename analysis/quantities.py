@@ -42,14 +42,28 @@ METRICS = (
     Quantity("si_sdr", "SI-SDR", digits=2, unit="dB"),
 )
 
+# Metrics that a study may choose beside these.
+CHOSEN_METRICS = (
+    Quantity("segmental_snr", "Segmental SNR", digits=2, unit="dB"),
+    Quantity("csig", "CSIG"),
+    Quantity("cbak", "CBAK"),
+    Quantity("covl", "COVL"),
+    Quantity("dnsmos_p808", "DNSMOS P.808"),
+    Quantity("dnsmos_sig", "DNSMOS SIG"),
+    Quantity("dnsmos_bak", "DNSMOS BAK"),
+    Quantity("dnsmos_ovrl", "DNSMOS OVRL"),
+)
+
 # The SI-SDR gain on the noisiest quarter of the test utterances (see gather.noisiest_quarter).
 NOISIEST_GAIN = Quantity("noisiest_si_sdr_gain", "SI-SDR gain, noisiest 25 %", digits=2, unit="dB")
 
 
 def metrics_named(keys: Iterable[str]) -> tuple[Quantity, ...]:
     """The metrics of the table, always, then those among `keys` that it does not know, by name."""
-    known = {metric.key for metric in METRICS}
-    return METRICS + tuple(Quantity(key, key.replace("_", " ")) for key in sorted(set(keys) - known))
+    given = set(keys)
+    chosen = tuple(metric for metric in CHOSEN_METRICS if metric.key in given)
+    unknown = given - {metric.key for metric in METRICS + CHOSEN_METRICS}
+    return METRICS + chosen + tuple(Quantity(key, key.replace("_", " ")) for key in sorted(unknown))
 
 
 def human_count(count: float, digits: int = 3) -> str:

@@ -5,11 +5,12 @@
 
 The first scores the trained model of a run's folder and writes its scores.jsonl. The second
 scores wav files, of any system, with the same names in three folders (16 kHz, mono).
-Other settings: processes=N (default: all cores).
+Other settings: processes=N (default: all cores), metrics=[pesq_wb,csig,dnsmos_ovrl,...].
 
-One row an utterance: id, speaker, noise, snr_db, duration in seconds; pesq_wb, stoi, estoi and
-si_sdr of the enhanced signal, the same of the unprocessed one under `unprocessed_...`; and
-`refused`, which names each metric that is not defined for the utterance, with the reason.
+One row an utterance: id, speaker, noise, snr_db, duration in seconds; each of `metrics` of the
+enhanced signal, the same of the unprocessed one under `unprocessed_...`; and `refused`, which
+names each metric that is not defined for the utterance, with the reason. The metrics' versions
+go into a file beside, `scores.versions.json`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,14 +31,20 @@ from bsrnn import BSRNN
 from scaling.checkpoint import load_newest
 from scaling.cli import load_config, run_main
 from scaling.config import EvaluateConfig
+from scaling.early_stopping import EarlyStopping
 from scaling.errors import UserError
 from scaling.metrics import METRICS, Waveform, score, versions
 from scaling.plan import RunPlan, read_planned
 from scaling.pool import spawned_pool
 from scaling.progress import ProgressDisplay
-from scaling.records import Record, RunDirectory, read_records, write_records
+from scaling.records import Record, RunDirectory, read_records, to_json, write_records, write_whole
 from scaling.shards import SAMPLE_RATE, Clip, ShardIndex, ShardReader
 from scaling.stream import to_float
+
+BACKLOG = 8  # scorings a process that may wait
+
+# Utterance → metric → (value or None, reason of its refusal or None).
+KnownScores = dict[str, dict[str, tuple[float | None, str | None]]]
 
 
 @dataclass(frozen=True)
@@ -51,58 +58,63 @@ class Utterance:
 
 
 def score_utterances(
-    utterances: Iterable[Utterance], num_utterances: int, processes: int, known_unprocessed: dict[str, Record]
+    utterances: Iterable[Utterance], num_utterances: int, processes: int, metrics: Sequence[str], known: KnownScores
 ) -> list[Record]:
-    """One row an utterance, in order. Scores overlap with whatever makes the utterances.
+    """One row an utterance, in order, in `processes` processes. Scores overlap with whatever makes the utterances.
 
-    known_unprocessed: rows of utterances, by id, whose unprocessed scores need not be taken again
+    known: unprocessed scores that need not be taken again
     """
     pool = spawned_pool(processes)
     try:
         with ProgressDisplay("scoring", num_utterances) as progress:
-            pending: list[tuple[Record, Future, Future | None]] = []
+            pending: list[tuple[Record, Future, Future]] = []
+            unfinished: set[Future] = set()
             for utterance in utterances:
-                known = utterance.record["id"] in known_unprocessed
-                enhanced = pool.submit(score, utterance.enhanced, utterance.clean)
-                unprocessed = None if known else pool.submit(score, utterance.noisy, utterance.clean)
+                missing = [name for name in metrics if name not in known.get(utterance.record["id"], {})]
+                enhanced = pool.submit(score, utterance.enhanced, utterance.clean, metrics)
+                unprocessed = pool.submit(score, utterance.noisy, utterance.clean, missing)
                 pending.append((utterance.record, enhanced, unprocessed))
+                unfinished |= {enhanced, unprocessed}
+                while len(unfinished) > BACKLOG * processes:  # each holds its waveforms
+                    _, unfinished = wait(unfinished, return_when=FIRST_COMPLETED)
                 progress.show(sum(future.done() for _, future, _ in pending))
             rows = []
             for record, enhanced, unprocessed in pending:
-                rows.append(_row(record, enhanced, unprocessed, known_unprocessed))
+                rows.append(_row(record, metrics, enhanced, unprocessed, known))
                 progress.show(max(progress.done, len(rows)))
             return rows
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt, what waits is not scored
 
 
-def _row(record: Record, enhanced: Future, unprocessed: Future | None, known_unprocessed: dict[str, Record]) -> Record:
+def _row(record: Record, metrics: Sequence[str], enhanced: Future, unprocessed: Future, known: KnownScores) -> Record:
     values, refused = enhanced.result()
-    row = record | values
-    if unprocessed is None:
-        known = known_unprocessed[record["id"]]
-        row |= _unprocessed_part(known)
-        refused |= known["refused"]
-    else:
-        values, refused_unprocessed = unprocessed.result()
-        row |= {f"unprocessed_{name}": value for name, value in values.items()}
-        refused |= {f"unprocessed_{name}": reason for name, reason in refused_unprocessed.items()}
-    return row | {"refused": refused}
+    values_unprocessed, refused_unprocessed = unprocessed.result()
+    for name, (value, reason) in known.get(record["id"], {}).items():
+        if name in metrics:
+            values_unprocessed[name] = value
+            refused_unprocessed |= {name: reason} if reason else {}
+    refused |= {f"unprocessed_{name}": refused_unprocessed[name] for name in metrics if name in refused_unprocessed}
+    return (
+        record | values | {f"unprocessed_{name}": values_unprocessed[name] for name in metrics} | {"refused": refused}
+    )
 
 
 # --- a run ---------------------------------------------------------------------------------
 
 
-def evaluate_run(plan: RunPlan, index: ShardIndex, model: BSRNN, processes: int) -> list[Record]:
+def evaluate_run(
+    plan: RunPlan, index: ShardIndex, model: BSRNN, processes: int, metrics: Sequence[str]
+) -> list[Record]:
     """Score a model on the test set; a plan with `train.test` takes a few utterances spread over it."""
     clips = sorted(index.clips("test"), key=lambda clip: clip.id)
     if plan.config.train.test:
         clips = clips[:: max(1, len(clips) // 8)][:8]
     cache = index.folder / f"unprocessed-{index.index_hash[:8]}.jsonl"
-    known = {row["id"]: row for row in read_records(cache) if row.get("versions") == versions()}
-    rows = score_utterances(enhance_clips(model, index, clips), len(clips), processes, known)
-    if any(clip.id not in known for clip in clips):
-        _remember_unprocessed(cache, known, rows)
+    known = _read_unprocessed(cache)
+    rows = score_utterances(enhance_clips(model, index, clips), len(clips), processes, metrics, known)
+    if any(name not in known.get(clip.id, {}) for clip in clips for name in metrics):
+        _remember_unprocessed(cache, known, rows, metrics)
     return rows
 
 
@@ -134,27 +146,45 @@ def load_model(directory: RunDirectory) -> tuple[RunPlan, BSRNN]:
     plan = read_planned(directory)
     loaded = load_newest(directory.checkpoints)
     step = loaded[0].step if loaded else 0
-    if loaded is None or step < plan.steps:
+    patience = plan.config.train.early_stopping.patience
+    stopping = EarlyStopping(patience) if patience is not None else None
+    if loaded is not None and stopping is not None:
+        stopping.load_state_dict(loaded[1]["early_stopping"])
+    if loaded is None or (step < plan.steps and not (stopping is not None and stopping.is_over)):
         raise UserError(
             f"run {directory.path} has checkpoints of {step} of its {plan.steps} steps: "
             "finish its training with the command that planned it"
         )
     model = BSRNN(plan.config.model.architecture(plan.config.train.norm_batch))
-    model.load_state_dict(loaded[1]["model"])
+    model.load_state_dict(loaded[1]["model"] if stopping is None else stopping.best_weights)
     return plan, model.eval()
 
 
-def _unprocessed_part(row: Record) -> Record:
-    return {f"unprocessed_{name}": row[f"unprocessed_{name}"] for name in METRICS}
+# The unprocessed scores belong to the data: taken once, they serve every run on it.
 
 
-def _remember_unprocessed(cache: Path, known: dict[str, Record], rows: list[Record]) -> None:
-    """The unprocessed scores belong to the data: taken once, they serve every run on it."""
+def _read_unprocessed(cache: Path) -> KnownScores:
+    """Those whose metric still has the version that gave them."""
+    known: KnownScores = {}
+    for row in read_records(cache):
+        for name, version in row.get("versions", {}).items():
+            if name in METRICS and METRICS[name].version == version and f"unprocessed_{name}" in row:
+                reason = row["refused"].get(f"unprocessed_{name}")
+                known.setdefault(row["id"], {})[name] = row[f"unprocessed_{name}"], reason
+    return known
+
+
+def _remember_unprocessed(cache: Path, known: KnownScores, rows: list[Record], metrics: Sequence[str]) -> None:
     for row in rows:
-        refused = {name: why for name, why in row["refused"].items() if name.startswith("unprocessed_")}
-        known[row["id"]] = {"id": row["id"], "versions": versions(), **_unprocessed_part(row), "refused": refused}
+        scores = {name: (row[f"unprocessed_{name}"], row["refused"].get(f"unprocessed_{name}")) for name in metrics}
+        known.setdefault(row["id"], {}).update(scores)
+    records = []
+    for utterance, scores in known.items():
+        values = {f"unprocessed_{name}": value for name, (value, _) in scores.items()}
+        refused = {f"unprocessed_{name}": reason for name, (_, reason) in scores.items() if reason}
+        records.append({"id": utterance, "versions": versions(list(scores)), **values, "refused": refused})
     with contextlib.suppress(OSError):  # shards that this user may only read: taken again next time
-        write_records(cache, known.values())
+        write_records(cache, records)
 
 
 # --- wav files -----------------------------------------------------------------------------
@@ -212,24 +242,29 @@ def main(words: list[str]) -> int:
         data = plan.config.data
         index = ShardIndex.load(replace(data, shards=config.shards or data.shards).shard_root)
         plan.check_index(index)
-        rows = evaluate_run(plan, index, model, processes)
-        write_records(directory.scores, rows)
+        rows = evaluate_run(plan, index, model, processes, config.metrics)
         target = directory.scores
     else:
         folders = (config.noisy, config.clean, config.enhanced)
         count, utterances = read_wav_triples(*(Path(str(folder)) for folder in folders))
-        rows = score_utterances(utterances, count, processes, {})
+        rows = score_utterances(utterances, count, processes, config.metrics, {})
         target = Path(str(config.scores))
-        write_records(target, rows)
-    print(json.dumps(summary(rows), indent=2))
+    write_scores(target, rows, config.metrics)
+    print(json.dumps(summary(rows, config.metrics), indent=2))
     print(f"{len(rows)} utterances, one row each: {target}")
     return 0
 
 
-def summary(rows: list[Record]) -> dict[str, float | int | None]:
+def write_scores(target: Path, rows: list[Record], metrics: Sequence[str]) -> None:
+    """The rows, and beside them the version of each metric."""
+    write_records(target, rows)
+    write_whole(target.with_suffix(".versions.json"), to_json(versions(metrics)) + "\n")
+
+
+def summary(rows: list[Record], metrics: Sequence[str]) -> dict[str, float | int | None]:
     """Means over the utterances that each metric accepts, and how many it refused."""
     means: dict[str, float | int | None] = {}
-    for name in METRICS:
+    for name in metrics:
         for column in (f"unprocessed_{name}", name):
             values = [row[column] for row in rows if row[column] is not None]
             means[column] = round(float(np.mean(values)), 4) if values else None

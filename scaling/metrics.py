@@ -1,9 +1,11 @@
-"""Objective measures of one enhanced utterance against its clean original, at 16 kHz."""
+"""Objective measures of one enhanced utterance against its clean original, at 16 kHz: docs/recipes.md lists them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 
 import numpy as np
@@ -11,6 +13,7 @@ from jaxtyping import Float
 from pesq import PesqError, pesq
 from pystoi import stoi
 
+from scaling import composite, dnsmos
 from scaling.shards import SAMPLE_RATE
 
 Waveform = Float[np.ndarray, " sample"]
@@ -70,22 +73,79 @@ def _stoi(estimate: Waveform, clean: Waveform, extended: bool) -> float:
             raise RefusedError(str(error).split(".")[0]) from None
 
 
-# Name in the records -> measure(estimate, clean).
-METRICS: dict[str, Callable[[Waveform, Waveform], float]] = {
-    "pesq_wb": pesq_wb,
-    "stoi": short_time_intelligibility,
-    "estoi": extended_intelligibility,
-    "si_sdr": si_sdr,
+class Pair:
+    """An utterance and its clean original; what several metrics share is computed once."""
+
+    def __init__(self, estimate: Waveform, clean: Waveform) -> None:
+        self.estimate, self.clean = estimate, clean
+
+    @cached_property
+    def pesq_wb(self) -> float:
+        return pesq_wb(self.estimate, self.clean)
+
+    @cached_property
+    def segmental_snr(self) -> float:
+        return composite.segmental_snr(*self._framed)
+
+    @cached_property
+    def composite(self) -> composite.Composite:
+        llr = composite.log_likelihood_ratio(*self._framed)
+        return composite.composite(
+            self.pesq_wb, llr, composite.weighted_spectral_slope(*self._framed), self.segmental_snr
+        )
+
+    @cached_property
+    def dnsmos(self) -> dnsmos.Ratings:
+        if not self.estimate.any():
+            raise RefusedError("the estimate is silent")
+        return dnsmos.rate(self.estimate)
+
+    @property
+    def _framed(self) -> tuple[Waveform, Waveform]:
+        if len(self.clean) < composite.FRAME + composite.HOP:
+            raise RefusedError(f"it has {len(self.clean)} samples, fewer than a frame")
+        if not self.clean.any():
+            raise RefusedError("the clean signal is silent")
+        return self.estimate, self.clean
+
+
+@dataclass(frozen=True)
+class Metric:
+    measure: Callable[[Pair], float]
+    packages: tuple[str, ...] = ()  # whose code or networks give the value
+    edition: int = 1  # of this project's part of it; raised whenever a value changes
+
+    @property
+    def version(self) -> str:
+        return ", ".join([str(self.edition), *(f"{name} {metadata.version(name)}" for name in self.packages)])
+
+
+_DNSMOS = ("speechmos", "onnxruntime")
+# By name in the records.
+METRICS: dict[str, Metric] = {
+    "pesq_wb": Metric(lambda pair: pair.pesq_wb, ("pesq",)),
+    "stoi": Metric(lambda pair: short_time_intelligibility(pair.estimate, pair.clean), ("pystoi",)),
+    "estoi": Metric(lambda pair: extended_intelligibility(pair.estimate, pair.clean), ("pystoi",)),
+    "si_sdr": Metric(lambda pair: si_sdr(pair.estimate, pair.clean)),
+    "segmental_snr": Metric(lambda pair: pair.segmental_snr),
+    "csig": Metric(lambda pair: pair.composite.signal, ("pesq",)),
+    "cbak": Metric(lambda pair: pair.composite.background, ("pesq",)),
+    "covl": Metric(lambda pair: pair.composite.overall, ("pesq",)),
+    "dnsmos_p808": Metric(lambda pair: pair.dnsmos.p808, _DNSMOS),
+    "dnsmos_sig": Metric(lambda pair: pair.dnsmos.speech, _DNSMOS),
+    "dnsmos_bak": Metric(lambda pair: pair.dnsmos.background, _DNSMOS),
+    "dnsmos_ovrl": Metric(lambda pair: pair.dnsmos.overall, _DNSMOS),
 }
 
 
-def score(estimate: Waveform, clean: Waveform) -> tuple[dict[str, float | None], dict[str, str]]:
-    """(value of every metric, None where refused; reason of every refusal)"""
+def score(estimate: Waveform, clean: Waveform, names: Sequence[str]) -> tuple[dict[str, float | None], dict[str, str]]:
+    """(value of each metric, None where refused; reason of every refusal)"""
+    pair = Pair(estimate, clean)
     values: dict[str, float | None] = {}
     refused: dict[str, str] = {}
-    for name, measure in METRICS.items():
+    for name in names:
         try:
-            value = measure(estimate, clean)
+            value = METRICS[name].measure(pair)
             if not np.isfinite(value):
                 raise RefusedError(f"its value is {value}")
             values[name] = value
@@ -94,6 +154,6 @@ def score(estimate: Waveform, clean: Waveform) -> tuple[dict[str, float | None],
     return values, refused
 
 
-def versions() -> dict[str, str]:
-    """The packages behind the figures."""
-    return {name: metadata.version(name) for name in ("pesq", "pystoi")} | {"metrics": "1 " + " ".join(METRICS)}
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """What each metric's values depend on beside the signals: its edition here, and packages."""
+    return {name: METRICS[name].version for name in names}

@@ -22,6 +22,8 @@ PACKAGES = (
     "hydra-core",
     "pesq",
     "pystoi",
+    "speechmos",
+    "onnxruntime",
     "soxr",
 )
 

@@ -22,12 +22,12 @@ import torch
 from bsrnn import BSRNN
 from scaling.allocator import keep_freed_memory
 from scaling.errors import BadDataError, UserError
-from scaling.evaluate import evaluate_run, summary
+from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.metrics import versions
 from scaling.plan import RunPlan
 from scaling.processes import LOST_STATUS, LostRankError, Processes, join
 from scaling.provenance import hardware
-from scaling.records import RunDirectory, write_records
+from scaling.records import RunDirectory
 from scaling.shards import ShardIndex
 from scaling.stopping import StopFlag, StoppedError
 from scaling.trainer import DivergedError, Trainer
@@ -88,12 +88,12 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     if processes.watch is not None:
         processes.watch.on_loss = _recorder_of_loss(directory, processes.rank)
     try:
-        model = train(plan, directory, processes, stop)
+        model, step = train(plan, directory, processes, stop)
         processes.leave()
         if processes.is_first:
             if stop.signal is not None:
                 raise StoppedError(stop.signal)
-            _evaluate(plan, directory, model)
+            _evaluate(plan, directory, model, step)
     except StoppedError as stopped:
         if processes.is_first:
             directory.log_event("preempted", reason=str(stopped))
@@ -119,8 +119,11 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     return 0
 
 
-def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: StopFlag) -> BSRNN:
-    """Train a run from its newest checkpoint to its last step, on every rank (see `Trainer.fit` for what it raises)."""
+def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: StopFlag) -> tuple[BSRNN, int]:
+    """Train a run from its newest checkpoint to its end, on every rank: the trained model, and after how many steps.
+
+    Raises what `Trainer.fit` does.
+    """
     execution = plan.config.execution
     keep_freed_memory()
     torch.set_num_threads(execution.threads or _cores_of_this_process())
@@ -137,16 +140,18 @@ def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: St
             micro_batch=trainer.engine.micro_batch,
             zero_stage=execution.zero_stage,
         )
-    return trainer.fit()
+    return trainer.fit(), trainer.step
 
 
-def _evaluate(plan: RunPlan, directory: RunDirectory, model: BSRNN) -> None:
+def _evaluate(plan: RunPlan, directory: RunDirectory, model: BSRNN, step: int) -> None:
+    execution = plan.config.execution
     index = ShardIndex.load(plan.config.shard_root)
-    directory.log_event("evaluating", step=plan.steps, metrics=versions())
-    rows = evaluate_run(plan, index, model, plan.config.execution.scoring_processes or torch.get_num_threads())
-    write_records(directory.scores, rows)
-    log.info("test set: %s", json.dumps(summary(rows)))
-    directory.log_event("finished", step=plan.steps, num_utterances=len(rows))
+    directory.log_event("evaluating", step=step, metrics=versions(execution.metrics))
+    processes = execution.scoring_processes or torch.get_num_threads()
+    rows = evaluate_run(plan, index, model, processes, execution.metrics)
+    write_scores(directory.scores, rows, execution.metrics)
+    log.info("test set: %s", json.dumps(summary(rows, execution.metrics)))
+    directory.log_event("finished", step=step, num_utterances=len(rows))
 
 
 def _cores_of_this_process() -> int:

@@ -156,7 +156,7 @@ def _train(words: list[str]) -> int:
     with StopFlag() as stop:
         processes = join(60, execution.silence_timeout, execution.step_timeout, execution.zero_stage is not None)
         plan.directory.path.mkdir(parents=True, exist_ok=True)
-        model = train(plan, plan.directory, processes, stop)
+        model, _ = train(plan, plan.directory, processes, stop)
         digest = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
