@@ -1,0 +1,244 @@
+// One STFT frame of a folded BSRNN, from spectrum to enhanced spectrum, on one thread.
+//
+// Called by bsrnn/kernel.py, which lays the weights out, compiles this file and sees to what it needs: channels in
+// multiples of 16. A frame is some hundreds of small dependent products (31 bands x 2 directions x layers), where
+// a library spends most of its time on being called; here each is a loop over registers.
+//
+// Every matrix product is y = init + x W with W stored as (in, out), so that vectors run along the outputs.
+// Gates stand in torch's order: input, forget, cell, output.
+
+#include <math.h>
+#include <string.h>
+
+#define LANES 16
+#define PANEL 64
+#define NEAR (40 << 10)  // bytes: of a first-level cache
+#define AHEAD 4096       // floats: how far ahead weights are called for that come from afar
+#define BOUND 28.0f  // e^-28 is nothing beside 1, and e^28 cubed is still a number
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec splat(float x) { return x - (vec){}; }
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec v) { *(vec *)p = v; }
+INLINE vec choose(ivec condition, vec yes, vec no) { return (vec)((condition & (ivec)yes) | (~condition & (ivec)no)); }
+
+// exp by 2^n · e^r, |r| <= ln 2 / 2, its polynomial after Cephes (expf); within 2 units in the last place.
+INLINE vec exp_of(vec x) {
+  x = choose(x > BOUND, splat(BOUND), x);
+  x = choose(x < -BOUND, splat(-BOUND), x);
+  const vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
+  vec n = x * splat(1.44269504f) + magic;
+  const ivec exponent = (__builtin_convertvector(n - magic, ivec) + 127) << 23;
+  n -= magic;
+  const vec r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + 1.0f;
+  return p * (vec)exponent;
+}
+
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp_of(-x)); }
+INLINE vec tanh_of(vec x) { return 2.0f / (1.0f + exp_of(-2.0f * x)) - 1.0f; }
+
+// `rows` x `vecs` outputs held in registers over the whole inner sum. `w` is one panel: (in, vecs · LANES).
+// With `ahead`, the weights that many floats further on are called for meanwhile.
+INLINE void block(const int rows, const int vecs, const int ahead, int in, const float *x, long xs, const float *w,
+                  const float *init, long is, float *y, long ys) {
+  vec sum[6][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; v++) sum[r][v] = load(init + r * is + v * LANES);
+  for (int i = 0; i < in; i++, w += vecs * LANES) {
+    vec wv[4];
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; v++) {
+      wv[v] = load(w + v * LANES);
+      if (ahead) __builtin_prefetch(w + v * LANES + ahead);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      const vec xv = splat(x[r * xs + i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < vecs; v++) sum[r][v] += xv * wv[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; v++) store(y + r * ys + v * LANES, sum[r][v]);
+}
+
+// The same for a single row, whose sums over even and odd inputs go side by side so that none waits for another.
+INLINE void single(const int ahead, int in, const float *x, const float *w, const float *init, float *y) {
+  vec even[4], odd[4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) even[v] = load(init + v * LANES), odd[v] = (vec){};
+  for (int i = 0; i < in; i += 2, w += PANEL * 2) {
+    const vec first = splat(x[i]), second = splat(x[i + 1]);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+      even[v] += first * load(w + v * LANES);
+      odd[v] += second * load(w + PANEL + v * LANES);
+      if (ahead) {
+        __builtin_prefetch(w + v * LANES + ahead);
+        __builtin_prefetch(w + PANEL + v * LANES + ahead);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) store(y + v * LANES, even[v] + odd[v]);
+}
+
+// y[r] = init[r] + x[r] W over `rows` rows; strides xs, is, ys between rows (is = 0: one bias for all). y may be init.
+// W lies in panels of PANEL outputs, the last of what is left; `in` is even. A panel serves all rows while it is near.
+static void product(int rows, int in, int out, const float *x, long xs, const float *w, const float *init, long is,
+                    float *y, long ys) {
+  for (int j = 0; j < out; w += (long)in * PANEL, j += PANEL, init += PANEL, y += PANEL) {
+    int r = 0;
+#define ROWS(R, V, ahead) \
+  for (; r + R <= rows; r += R) block(R, V, ahead, in, x + r * xs, xs, w, init + r * is, is, y + r * ys, ys);
+    switch (out - j) {
+      case LANES: ROWS(6, 1, 0) ROWS(1, 1, 0) break;
+      case 2 * LANES: ROWS(6, 2, 0) ROWS(1, 2, 0) break;
+      case 3 * LANES: ROWS(6, 3, 0) ROWS(1, 3, 0) break;
+      default:
+        if (rows >= 6) block(6, 4, AHEAD, in, x, xs, w, init, is, y, ys), r = 6;  // the first rows fetch for the rest
+        ROWS(6, 4, 0)
+        ROWS(2, 4, 0)
+        for (; r < rows; r++) single(AHEAD, in, x + r * xs, w, init + r * is, y + r * ys);
+    }
+#undef ROWS
+  }
+}
+
+// gates[r] += h[r] W for a matrix that every step of a recurrence uses, and that may be larger than a cache. Every
+// other step goes through it backwards, so that it begins with what the step before has left in the cache.
+static void recur(int rows, int in, int out, const float *h, long hs, const float *w, float *gates, long gs,
+                  int backwards) {
+  const int panels = out / PANEL;
+  for (int n = 0; n < panels; n++) {
+    const int p = backwards ? panels - 1 - n : n;
+    const float *panel = w + (long)p * in * PANEL;
+    float *g = gates + p * PANEL;
+    int r = 0;
+    for (; r + 6 <= rows; r += 6) block(6, 4, 0, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
+    for (; r + 2 <= rows; r += 2) block(2, 4, 0, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
+    for (; r < rows; r++) single(0, in, h + r * hs, panel, g + r * gs, g + r * gs);
+  }
+}
+
+// The gates' nonlinearities and the cell's update: gates (4H) and cell (H) of one row to its output (H).
+// With a = e^-input, b = e^-2·candidate, d = e^-forget: c / (1 + d) + (1 - b) / ((1 + a)(1 + b)) over one
+// denominator, since a division takes as long as an exponential. The exponents' bound keeps that finite.
+INLINE void cell_update(int hidden, const float *gates, float *cell, float *output) {
+  for (int j = 0; j < hidden; j += LANES) {
+    const vec a = 1.0f + exp_of(-load(gates + j)), d = 1.0f + exp_of(-load(gates + hidden + j));
+    const vec b = exp_of(-2.0f * load(gates + 2 * hidden + j)), e = 1.0f + exp_of(-load(gates + 3 * hidden + j));
+    const vec ab = a * (1.0f + b);
+    const vec c = (load(cell + j) * ab + (1.0f - b) * d) / (ab * d);
+    store(cell + j, c);
+    const vec f = exp_of(-2.0f * c);
+    store(output + j, (1.0f - f) / (e * (1.0f + f)));
+  }
+}
+
+typedef struct {
+  int streams, bins, bands, channels, layers;
+  const int *widths;      // (bands), in bins
+  const float **weights;  // in the order in which they are used
+  float *work;            // scratch_floats() of bsrnn/kernel.py
+  float exponent;         // of the magnitude's compression
+  float floor;            // below which the magnitude is not compressed further
+} Step;
+
+static int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+// spectrum, enhanced: (streams, bins, 2), not compressed. hidden, cell: one (streams · bands, 2C) a layer, renewed.
+void bsrnn_step(const Step *s, const float *spectrum, float *const *hidden, float *const *cell, float *enhanced) {
+  const int B = s->streams, F = s->bins, K = s->bands, C = s->channels, H = 2 * C, rows = B * K;
+  const float **w = s->weights;
+  float *compressed = s->work;                // (B, F, 2)
+  float *x = compressed + (long)B * 2 * F;    // (B·K, C)
+  float *gates = x + (long)rows * C;          // (B·K, 8H / 2 directions)
+  float *both = gates + (long)rows * 8 * H;   // (B·K, 2H) outputs of the two directions
+  float *band_cell = both + (long)rows * 2 * H;  // (2 directions, B, H)
+  float *decoded = band_cell + 2L * B * H;   // (B, 8C), then what a band's head makes
+
+  for (int i = 0; i < B * F; i++) {
+    const float re = spectrum[2 * i], im = spectrum[2 * i + 1];
+    const float magnitude = fmaxf(sqrtf(re * re + im * im), s->floor);
+    const float gain = powf(magnitude, s->exponent - 1.0f);
+    compressed[2 * i] = re * gain;
+    compressed[2 * i + 1] = im * gain;
+  }
+
+  for (int k = 0, bin = 0; k < K; bin += s->widths[k++], w += 2)
+    product(B, 2 * s->widths[k], C, compressed + 2 * bin, 2 * F, w[0], w[1], 0, x + (long)k * C, (long)K * C);
+
+  for (int layer = 0; layer < s->layers; layer++, w += 10) {
+    // Over time: all bands at once.
+    product(rows, C, 4 * H, x, C, w[0], w[2], 0, gates, 4 * H);
+    product(rows, H, 4 * H, hidden[layer], H, w[1], gates, 4 * H, gates, 4 * H);
+    for (int r = 0; r < rows; r++)
+      cell_update(H, gates + (long)r * 4 * H, cell[layer] + (long)r * H, hidden[layer] + (long)r * H);
+    product(rows, H, C, hidden[layer], H, w[3], w[4], 0, both, C);
+    for (long i = 0; i < (long)rows * C; i++) x[i] += both[i];
+
+    // Over bands: the inputs' part of all bands at once, then one direction after the other, band by band.
+    product(rows, C, 8 * H, x, C, w[5], w[6], 0, gates, 8 * H);
+    // Side by side, neither direction waits for its own last step; but only if both matrices stay near.
+    const int together = 2 * sizeof(float) * H * 4 * H <= NEAR;
+    for (int n = 0; n < 2 * K; n++) {
+      const int direction = together ? n % 2 : n / K, i = together ? n / 2 : n % K;
+      const int k = direction ? K - 1 - i : i, before = direction ? k + 1 : k - 1;
+      const float *recurrent = w[7] + (long)direction * H * 4 * H;
+      float *g = gates + (long)k * 8 * H + direction * 4 * H, *c = band_cell + (long)direction * B * H;
+      if (i > 0)
+        recur(B, H, 4 * H, both + (long)before * 2 * H + direction * H, (long)K * 2 * H, recurrent, g, (long)K * 8 * H,
+              i % 2);
+      else
+        memset(c, 0, sizeof(float) * B * H);
+      for (int b = 0; b < B; b++)
+        cell_update(H, g + (long)b * K * 8 * H, c + (long)b * H, both + ((long)b * K + k) * 2 * H + direction * H);
+    }
+    product(rows, 2 * H, C, both, 2 * H, w[8], w[9], 0, gates, C);
+    for (long i = 0; i < (long)rows * C; i++) x[i] += gates[i];
+  }
+
+  float *head = decoded + (long)B * 8 * C;  // (B, 2 heads, value and gate, padded 2·width)
+  for (int k = 0, bin = 0; k < K; bin += s->widths[k++], w += 4) {
+    const int features = 2 * s->widths[k], P = padded(features);
+    product(B, C, 8 * C, x + (long)k * C, (long)K * C, w[0], w[1], 0, decoded, 8 * C);
+    for (long i = 0; i < (long)B * 8 * C; i += LANES) store(decoded + i, tanh_of(load(decoded + i)));
+    for (int h = 0; h < 2; h++)
+      product(B, 4 * C, 2 * P, decoded + h * 4 * C, 8 * C, w[2] + (long)h * 4 * C * 2 * P, w[3] + h * 2 * P, 0,
+              head + h * 2 * P, 4 * P);
+    for (int b = 0; b < B; b++) {
+      float *mask = head + (long)b * 4 * P, *residual = mask + 2 * P;
+      for (int j = 0; j < P; j += LANES) {
+        store(mask + j, load(mask + j) * sigmoid(load(mask + P + j)));
+        store(residual + j, load(residual + j) * sigmoid(load(residual + P + j)));
+      }
+      const float *in = compressed + ((long)b * F + bin) * 2;
+      float *out = enhanced + ((long)b * F + bin) * 2;
+      for (int j = 0; j < features; j += 2) {
+        out[j] = in[j] * mask[j] - in[j + 1] * mask[j + 1] + residual[j];
+        out[j + 1] = in[j] * mask[j + 1] + in[j + 1] * mask[j] + residual[j + 1];
+      }
+    }
+  }
+
+  for (int i = 0; i < B * F; i++) {
+    const float re = enhanced[2 * i], im = enhanced[2 * i + 1];
+    const float gain = powf(sqrtf(re * re + im * im), 1.0f / s->exponent - 1.0f);
+    enhanced[2 * i] = re * gain;
+    enhanced[2 * i + 1] = im * gain;
+  }
+}

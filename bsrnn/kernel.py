@@ -1,0 +1,214 @@
+"""A folded BSRNN's frame step as one call of compiled C, for streaming on a CPU.
+
+torch and onnxruntime run the step as hundreds of library calls on operands of a few kilobytes, and
+the calls cost more than the arithmetic. bsrnn/kernel.c does the whole frame in one, on one thread. It is compiled
+on first use by the system's C compiler (`cc`, or what the environment variable CC names) for
+this machine's processor, which takes about a second, and kept in the user's cache folder.
+Where there is no compiler, or the model is not one that it knows, `FrameKernel.obstacle`
+says why, and torch does the work (bsrnn/streaming.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Complex
+from torch import Tensor, nn
+
+from bsrnn.bands import BandwiseLinear
+from bsrnn.model import BSRNN, Block, BlockState
+from bsrnn.norm import BatchNorm
+from bsrnn.stft import MAGNITUDE_FLOOR
+
+SOURCE = Path(__file__).with_name("kernel.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
+LANES, PANEL = 16, 64  # as in the source
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("streams", ctypes.c_int),
+        ("bins", ctypes.c_int),
+        ("bands", ctypes.c_int),
+        ("channels", ctypes.c_int),
+        ("layers", ctypes.c_int),
+        ("widths", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("work", ctypes.c_void_p),
+        ("exponent", ctypes.c_float),
+        ("floor", ctypes.c_float),
+    )
+
+
+class FrameKernel:
+    """The step of one model for a fixed number of streams."""
+
+    @staticmethod
+    def obstacle(model: BSRNN) -> str | None:
+        """Why this model cannot run in the kernel here; None if it can."""
+        if next(model.parameters()).device.type != "cpu":
+            return "its weights are not on the CPU"
+        if model.config.num_channels % LANES:
+            return f"num_channels = {model.config.num_channels} is no multiple of {LANES}"
+        if any(isinstance(module, BatchNorm) for module in model.modules()) or model.mask_decoder.scale is not None:
+            return "its normalisations are not folded"
+        try:
+            _library()
+        except (OSError, subprocess.SubprocessError) as error:
+            return f"{SOURCE.name} could not be compiled ({error})"
+        return None
+
+    def __init__(self, model: BSRNN, num_streams: int) -> None:
+        config = model.config
+        self.config, self.num_streams = config, num_streams
+        self._call = _library().bsrnn_step
+        arrays = [_in_panels(tensor) for tensor in _weights_in_order(model)]
+        self._weights = _aligned(sum(array.size for array in arrays))  # one after another, as they are used
+        starts = np.cumsum([0, *(array.size for array in arrays)])
+        np.concatenate(arrays, out=self._weights[: starts[-1]])
+        self._widths = np.asarray(config.band_widths, dtype=np.int32)
+        self._addresses = (self._weights.ctypes.data + 4 * starts).astype(np.uintp)
+        self._work = _aligned(self._scratch_floats())
+        self._step = _Step(
+            num_streams,
+            config.num_bins,
+            config.num_bands,
+            config.num_channels,
+            config.num_layers,
+            self._widths.ctypes.data,
+            self._addresses.ctypes.data,
+            self._work.ctypes.data,
+            config.compression,
+            MAGNITUDE_FLOOR,
+        )
+        self._pointers: tuple[list[BlockState], ctypes.Array, ctypes.Array] | None = None
+
+    def initial_states(self) -> list[BlockState]:
+        """Silence before the first frame."""
+        shape = (1, self.num_streams * self.config.num_bands, 2 * self.config.num_channels)
+        return [(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.config.num_layers)]
+
+    def step(self, spectrum: Complex[Tensor, "stream bin"], states: list[BlockState]) -> Complex[Tensor, "stream bin"]:
+        """Enhance one frame of uncompressed spectra; `states` are renewed in place."""
+        spectrum = spectrum.contiguous()
+        enhanced = torch.empty_like(spectrum)
+        if self._pointers is None or self._pointers[0] is not states:
+            for index, state in enumerate(states):
+                states[index] = (state[0].contiguous(), state[1].contiguous())
+            kind = ctypes.c_void_p * len(states)
+            self._pointers = (
+                states,
+                kind(*(hidden.data_ptr() for hidden, _ in states)),
+                kind(*(cell.data_ptr() for _, cell in states)),
+            )
+        self._call(
+            ctypes.byref(self._step), spectrum.data_ptr(), self._pointers[1], self._pointers[2], enhanced.data_ptr()
+        )
+        return enhanced
+
+    def _scratch_floats(self) -> int:
+        """As kernel.c divides its scratch memory."""
+        config, streams = self.config, self.num_streams
+        hidden, rows = 2 * config.num_channels, streams * config.num_bands
+        widest = -(-2 * max(config.band_widths) // LANES) * LANES
+        over_blocks = rows * (config.num_channels + 8 * hidden + 2 * hidden) + 2 * streams * hidden
+        return streams * 2 * config.num_bins + over_blocks + streams * (8 * config.num_channels + 4 * widest)
+
+
+def _weights_in_order(model: BSRNN) -> list[Tensor]:
+    """Every weight as kernel.c meets it: matrices as (in, out), biases beside them."""
+    ordered: list[Tensor] = []
+    for linear in model.band_split.linears:
+        assert isinstance(linear, BandwiseLinear)
+        for weight, bias in zip(linear.weight, linear.bias, strict=True):
+            ordered += [weight, bias]
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        time: Any = block.time_lstm  # torch declares an LSTM's weights by name only when it runs
+        band: Any = block.band_lstm
+        ordered += [time.weight_ih_l0.T, time.weight_hh_l0.T, time.bias_ih_l0 + time.bias_hh_l0]
+        ordered += [block.time_linear.weight.T, block.time_linear.bias]
+        ordered += [torch.cat([band.weight_ih_l0, band.weight_ih_l0_reverse]).T]
+        ordered += [
+            torch.cat([band.bias_ih_l0 + band.bias_hh_l0, band.bias_ih_l0_reverse + band.bias_hh_l0_reverse]),
+            torch.stack([band.weight_hh_l0.T, band.weight_hh_l0_reverse.T]),
+        ]
+        ordered += [block.band_linear.weight.T, block.band_linear.bias]
+    decoder = model.mask_decoder
+    weight, bias = decoder._expansion()  # (K, C, 8C), (K, 1, 8C)
+    for group, linear in zip(decoder.groups, decoder.outputs, strict=True):
+        assert isinstance(linear, BandwiseLinear)
+        for k in range(group.num_bands):
+            heads = slice(2 * k, 2 * k + 2)
+            ordered += [weight[group.first_band + k], bias[group.first_band + k, 0]]
+            ordered += [_padded_glu(linear.weight[heads]), _padded_glu(linear.bias[heads]).flatten()]
+    return ordered
+
+
+def _padded_glu(tensor: Tensor) -> Tensor:
+    """(..., 4·width), values then gates, each filled up with zeros to whole vectors."""
+    padding = -(tensor.shape[-1] // 2) % LANES
+    return nn.functional.pad(tensor.unflatten(-1, (2, -1)), (0, padding)).flatten(-2)
+
+
+def _in_panels(tensor: Tensor) -> np.ndarray:
+    """A matrix (in, out), or several on a leading axis, as panels (in, PANEL) one after another; a bias as it is."""
+    values = tensor.detach().numpy().astype(np.float32)
+    if values.ndim == 1:
+        return values
+    matrices = values.reshape(-1, *values.shape[-2:])
+    panels = [matrix[:, j : j + PANEL].ravel() for matrix in matrices for j in range(0, matrix.shape[1], PANEL)]
+    return np.concatenate(panels)
+
+
+def _aligned(num_floats: int) -> np.ndarray:
+    """Zeros that begin at a cache line, so that no vector is read across two."""
+    raw = np.zeros(num_floats * 4 + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + num_floats * 4].view(np.float32)
+
+
+@lru_cache
+def _library() -> ctypes.CDLL:
+    """The compiled kernel; OSError or SubprocessError where it cannot be had."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    command = [*compiler, *FLAGS]
+    content = SOURCE.read_bytes() + repr((command, platform.machine(), _processor())).encode()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bsrnn"
+    library = folder / f"kernel-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # renamed when whole: others may be compiling too
+            built = Path(temporary) / library.name
+            done = subprocess.run(
+                [*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, text=True, timeout=120
+            )
+            if done.returncode:
+                raise OSError(
+                    next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+                )
+            os.replace(built, library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.bsrnn_step.restype = None
+    loaded.bsrnn_step.argtypes = [ctypes.c_void_p] * 5
+    return loaded
+
+
+def _processor() -> str:
+    """What the processor can do: a cache folder may be shared by machines that differ in it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.split(":")[0].strip() in ("flags", "Features")), platform.processor())

@@ -1,0 +1,191 @@
+"""Streaming: audio in chunks of any length in, enhanced audio out, with the latency of one STFT window.
+
+A stream gives, sample for sample, what `BSRNN.forward` gives for the whole signal:
+
+1. The first frame is centred on the first sample, so n_fft / 2 samples are mirrored before it,
+   as torch.stft does.
+2. Each complete frame goes through the network, which carries its states from frame to frame.
+   A single frame takes the compiled kernel (bsrnn/kernel.py) where there is one; a longer chunk
+   goes through torch as one batch of frames, which shares each weight's way through memory.
+3. Frames are windowed, overlapped and added. A sample is final, and returned, once the last frame that
+   reaches it is in: at most n_fft samples after it came.
+4. `flush` mirrors the end, as torch.stft does, and returns what is left.
+
+Several streams of equal length run as a batch, each with states of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from bsrnn.folding import fold
+from bsrnn.kernel import FrameKernel
+from bsrnn.model import BSRNN, BlockState
+from bsrnn.norm import BatchNorm
+from bsrnn.stft import compress, decompress
+
+# From this many frames in a chunk on, torch's batched products are faster than the kernel frame by frame.
+KERNEL_FRAMES = 4
+
+
+class Stream:
+    """One or several streams of audio on their way through a model.
+
+    model: trained; it is folded here and stays as it is
+    use_kernel: False takes torch for every frame; True demands the kernel, ValueError where there
+        is none; None takes it where it is to be had
+    """
+
+    def __init__(self, model: BSRNN, num_streams: int = 1, use_kernel: bool | None = None) -> None:
+        self.config = model.config
+        has_norms = any(isinstance(module, BatchNorm) for module in model.modules())
+        self._model = fold(model) if has_norms else model.eval()
+        self._model.requires_grad_(False)
+        self.num_streams = num_streams
+        self._window = self._model.stft.window
+        self._kernel: FrameKernel | None = None
+        if use_kernel is not False:
+            reason = FrameKernel.obstacle(self._model)
+            if reason is None:
+                self._kernel = FrameKernel(self._model, num_streams)
+            elif use_kernel:
+                raise ValueError(f"no kernel for this model: {reason}")
+        self.reset()
+
+    @property
+    def latency(self) -> int:
+        """Samples that come in after a sample before its enhanced one is returned, at most."""
+        return self.config.n_fft
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest signal that can be mirrored at its ends."""
+        return self.config.n_fft // 2 + 1
+
+    def reset(self) -> None:
+        """Forget everything: the next sample is the first of a new signal."""
+        n_fft, hop = self.config.n_fft, self.config.hop_length
+        self.num_samples = 0  # taken in since the beginning
+        self._states: list[BlockState] | None = None
+        self._pending = self._window.new_zeros(self.num_streams, 0)  # what no frame has begun past
+        self._tail = self._window.new_zeros(self.num_streams, 0)  # the last samples, to be mirrored at the end
+        self._overlap = self._window.new_zeros(self.num_streams, n_fft - hop)  # of the frames so far
+        self._envelope = self._window.new_zeros(n_fft - hop)  # their squared windows, added in the same way
+        self._num_returned = 0
+        self._to_drop = n_fft // 2  # of the output, which begins where the mirrored beginning does
+
+    @torch.inference_mode()
+    def process(self, chunk: Float[Tensor, "stream sample"]) -> Float[Tensor, "stream enhanced"]:
+        """Take in the next samples, any number of them, full scale ±1; the enhanced samples that are final now."""
+        if chunk.ndim != 2 or chunk.shape[0] != self.num_streams:
+            raise ValueError(f"a chunk of shape {tuple(chunk.shape)}: expected ({self.num_streams}, samples)")
+        chunk = chunk.to(self._window)
+        half = self.config.n_fft // 2
+        self.num_samples += chunk.shape[1]
+        self._tail = torch.cat([self._tail, chunk], dim=1)[:, -(half + 1) :]
+        is_begun = self.num_samples - chunk.shape[1] > half
+        self._pending = torch.cat([self._pending, chunk], dim=1)
+        if not is_begun:
+            if self.num_samples <= half:
+                return chunk[:, :0]
+            self._pending = torch.cat([self._pending[:, 1 : half + 1].flip(1), self._pending], dim=1)
+        return self._advance()
+
+    @torch.inference_mode()
+    def flush(self) -> Float[Tensor, "stream enhanced"]:
+        """End the signal: the enhanced samples that are left. The next sample begins a new signal.
+
+        ValueError if the whole signal was shorter than `min_samples`.
+        """
+        half = self.config.n_fft // 2
+        if self.num_samples <= half:
+            raise ValueError(f"a signal of {self.num_samples} samples: expected at least {self.min_samples}")
+        self._pending = torch.cat([self._pending, self._tail[:, :-1].flip(1)], dim=1)
+        num_left = self.num_samples - self._num_returned
+        finished = self._advance()
+        rest = self._overlap[:, self._to_drop :] / self._envelope[self._to_drop :]
+        self.reset()
+        return torch.cat([finished, rest], dim=1)[:, :num_left]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a stream has to remember, as tensors, lists and numbers; torch.save keeps it."""
+        states = self._states
+        return {
+            "num_samples": self.num_samples,
+            "num_returned": self._num_returned,
+            "to_drop": self._to_drop,
+            "pending": self._pending.clone(),
+            "tail": self._tail.clone(),
+            "overlap": self._overlap.clone(),
+            "envelope": self._envelope.clone(),
+            "states": None if states is None else [(hidden.clone(), cell.clone()) for hidden, cell in states],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a stream of the same model and number of streams was; ValueError if it was another's."""
+        shapes = [tuple(hidden.shape) for hidden, _ in state["states"] or ()]
+        channels, bands = self.config.num_channels, self.config.num_bands
+        expected = [(1, self.num_streams * bands, 2 * channels)] * self.config.num_layers
+        if state["overlap"].shape != self._overlap.shape or (shapes and shapes != expected):
+            raise ValueError(
+                f"this state is of {state['overlap'].shape[0]} streams with states {shapes[:1]} x {len(shapes)}; "
+                f"expected {self.num_streams} with {expected[:1]} x {len(expected)}"
+            )
+        self.num_samples, self._num_returned = state["num_samples"], state["num_returned"]
+        self._to_drop = state["to_drop"]
+        self._pending, self._tail, self._overlap, self._envelope = (
+            state[name].to(self._window, copy=True) for name in ("pending", "tail", "overlap", "envelope")
+        )
+        self._states = (
+            None
+            if state["states"] is None
+            else [
+                (hidden.to(self._window, copy=True), cell.to(self._window, copy=True))
+                for hidden, cell in state["states"]
+            ]
+        )
+
+    def _advance(self) -> Tensor:
+        """Enhance the complete frames that are pending; the samples that this makes final."""
+        n_fft, hop = self.config.n_fft, self.config.hop_length
+        num_frames = max(0, (self._pending.shape[1] - n_fft) // hop + 1)
+        if num_frames == 0:
+            return self._pending[:, :0]
+        frames = self._pending.unfold(1, n_fft, hop)[:, :num_frames]  # (B, T, n_fft)
+        self._pending = self._pending[:, num_frames * hop :]
+        spectrum = torch.fft.rfft(frames * self._window)  # (B, T, F)
+        enhanced = self._enhance(spectrum)
+        return self._overlap_add(torch.fft.irfft(enhanced, n_fft) * self._window)
+
+    def _enhance(self, spectrum: Complex[Tensor, "stream frame bin"]) -> Complex[Tensor, "stream frame bin"]:
+        if self._kernel is not None and spectrum.shape[1] < KERNEL_FRAMES:
+            if self._states is None:
+                self._states = self._kernel.initial_states()
+            frames = [self._kernel.step(frame, self._states) for frame in spectrum.unbind(1)]
+            return torch.stack(frames, dim=1)
+        exponent = self.config.compression
+        compressed = compress(spectrum, exponent).transpose(1, 2)  # (B, F, T)
+        enhanced, self._states = self._model.enhance_spectrum(compressed, self._states)
+        return decompress(enhanced, exponent).transpose(1, 2)
+
+    def _overlap_add(self, frames: Float[Tensor, "stream frame n_fft"]) -> Float[Tensor, "stream enhanced"]:
+        n_fft, hop = self.config.n_fft, self.config.hop_length
+        num_frames = frames.shape[1]
+        num_final = num_frames * hop
+        total = frames.new_zeros(self.num_streams, num_final + n_fft - hop)
+        envelope = frames.new_zeros(num_final + n_fft - hop)
+        total[:, : n_fft - hop] = self._overlap
+        envelope[: n_fft - hop] = self._envelope
+        squared = self._window.square()
+        for t in range(num_frames):
+            total[:, t * hop : t * hop + n_fft] += frames[:, t]
+            envelope[t * hop : t * hop + n_fft] += squared
+        self._overlap, self._envelope = total[:, num_final:], envelope[num_final:]
+        dropped = min(self._to_drop, num_final)
+        self._to_drop -= dropped
+        self._num_returned += num_final - dropped
+        return total[:, dropped:num_final] / envelope[dropped:num_final]

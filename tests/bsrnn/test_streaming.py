@@ -1,0 +1,159 @@
+"""A stream gives what the whole file gives, however it is cut, and goes on where it was saved."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from bsrnn import BSRNN, BSRNNConfig
+from bsrnn.folding import fold
+from bsrnn.kernel import FrameKernel
+from bsrnn.streaming import KERNEL_FRAMES, Stream
+from tests.bsrnn.test_model import trained_like
+
+KERNELS = pytest.mark.parametrize("use_kernel", [True, False], ids=["kernel", "torch"])
+
+
+@pytest.fixture(scope="module")
+def model() -> BSRNN:
+    return trained_like(BSRNNConfig(16, 2))
+
+
+def noise(num_streams: int, num_samples: int) -> torch.Tensor:
+    return 0.1 * torch.randn(num_streams, num_samples, generator=torch.Generator().manual_seed(num_samples))
+
+
+def chunks_of(signal: torch.Tensor, largest: int) -> list[torch.Tensor]:
+    """The signal cut at random, into chunks of 0 to `largest` samples."""
+    generator = torch.Generator().manual_seed(largest)
+    sizes, left = [], signal.shape[1]
+    while left:
+        sizes.append(min(left, int(torch.randint(0, largest + 1, (), generator=generator))))
+        left -= sizes[-1]
+    return list(signal.split(sizes, dim=1))
+
+
+def whole_file(model: BSRNN, signal: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(signal).waveform
+
+
+def assert_equal(streamed: torch.Tensor, whole: torch.Tensor) -> None:
+    assert streamed.shape == whole.shape
+    assert float((streamed - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
+
+
+@KERNELS
+@pytest.mark.parametrize("largest", [100, 700, 5_000])
+@pytest.mark.parametrize("num_samples", [257, 511, 512, 513, 9_000])
+def test_chunks_of_any_length_give_the_whole_files_output_with_its_edges(
+    model: BSRNN, use_kernel: bool, largest: int, num_samples: int
+):
+    signal = noise(2, num_samples)
+    stream = Stream(model, 2, use_kernel)
+    parts = [stream.process(chunk) for chunk in chunks_of(signal, largest)]
+    assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
+
+
+def test_a_sample_is_returned_at_most_one_window_after_it_came(model: BSRNN):
+    stream, returned, longest = Stream(model), 0, 0
+    for index, sample in enumerate(noise(1, 2_000).split(1, dim=1)):
+        returned += stream.process(sample).shape[1]
+        longest = max(longest, index + 1 - returned)
+    assert longest == stream.latency - 1  # with the window's last sample its first hop is out
+    assert stream.latency == 512
+
+
+@KERNELS
+def test_a_stream_saved_to_a_file_and_restored_goes_on_as_if_nothing_had_been(model: BSRNN, use_kernel: bool):
+    signal = noise(3, 6_000)
+    stream = Stream(model, 3, use_kernel)
+    parts = [stream.process(chunk) for chunk in signal[:, :3_333].split(400, dim=1)]
+    file = io.BytesIO()
+    torch.save(stream.state_dict(), file)
+    stream.process(noise(3, 1_000))  # what the saved state must not see
+    file.seek(0)
+    restored = Stream(model, 3, use_kernel)
+    restored.process(noise(3, 2_000))  # nor what was before in the stream that takes it
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    parts += [restored.process(chunk) for chunk in signal[:, 3_333:].split(400, dim=1)]
+    assert_equal(torch.cat([*parts, restored.flush()], dim=1), whole_file(model, signal))
+
+
+def test_a_state_of_other_streams_is_refused_by_name(model: BSRNN):
+    other = Stream(model, 2)
+    other.process(noise(2, 2_000))
+    with pytest.raises(ValueError, match="of 2 streams"):
+        Stream(model, 1).load_state_dict(other.state_dict())
+
+
+def test_streams_of_a_batch_do_not_hear_each_other(model: BSRNN):
+    signal = noise(3, 4_000)
+    batch = Stream(model, 3)
+    together = torch.cat([batch.process(signal), batch.flush()], dim=1)
+    for index in range(3):
+        alone = Stream(model)
+        assert_equal(
+            together[index : index + 1], torch.cat([alone.process(signal[index : index + 1]), alone.flush()], 1)
+        )
+
+
+def test_after_a_flush_a_new_signal_begins(model: BSRNN):
+    stream = Stream(model)
+    for num_samples in (3_000, 1_700):
+        signal = noise(1, num_samples)
+        assert_equal(torch.cat([stream.process(signal), stream.flush()], dim=1), whole_file(model, signal))
+
+
+def test_a_signal_too_short_to_be_mirrored_and_a_chunk_of_another_shape_are_refused(model: BSRNN):
+    stream = Stream(model)
+    stream.process(noise(1, 256))
+    with pytest.raises(ValueError, match="256 samples: expected at least 257"):
+        stream.flush()
+    with pytest.raises(ValueError, match=r"expected \(1, samples\)"):
+        stream.process(noise(2, 10))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_streams", [1, 2, 5, 8])
+@pytest.mark.parametrize("channels", [16, 48])
+def test_the_compiled_kernel_equals_torch_frame_by_frame(channels: int, num_streams: int):
+    model = fold(trained_like(BSRNNConfig(channels, 2)))
+    kernel = Stream(model, num_streams, use_kernel=True)
+    by_torch = Stream(model, num_streams, use_kernel=False)
+    for scale in (1.0, 1e-3, 30.0, 0.0, 1.0, 1.0):  # silence too
+        spectrum = scale * torch.randn(num_streams, 1, 257, dtype=torch.complex64)
+        expected = by_torch._enhance(spectrum)
+        assert_equal(torch.view_as_real(kernel._enhance(spectrum)), torch.view_as_real(expected))
+    assert kernel._states is not None
+    assert by_torch._states is not None
+    for ours, theirs in zip(kernel._states, by_torch._states, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_c_compiler_a_stream_runs_through_torch(
+    model: BSRNN, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+):
+    from bsrnn.kernel import _library
+
+    monkeypatch.setenv("CC", "no-such-compiler")
+    _library.cache_clear()
+    try:
+        assert "no-such-compiler" in str(FrameKernel.obstacle(fold(model)))
+        with pytest.raises(ValueError, match="no kernel for this model"):
+            Stream(model, use_kernel=True)
+        signal = noise(1, 2_000)
+        stream = Stream(model)
+        parts = [stream.process(chunk) for chunk in signal.split(256, dim=1)]
+        assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
+    finally:
+        _library.cache_clear()
+
+
+def test_the_kernel_takes_no_model_that_it_does_not_know():
+    assert "multiple of 16" in str(FrameKernel.obstacle(fold(BSRNN(BSRNNConfig(24, 1)))))
+    assert "not folded" in str(FrameKernel.obstacle(BSRNN(BSRNNConfig(16, 1))))
+    stream = Stream(BSRNN(BSRNNConfig(24, 1)))
+    stream.process(noise(1, 256 * KERNEL_FRAMES + 512))  # torch does it
