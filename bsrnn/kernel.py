@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from bsrnn.bands import BandwiseLinear
 from bsrnn.model import BSRNN, Block, BlockState
-from bsrnn.norm import BatchNorm
 from bsrnn.stft import MAGNITUDE_FLOOR
 
 SOURCE = Path(__file__).with_name("kernel.c")
@@ -61,7 +60,13 @@ class FrameKernel:
             return "its weights are not on the CPU"
         if model.config.num_channels % LANES:
             return f"num_channels = {model.config.num_channels} is no multiple of {LANES}"
-        if any(isinstance(module, BatchNorm) for module in model.modules()) or model.mask_decoder.scale is not None:
+        norms = [model.band_split.norm, model.mask_decoder.norm]
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            norms += [block.time_norm, block.band_norm]
+            if block.time_lstm.bidirectional:
+                return "it is not causal"
+        if not all(isinstance(norm, nn.Identity) for norm in norms) or model.mask_decoder.scale is not None:
             return "its normalisations are not folded"
         try:
             _library()
@@ -146,12 +151,13 @@ def _weights_in_order(model: BSRNN) -> list[Tensor]:
         ]
         ordered += [block.band_linear.weight.T, block.band_linear.bias]
     decoder = model.mask_decoder
-    weight, bias = decoder._expansion()  # (K, C, 8C), (K, 1, 8C)
+    expand = decoder.expand
     for group, linear in zip(decoder.groups, decoder.outputs, strict=True):
         assert isinstance(linear, BandwiseLinear)
         for k in range(group.num_bands):
             heads = slice(2 * k, 2 * k + 2)
-            ordered += [weight[group.first_band + k], bias[group.first_band + k, 0]]
+            both = slice(2 * (group.first_band + k), 2 * (group.first_band + k) + 2)
+            ordered += [torch.cat([*expand.weight[both]], dim=1), torch.cat([*expand.bias[both]])]
             ordered += [_padded_glu(linear.weight[heads]), _padded_glu(linear.bias[heads]).flatten()]
     return ordered
 

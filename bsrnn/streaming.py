@@ -25,7 +25,6 @@ from torch import Tensor
 from bsrnn.folding import fold
 from bsrnn.kernel import FrameKernel
 from bsrnn.model import BSRNN, BlockState
-from bsrnn.norm import BatchNorm
 from bsrnn.stft import compress, decompress
 
 # From this many frames in a chunk on, torch's batched products are faster than the kernel frame by frame.
@@ -35,16 +34,14 @@ KERNEL_FRAMES = 4
 class Stream:
     """One or several streams of audio on their way through a model.
 
-    model: trained; it is folded here and stays as it is
+    model: trained and not folded; it is folded here and stays as it is
     use_kernel: False takes torch for every frame; True demands the kernel, ValueError where there
         is none; None takes it where it is to be had
     """
 
     def __init__(self, model: BSRNN, num_streams: int = 1, use_kernel: bool | None = None) -> None:
         self.config = model.config
-        has_norms = any(isinstance(module, BatchNorm) for module in model.modules())
-        self._model = fold(model) if has_norms else model.eval()
-        self._model.requires_grad_(False)
+        self._model = fold(model).requires_grad_(False)
         self.num_streams = num_streams
         self._window = self._model.stft.window
         self._kernel: FrameKernel | None = None
@@ -122,15 +119,16 @@ class Stream:
             "tail": self._tail.clone(),
             "overlap": self._overlap.clone(),
             "envelope": self._envelope.clone(),
-            "states": None if states is None else [(hidden.clone(), cell.clone()) for hidden, cell in states],
+            "states": None if states is None else [tuple(part.clone() for part in state) for state in states],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a stream of the same model and number of streams was; ValueError if it was another's."""
-        shapes = [tuple(hidden.shape) for hidden, _ in state["states"] or ()]
+        states = state["states"] or ()
+        shapes = [tuple(recurrent[0].shape) for recurrent in states[: self.config.num_layers]]
         channels, bands = self.config.num_channels, self.config.num_bands
         expected = [(1, self.num_streams * bands, 2 * channels)] * self.config.num_layers
-        if state["overlap"].shape != self._overlap.shape or (shapes and shapes != expected):
+        if state["overlap"].shape != self._overlap.shape or (states and shapes != expected):
             raise ValueError(
                 f"this state is of {state['overlap'].shape[0]} streams with states {shapes[:1]} x {len(shapes)}; "
                 f"expected {self.num_streams} with {expected[:1]} x {len(expected)}"
@@ -140,14 +138,7 @@ class Stream:
         self._pending, self._tail, self._overlap, self._envelope = (
             state[name].to(self._window, copy=True) for name in ("pending", "tail", "overlap", "envelope")
         )
-        self._states = (
-            None
-            if state["states"] is None
-            else [
-                (hidden.to(self._window, copy=True), cell.to(self._window, copy=True))
-                for hidden, cell in state["states"]
-            ]
-        )
+        self._states = [tuple(part.to(self._window, copy=True) for part in one) for one in states] or None
 
     def _advance(self) -> Tensor:
         """Enhance the complete frames that are pending; the samples that this makes final."""

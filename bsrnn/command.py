@@ -1,0 +1,58 @@
+"""What the model's commands have in common: words and key=value settings in, a user's mistake out in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def settings(
+    words: Sequence[str], positional: Sequence[str], known: Mapping[str, Callable[[str], Any]]
+) -> tuple[list[str], dict[str, Any]]:
+    """(the positional words, the settings given as key=value); ValueError for whatever else a user typed.
+
+    positional: what each word is called, all of them needed; one in brackets may be left out
+    known: each setting and what makes its value of a text
+    """
+    values: dict[str, Any] = {}
+    places: list[str] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if equals and key in known:
+            try:
+                values[key] = known[key](text)
+            except ValueError:
+                raise ValueError(f"{word}: not understood; expected {key}={known[key].__name__}") from None
+        elif equals and key.isidentifier() and len(places) == len(positional):
+            raise ValueError(f"{word}: no such setting; expected one of {', '.join(known) or 'none'}")
+        else:
+            places.append(word)
+    needed = sum(not name.startswith("[") for name in positional)
+    if not needed <= len(places) <= len(positional):
+        raise ValueError(f"expected {' '.join(positional)}; got {' '.join(places) or 'nothing'}")
+    return places, values
+
+
+def run_main(main: Callable[[list[str]], int], usage: str) -> None:
+    """Run a command on the words after its name and exit with its status.
+
+    A user's mistake ends as one line on standard error and status 2; an interrupt as 130.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(usage.strip())
+        sys.exit(0)
+    try:
+        status = main(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has gone: nobody is left to tell
+        sys.stderr.close()
+        status = 1
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
