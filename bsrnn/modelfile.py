@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def read_content(path: Path) -> Any:
     """What a file of torch's holds, read without running code from it; ValueError if it is not such a file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):  # as torch.save writes them; it fails in many ways on anything else
+        raise ValueError(f"{path} is not a checkpoint that torch can read")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:

@@ -1,0 +1,381 @@
+"""Enhance audio: a file, a folder, or a pipe.
+
+    python -m bsrnn.enhance CHECKPOINT INPUT OUTPUT [threads=N]
+    ... | python -m bsrnn.enhance CHECKPOINT - - [rate=HZ channels=N] | ...
+
+CHECKPOINT is a run's directory, its model.pt, or what `python -m bsrnn.convert` wrote.
+INPUT is an audio file, or a folder, whose tree of audio files OUTPUT then mirrors; other files are left out.
+Any sample rate and number of channels: each channel is resampled to the model's rate, enhanced by itself, and
+resampled back, so that the output has the input's rate, channels and length. What lies above half the
+model's rate (8 kHz at 16 kHz) is lost. OUTPUT keeps the input's format and bit depth, unless its name says
+another format. An input is never overwritten, and a file appears under its name when it is whole.
+
+`-` is standard input or output: WAV if it begins like a WAV file (16-bit or 32-bit float PCM), else raw 16-bit
+little-endian PCM at `rate` (default: the model's) with `channels` (default 1), interleaved. Standard output is of
+the same kind as standard input, WAV if that is a file; it follows the input by one STFT window (32 ms) and what
+two resamplers hold back where rates differ.
+
+Samples beyond full scale are clipped where the output's format holds whole numbers, and counted; samples of
+the input that are no numbers (NaN, infinite) count as silence, and are counted too.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bsrnn.command import run_main, settings
+from bsrnn.model import BSRNN
+from bsrnn.modelfile import load_model
+from bsrnn.streaming import Stream
+
+BLOCK_SECONDS = 4
+# Whole numbers, which end at full scale; any other subtype (float, double, compressed) keeps what lies beyond.
+WHOLE_NUMBERS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ALAC_16", "ALAC_24", "ULAW", "ALAW"}
+
+
+@dataclass
+class Report:
+    """What had to be done to the samples beside enhancing them."""
+
+    num_clipped: int = 0
+    peak: float = 0.0
+    num_invalid: int = 0
+
+    def lines(self) -> list[str]:
+        said = []
+        if self.num_clipped:
+            said.append(f"{self.num_clipped} samples beyond full scale were clipped (peak {self.peak:.2f})")
+        if self.num_invalid:
+            said.append(f"{self.num_invalid} samples that are no numbers counted as silence")
+        return said
+
+
+def enhance_blocks(
+    model: BSRNN, blocks: Iterable[np.ndarray], sample_rate: int, num_channels: int, report: Report
+) -> Iterator[np.ndarray]:
+    """Enhance audio that comes in blocks (samples, channels), float32 of full scale ±1, of one sample rate.
+
+    Yields blocks as they are ready, together exactly as many samples as came in.
+    """
+    model_rate = model.config.sample_rate
+    stream = Stream(model, num_channels)
+    is_resampled = sample_rate != model_rate
+    down = soxr.ResampleStream(sample_rate, model_rate, num_channels, "float32", "VHQ") if is_resampled else None
+    up = soxr.ResampleStream(model_rate, sample_rate, num_channels, "float32", "VHQ") if is_resampled else None
+    num_in = num_out = 0
+
+    def finished(enhanced: torch.Tensor, is_last: bool = False) -> np.ndarray:
+        nonlocal num_out
+        samples = np.ascontiguousarray(enhanced.T.numpy())
+        if up is not None:
+            samples = up.resample_chunk(samples, last=is_last)
+        samples = samples[: num_in - num_out]  # of the padding of the end
+        num_out += len(samples)
+        return samples
+
+    def take(samples: np.ndarray) -> torch.Tensor:
+        return stream.process(torch.from_numpy(np.ascontiguousarray(samples.T)))
+
+    for block in blocks:
+        is_invalid = ~np.isfinite(block)
+        if is_invalid.any():
+            report.num_invalid += int(is_invalid.sum())
+            block = np.where(is_invalid, np.float32(0), block)
+        num_in += len(block)
+        yield finished(take(down.resample_chunk(block) if down is not None else block))
+    if not num_in:
+        return
+    if down is not None:
+        yield finished(take(down.resample_chunk(np.zeros((0, num_channels), np.float32), last=True)))
+    # Silence up to a whole hop, so that two frames reach the last sample as they reach every other (with one, its
+    # window's end divides by nearly nothing), and at least as much as the model needs.
+    hop = model.config.hop_length
+    missing = max(stream.min_samples - stream.num_samples, 0)
+    missing += -(stream.num_samples + missing) % hop
+    if up is not None:
+        missing += hop  # what rounding the lengths of two resamplings may lack
+    yield finished(take(np.zeros((missing, num_channels), np.float32)))
+    yield finished(stream.flush(), is_last=True)
+    if num_out < num_in:
+        yield np.zeros((num_in - num_out, num_channels), np.float32)
+
+
+def clip(samples: np.ndarray, report: Report) -> np.ndarray:
+    """Within full scale, what lay beyond counted."""
+    beyond = np.abs(samples) > 1
+    if beyond.any():
+        report.num_clipped += int(beyond.sum())
+        report.peak = max(report.peak, float(np.abs(samples).max()))
+    return np.clip(samples, -1, 1)
+
+
+# --- files ---------------------------------------------------------------------------------
+
+
+def enhance_file(model: BSRNN, source: Path, target: Path, advance: Callable[[float], None] | None = None) -> Report:
+    """Enhance a file; `advance` is called with seconds of audio done. ValueError or OSError for what cannot be."""
+    report = Report()
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the input: give the output another name")
+    try:
+        with soundfile.SoundFile(source) as reading:
+            blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
+            enhanced = enhance_blocks(model, blocks, reading.samplerate, reading.channels, report)
+            write_whole(target, enhanced, reading, report, advance)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{source}: not readable as audio, or not writable as {target.name} ({error})") from None
+    return report
+
+
+def write_whole(
+    target: Path,
+    blocks: Iterable[np.ndarray],
+    like: soundfile.SoundFile | PipeFormat,
+    report: Report,
+    advance: Callable[[float], None] | None = None,
+) -> None:
+    """Write blocks to a file of the rate, channels and, if its format has that, the sample type of `like`.
+
+    The file has its name once it is whole. ValueError if no format has that name.
+    """
+    name = target.suffix.removeprefix(".").upper()
+    name = {"AIF": "AIFF", "OGA": "OGG", "OPUS": "OGG"}.get(name, name)
+    if name not in soundfile.available_formats():
+        known = ", ".join(sorted(soundfile.available_formats())).lower()
+        raise ValueError(f"{target}: no audio format is called {target.suffix or 'nothing'}; expected one of {known}")
+    subtype = like.subtype if soundfile.check_format(name, like.subtype) else soundfile.default_subtype(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with soundfile.SoundFile(temporary, "w", like.samplerate, like.channels, subtype, format=name) as writing:
+            for block in blocks:
+                writing.write(clip(block, report) if subtype in WHOLE_NUMBERS else block)
+                if advance is not None:
+                    advance(len(block) / like.samplerate)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def audio_files(folder: Path) -> tuple[list[Path], int]:
+    """(the audio files below a folder by their names' endings, how many others there are)"""
+    endings = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"} | {".aif", ".oga", ".opus"}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    audio = [path for path in files if path.suffix.lower() in endings]
+    return audio, len(files) - len(audio)
+
+
+def enhance_folder(model: BSRNN, source: Path, target: Path) -> int:
+    """Enhance a tree of files; the exit status: 1 if there were files that could not be enhanced, which are named."""
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{target} lies in the input {source}: give the output a folder of its own")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, {source} a folder: give a folder for the output")
+    files, num_others = audio_files(source)
+    if not files:
+        raise ValueError(f"{source}: holds no audio files")
+    failures = 0
+    with _progress() as progress:
+        task = progress.add_task(source.name, total=len(files))
+        for path in files:
+            relative = path.relative_to(source)
+            try:
+                _tell(enhance_file(model, path, target / relative), str(relative))
+            except (ValueError, OSError) as error:
+                failures += 1
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            progress.advance(task)
+    others = f", {num_others} other files left out" if num_others else ""
+    print(f"{len(files) - failures} of {len(files)} files enhanced to {target}{others}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _enhance_single(model: BSRNN, source: Path, target: Path) -> int:
+    if target.is_dir():
+        target = target / source.name
+    try:
+        seconds = soundfile.info(source).duration
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{source}: not readable as audio ({error})") from None
+    with _progress() as progress:
+        task = progress.add_task(source.name, total=round(seconds, 1))
+        report = enhance_file(model, source, target, lambda done: progress.advance(task, done))
+    _tell(report, source.name)
+    return 0
+
+
+def _progress() -> Progress:
+    """On standard error, and only where somebody looks at it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def _tell(report: Report, name: str) -> None:
+    for line in report.lines():
+        print(f"{name}: {line}", file=sys.stderr)
+
+
+# --- pipes ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PipeFormat:
+    """What samples in a pipe look like: interleaved, 16-bit whole numbers or 32-bit floats, little-endian."""
+
+    samplerate: int  # named as a SoundFile's
+    channels: int
+    is_float: bool = False
+    is_wav: bool = False
+
+    @property
+    def subtype(self) -> str:
+        return "FLOAT" if self.is_float else "PCM_16"
+
+    @property
+    def dtype(self) -> str:
+        return "<f4" if self.is_float else "<i2"
+
+    @property
+    def header(self) -> bytes:
+        """A WAV header for a stream whose end is not known, as other tools write it too: lengths of 2^32 - 1."""
+        size = 4 if self.is_float else 2
+        unknown, kind, frame = struct.pack("<I", 0xFFFFFFFF), 3 if self.is_float else 1, size * self.channels
+        form = struct.pack("<HHIIHH", kind, self.channels, self.samplerate, self.samplerate * frame, frame, 8 * size)
+        chunks = (b"RIFF", unknown, b"WAVEfmt ", struct.pack("<I", 16), form, b"data", unknown)
+        return b"".join(chunks)
+
+
+def read_pipe_header(pipe: io.BufferedIOBase, rate: int, channels: int) -> tuple[PipeFormat, bytes]:
+    """(the format, the samples' bytes that were read on the way); ValueError for a WAV kind that a pipe cannot have."""
+    start = pipe.read(4)
+    if start != b"RIFF":
+        return PipeFormat(rate, channels), start
+    pipe.read(8)  # the length, and WAVE
+    found: PipeFormat | None = None
+    while True:
+        name, length = struct.unpack("<4sI", _exactly(pipe, 8))
+        if name == b"data":
+            if found is None:
+                raise ValueError("standard input: a WAV file whose samples come before their format")
+            return found, b""
+        body = _exactly(pipe, length + length % 2)
+        if name == b"fmt ":
+            kind, num_channels, sample_rate, _, _, bits = struct.unpack("<HHIIHH", body[:16])
+            if kind == 0xFFFE:  # extensible: the kind is in its identifier
+                kind = struct.unpack("<H", body[24:26])[0]
+            if (kind, bits) not in ((1, 16), (3, 32)) or not num_channels or not sample_rate:
+                raise ValueError(
+                    f"standard input: WAV of kind {kind} with {bits} bits; expected 16-bit PCM or 32-bit float"
+                )
+            found = PipeFormat(sample_rate, num_channels, is_float=kind == 3, is_wav=True)
+
+
+def _exactly(pipe: io.BufferedIOBase, length: int) -> bytes:
+    data = pipe.read(length)
+    if len(data) < length:
+        raise ValueError("standard input: a WAV file that ends in its header")
+    return data
+
+
+def pipe_blocks(pipe: io.BufferedIOBase, form: PipeFormat, start: bytes) -> Iterator[np.ndarray]:
+    """The samples of a pipe as they come, (samples, channels) float32."""
+    frame = np.dtype(form.dtype).itemsize * form.channels
+    waiting = start
+    while data := pipe.read1(1 << 16):  # what there is, without waiting for more
+        waiting += data
+        whole = len(waiting) // frame * frame
+        samples = np.frombuffer(waiting[:whole], form.dtype).reshape(-1, form.channels)
+        waiting = waiting[whole:]
+        yield samples.astype(np.float32) if form.is_float else samples.astype(np.float32) / 32768
+
+
+def to_bytes(samples: np.ndarray, form: PipeFormat, report: Report) -> bytes:
+    if form.is_float:
+        return samples.astype("<f4").tobytes()
+    return np.clip(np.rint(clip(samples, report) * 32768), -32768, 32767).astype("<i2").tobytes()
+
+
+def _enhance_from_pipe(model: BSRNN, target: str, rate: int, channels: int) -> int:
+    pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
+    form, start = read_pipe_header(pipe, rate, channels)
+    report = Report()
+    blocks = pipe_blocks(pipe, form, start)
+    enhanced = enhance_blocks(model, blocks, form.samplerate, form.channels, report)
+    if target == "-":
+        _write_pipe(enhanced, form, report)
+    else:
+        path = Path(target)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is a folder: give a file for what comes from a pipe")
+        try:
+            write_whole(path, enhanced, form, report)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"{path}: not writable ({error})") from None
+    _tell(report, "standard input")
+    return 0
+
+
+def _enhance_to_pipe(model: BSRNN, source: Path) -> int:
+    report = Report()
+    try:
+        with soundfile.SoundFile(source) as reading:
+            form = PipeFormat(reading.samplerate, reading.channels, reading.subtype in ("FLOAT", "DOUBLE"), is_wav=True)
+            blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
+            _write_pipe(enhance_blocks(model, blocks, form.samplerate, form.channels, report), form, report)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{source}: not readable as audio ({error})") from None
+    _tell(report, source.name)
+    return 0
+
+
+def _write_pipe(blocks: Iterable[np.ndarray], form: PipeFormat, report: Report) -> None:
+    if form.is_wav:
+        sys.stdout.buffer.write(form.header)
+    for block in blocks:
+        sys.stdout.buffer.write(to_bytes(block, form, report))
+        sys.stdout.buffer.flush()
+
+
+# --- command -------------------------------------------------------------------------------
+
+
+def main(words: list[str]) -> int:
+    known = {"threads": int, "rate": int, "channels": int}
+    (checkpoint, source, target), given = settings(words, ["CHECKPOINT", "INPUT", "OUTPUT"], known)
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: expected at least 1")
+    if source != "-" and ({"rate", "channels"} & set(given)):
+        raise ValueError("rate and channels describe raw samples from a pipe: leave them out for files")
+    if "threads" in given:
+        torch.set_num_threads(given["threads"])
+    if source != "-" and not Path(source).exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    model = load_model(Path(checkpoint))
+    if source == "-":
+        return _enhance_from_pipe(model, target, given.get("rate", model.config.sample_rate), given.get("channels", 1))
+    if Path(source).is_dir():
+        if target == "-":
+            raise ValueError(f"{source} is a folder: give a folder for the output")
+        return enhance_folder(model, Path(source), Path(target))
+    return (
+        _enhance_to_pipe(model, Path(source)) if target == "-" else _enhance_single(model, Path(source), Path(target))
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__ or "")

@@ -1,0 +1,224 @@
+"""Files, folders and pipes come out enhanced, in their own rate, channels, length and format, and never lost."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+
+from bsrnn import BSRNN, BSRNNConfig
+from bsrnn.enhance import main, read_pipe_header
+from bsrnn.modelfile import load_model, save_model
+from tests.bsrnn.test_model import trained_like
+
+
+def passing_through() -> BSRNN:
+    """A model whose mask is 1 and whose residual is 0: what it makes of a signal is the signal."""
+    model = BSRNN(BSRNNConfig(16, 1))
+    with torch.no_grad():
+        for group, linear in zip(model.mask_decoder.groups, model.mask_decoder.outputs, strict=True):
+            linear.weight.zero_()
+            linear.bias.zero_()
+            linear.bias[::2, : 2 * group.width : 2] = 1  # the real parts of the masks
+            linear.bias[::2, 2 * group.width :] = 30  # their gates, open
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds model.pt, a model like a trained one, and through.pt, which lets everything pass."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model(trained_like(BSRNNConfig(16, 2)), folder / "model.pt")
+    save_model(passing_through(), folder / "through.pt")
+    return folder
+
+
+def music(num_samples: int, sample_rate: int, num_channels: int) -> np.ndarray:
+    """Tones below 4 kHz, other ones in every channel."""
+    time = np.arange(num_samples)[:, None] / sample_rate
+    tones = 100.0 * (1 + np.arange(num_channels)) + np.array([0, 333, 1_777, 3_000])[:, None, None]
+    return (0.1 * np.sin(2 * np.pi * tones * time).sum(0)).astype(np.float32)
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_a_file_is_enhanced_as_the_model_enhances_the_whole_signal(folder: Path, tmp_path: Path):
+    signal = music(256 * 60, 16_000, 1)
+    soundfile.write(tmp_path / "in.wav", signal, 16_000, subtype="FLOAT")
+    assert run(folder, tmp_path / "in.wav", tmp_path / "out.wav") == 0  # the folder stands for a run's directory
+    enhanced, rate = soundfile.read(tmp_path / "out.wav", dtype="float32")
+    with torch.inference_mode():
+        expected = load_model(folder / "model.pt")(torch.from_numpy(signal.T)).waveform[0].numpy()
+    assert rate == 16_000
+    assert soundfile.info(tmp_path / "out.wav").subtype == "FLOAT"
+    assert np.abs(enhanced - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("sample_rate", [8_000, 16_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("num_channels", [1, 2, 3])
+def test_any_rate_and_number_of_channels_come_back_as_they_were(
+    folder: Path, tmp_path: Path, sample_rate: int, num_channels: int
+):
+    num_samples = sample_rate + 17
+    signal = music(num_samples, sample_rate, num_channels)
+    soundfile.write(tmp_path / "in.flac", signal, sample_rate)
+    assert run(folder / "through.pt", tmp_path / "in.flac", tmp_path / "out.flac") == 0
+    enhanced, rate = soundfile.read(tmp_path / "out.flac", dtype="float32", always_2d=True)
+    assert (rate, enhanced.shape) == (sample_rate, signal.shape)
+    inner = slice(sample_rate // 20, -sample_rate // 20)  # a resampler has no past and future at the edges
+    assert np.abs(enhanced - signal)[inner].max() < 2e-3
+    assert np.abs(enhanced - signal).max() < 0.2
+
+
+def test_channels_are_enhanced_each_by_itself_after_resampling(folder: Path, tmp_path: Path):
+    signal = music(48_000, 48_000, 2)
+    soundfile.write(tmp_path / "in.wav", signal, 48_000, subtype="FLOAT")
+    run(folder / "model.pt", tmp_path / "in.wav", tmp_path / "out.wav")
+    enhanced, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
+    at_model_rate = np.pad(soxr.resample(signal, 48_000, 16_000, "VHQ"), ((0, 640), (0, 0)))
+    with torch.inference_mode():
+        whole = load_model(folder / "model.pt")(torch.from_numpy(np.ascontiguousarray(at_model_rate.T))).waveform
+    expected = soxr.resample(whole.numpy().T, 16_000, 48_000, "VHQ")[:48_000]
+    assert np.abs(enhanced - expected)[:-100].max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 100, 256, 257, 511])
+def test_the_shortest_files_keep_their_length_and_stay_finite(folder: Path, tmp_path: Path, num_samples: int):
+    soundfile.write(tmp_path / "in.wav", music(num_samples, 16_000, 1), 16_000, subtype="FLOAT")
+    assert run(folder / "model.pt", tmp_path / "in.wav", tmp_path / "out.wav") == 0
+    enhanced, _ = soundfile.read(tmp_path / "out.wav")
+    assert len(enhanced) == num_samples
+    assert np.isfinite(enhanced).all()
+    assert np.abs(enhanced).max(initial=0) < 1  # no blow-up where a window ends
+
+
+def test_a_folders_tree_is_mirrored_and_what_cannot_be_read_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    noisy = tmp_path / "noisy"
+    for name in ("a.wav", "deep/er/b.flac"):
+        (noisy / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(noisy / name, music(4_000, 16_000, 1), 16_000)
+    (noisy / "notes.txt").write_text("not audio")
+    assert run(folder / "through.pt", noisy, tmp_path / "out") == 0
+    assert "2 of 2 files enhanced" in capsys.readouterr().err
+    (noisy / "deep" / "broken.wav").write_bytes(b"RIFF, but no more")
+    assert run(folder / "through.pt", noisy, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert [line for line in said.splitlines() if "broken.wav" in line and line.startswith("error: ")]
+    assert "2 of 3 files enhanced" in said
+    written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
+    assert written == ["a.wav", "deep/er/b.flac"]
+
+
+def test_what_is_beyond_full_scale_is_clipped_and_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    signal = 15 * music(8_000, 16_000, 1)
+    soundfile.write(tmp_path / "in.wav", signal, 16_000, subtype="FLOAT")
+    run(folder / "through.pt", tmp_path / "in.wav", tmp_path / "whole.flac")
+    beyond = int((np.abs(signal) > 1).sum())
+    said = capsys.readouterr().err
+    assert abs(int(said.split(": ")[1].split()[0]) - beyond) < 20
+    clipped, _ = soundfile.read(tmp_path / "whole.flac")
+    assert np.abs(clipped - np.clip(signal[:, 0], -1, 1)).max() < 1e-3
+    run(folder / "through.pt", tmp_path / "in.wav", tmp_path / "float.wav")
+    kept, _ = soundfile.read(tmp_path / "float.wav")
+    assert np.abs(kept).max() > 3
+    assert capsys.readouterr().err == ""
+
+
+def test_samples_that_are_no_numbers_count_as_silence_and_do_no_harm_beyond(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    signal = music(8_000, 16_000, 1)
+    signal[100], signal[101] = np.nan, np.inf
+    soundfile.write(tmp_path / "in.wav", signal, 16_000, subtype="FLOAT")
+    run(folder / "model.pt", tmp_path / "in.wav", tmp_path / "out.wav")
+    assert "2 samples that are no numbers" in capsys.readouterr().err
+    assert np.isfinite(soundfile.read(tmp_path / "out.wav")[0]).all()
+
+
+def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
+    audio = tmp_path / "in.wav"
+    soundfile.write(audio, music(4_000, 16_000, 1), 16_000)
+    (tmp_path / "link.wav").symlink_to(audio)
+    before = audio.read_bytes()
+    for target in (audio, tmp_path / "link.wav", tmp_path):
+        with pytest.raises(ValueError, match=r"is the input"):
+            run(folder / "model.pt", audio, target)
+    with pytest.raises(ValueError, match="lies in the input"):
+        run(folder / "model.pt", tmp_path, tmp_path / "deeper")
+    assert audio.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{models}/model.pt", "none.wav", "out.wav"], "none.wav: no such file or folder"),
+        (["none.pt", "{audio}", "out.wav"], "none.pt: no such file"),
+        (["{empty}", "{audio}", "out.wav"], "a run writes its model there when its training ends"),
+        (["{audio}", "{audio}", "out.wav"], "not a checkpoint that torch can read"),
+        (["{models}/model.pt", "{audio}", "{empty}/out.xyz"], "no audio format is called .xyz"),
+        (["{models}/model.pt", "{audio}"], "expected CHECKPOINT INPUT OUTPUT"),
+        (["{models}/model.pt", "{audio}", "out.wav", "speed=3"], "speed=3: no such setting"),
+        (["{models}/model.pt", "{audio}", "out.wav", "rate=8000"], "leave them out for files"),
+        (["{models}/model.pt", "{empty}", "out"], "holds no audio files"),
+    ],
+)
+def test_a_users_mistake_is_one_line(folder: Path, tmp_path: Path, words: list[str], said: str):
+    soundfile.write(tmp_path / "in.wav", music(400, 16_000, 1), 16_000)
+    (tmp_path / "empty").mkdir()
+    places = {"models": folder, "audio": tmp_path / "in.wav", "empty": tmp_path / "empty"}
+    with pytest.raises((ValueError, OSError), match=said) as error:
+        run(*(word.format(**places) for word in words))
+    assert "\n" not in str(error.value)
+
+
+def pipe(folder: Path, tmp_path: Path, *words: str, audio: bytes) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "bsrnn.enhance", str(folder / "through.pt"), *words]
+    return subprocess.run(command, input=audio, capture_output=True, timeout=300, check=False, cwd=tmp_path)
+
+
+def test_raw_samples_go_through_a_pipe(folder: Path, tmp_path: Path):
+    samples = np.rint(32_767 * music(24_000, 24_000, 2)).astype("<i2")
+    done = pipe(folder, tmp_path, "-", "-", "rate=24000", "channels=2", audio=samples.tobytes())
+    assert done.returncode == 0, done.stderr
+    enhanced = np.frombuffer(done.stdout, "<i2").reshape(-1, 2)
+    assert enhanced.shape == samples.shape
+    assert np.abs(enhanced.astype(int) - samples)[2_000:-2_000].max() < 70
+
+
+def test_a_wav_goes_through_a_pipe(folder: Path, tmp_path: Path):
+    signal = music(20_000, 16_000, 1)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, signal, 16_000, subtype="FLOAT", format="WAV")
+    done = pipe(folder, tmp_path, "-", "-", audio=buffer.getvalue())
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "out.wav").write_bytes(done.stdout)
+    enhanced, rate = soundfile.read(tmp_path / "out.wav", dtype="float32")
+    assert rate == 16_000
+    np.testing.assert_allclose(enhanced, signal[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"RIFF1234WAVEfmt " + bytes(3), "ends in its header"),
+        (b"RIFF1234WAVEfmt \x10\0\0\0\1\0\1\0" + bytes(10) + b"\x18\0", "kind 1 with 24 bits"),
+        (b"RIFF1234WAVEdata" + bytes(4), "before their format"),
+    ],
+)
+def test_a_wav_that_a_pipe_cannot_have_is_refused_by_name(start: bytes, said: str):
+    with pytest.raises(ValueError, match=said):
+        read_pipe_header(io.BytesIO(start), 16_000, 1)
