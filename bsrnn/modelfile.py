@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bsrnn.model import BSRNN, BSRNNConfig
 
-NAME = "model.pt"  # in a run's directory
+MODEL_FILE = "model.pt"  # in a run's directory
 FORMAT = "bsrnn"
 
 
@@ -39,7 +39,7 @@ def load_model(path: Path) -> BSRNN:
     FileNotFoundError if there is none; ValueError if the file is no model or does not fit this version.
     """
     if path.is_dir():
-        path = path / NAME
+        path = path / MODEL_FILE
         if not path.exists():
             raise FileNotFoundError(
                 f"{path}: no such file; a run writes its model there when its training ends: let it finish"
@@ -47,7 +47,7 @@ def load_model(path: Path) -> BSRNN:
     content = read_content(path)
     if not is_model(content):
         raise ValueError(
-            f"{path} holds no BSRNN of this project: give a run's directory, its {NAME}, "
+            f"{path} holds no BSRNN of this project: give a run's directory, its {MODEL_FILE}, "
             "or what `python -m bsrnn.convert` makes of a checkpoint of the FastEnhancer repository"
         )
     known = {field.name for field in fields(BSRNNConfig)}

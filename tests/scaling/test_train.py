@@ -17,7 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bsrnn import BSRNN, BSRNNConfig
+from bsrnn import BSRNN, BSRNNConfig, modelfile
 from bsrnn.losses import LossConfig, enhancement_loss
 from scaling.budget import select_hours
 from scaling.checkpoint import list_checkpoints, load_newest
@@ -58,6 +58,14 @@ def uninterrupted(
     words = [*tiny_data, *tiny_settings, f"study={study}"]
     subprocess.run([sys.executable, "-m", "scaling.train", *words], check=True, capture_output=True)
     return only_run(study)
+
+
+def test_a_finished_run_leaves_its_model_in_one_file(uninterrupted: RunDirectory):
+    _, trained = load_model(uninterrupted)
+    from_file = modelfile.load_model(uninterrupted.path)
+    assert from_file.config == trained.config
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(from_file.state_dict()[name], tensor), name
 
 
 def test_a_run_leaves_every_record_that_a_table_needs(uninterrupted: RunDirectory):
