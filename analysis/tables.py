@@ -9,6 +9,7 @@ none. What is planned and not finished is counted in its row and listed beneath 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from analysis.quantities import (
     human_hours,
     round_hours,
 )
+from scaling.records import read_records
 
 SIZE_COLUMNS = ("size", "num_params", "num_params_folded", "num_params_non_decoder", "macs_per_second")
 NOTE = (
@@ -43,7 +45,8 @@ class ScalingTable:
     """The numbers of a scaling table.
 
     cells: one row a cell, by size, hours and steps; size, num_params, num_params_folded,
-        num_params_non_decoder, macs_per_second, hours (rounded to the budget), steps,
+        num_params_non_decoder, macs_per_second, rtf (the real-time factor of streaming on one
+        CPU thread, NaN where it was not measured), hours (rounded to the budget), steps,
         axes.NAME, label, seeds_finished, seeds_planned, run_ids and unfinished_run_ids
         (separated by spaces), and for each quantity QUANTITY_mean, QUANTITY_std (NaN below
         two seeds) and QUANTITY_n (seeds with a value); for metrics the same of METRIC_gain.
@@ -70,6 +73,7 @@ def scaling_table(study: Study) -> ScalingTable:
 
     cells = by_cell[[*SIZE_COLUMNS, "hours", "steps", *(f"axes.{axis}" for axis in axes)]].first()
     cells["label"] = _labels(cells, axes)
+    cells["rtf"] = real_time_factors(study, cells)
     cells["seeds_finished"] = finished.groupby("cell").size().reindex(cells.index, fill_value=0)
     cells["seeds_planned"] = by_cell.size()
     quantities = [VALIDATION_LOSS.key, NOISIEST_GAIN.key]
@@ -93,6 +97,14 @@ def scaling_table(study: Study) -> ScalingTable:
         axes=axes,
         unfinished=listed[["run_id", "label", "seed", "state", "reason", "log"]].reset_index(drop=True),
     )
+
+
+def real_time_factors(study: Study, cells: pd.DataFrame) -> pd.Series:
+    """Of each cell's size, as `python -m bsrnn.rtf study=DIR` last measured it; NaN where it did not."""
+    rows = read_records(study.directory.path / "rtf.jsonl")
+    measured = {(row["num_params"], row["macs_per_second"]): row["rtf_torch"] for row in rows}
+    sizes = zip(cells["num_params"], cells["macs_per_second"], strict=True)
+    return pd.Series([measured.get(size, math.nan) for size in sizes], index=cells.index, dtype=float)
 
 
 def _telling_axes(runs: pd.DataFrame, axes: Sequence[str]) -> tuple[str, ...]:
@@ -147,6 +159,9 @@ def written(table: ScalingTable) -> pd.DataFrame:
         row = {"Size": str(cell["size"])}
         row["Parameters"] = human_count(cell["num_params"]) if has_cell else MISSING
         row["MACs/s"] = human_count(cell["macs_per_second"]) if has_cell else MISSING
+        if table.cells["rtf"].notna().any():  # measured only where somebody asked for it
+            factor = cell.get("rtf")
+            row["RTF"] = MISSING if factor is None or pd.isna(factor) else f"{factor:.3g}"
         row["Hours"] = human_hours(cell["hours"]) if has_cell else MISSING
         row["Steps"] = f"{cell['steps']:,}" if has_cell else MISSING
         for axis in table.axes:

@@ -16,7 +16,7 @@ Several streams of equal length run as a batch, each with states of its own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Complex, Float
@@ -31,21 +31,35 @@ from bsrnn.stft import compress, decompress
 KERNEL_FRAMES = 4
 
 
+@runtime_checkable
+class FrameStep(Protocol):
+    """Enhances frames one by one."""
+
+    def initial_states(self) -> list[BlockState]:
+        """Silence before the first frame."""
+
+    def step(self, spectrum: Complex[Tensor, "stream bin"], states: list[BlockState]) -> Complex[Tensor, "stream bin"]:
+        """Enhance one frame of uncompressed spectra; `states` are renewed in place."""
+
+
 class Stream:
     """One or several streams of audio on their way through a model.
 
     model: trained and not folded; it is folded here and stays as it is
     use_kernel: False takes torch for every frame; True demands the kernel, ValueError where there
         is none; None takes it where it is to be had
+    step: what enhances single frames instead of the kernel
     """
 
-    def __init__(self, model: BSRNN, num_streams: int = 1, use_kernel: bool | None = None) -> None:
+    def __init__(
+        self, model: BSRNN, num_streams: int = 1, use_kernel: bool | None = None, step: FrameStep | None = None
+    ) -> None:
         self.config = model.config
         self._model = fold(model).requires_grad_(False)
         self.num_streams = num_streams
         self._window = self._model.stft.window
-        self._kernel: FrameKernel | None = None
-        if use_kernel is not False:
+        self._kernel = step
+        if use_kernel is not False and step is None:
             reason = FrameKernel.obstacle(self._model)
             if reason is None:
                 self._kernel = FrameKernel(self._model, num_streams)
@@ -67,12 +81,14 @@ class Stream:
         """Forget everything: the next sample is the first of a new signal."""
         n_fft, hop = self.config.n_fft, self.config.hop_length
         self.num_samples = 0  # taken in since the beginning
+        self._num_returned = 0
+        self._num_frames = 0
         self._states: list[BlockState] | None = None
-        self._pending = self._window.new_zeros(self.num_streams, 0)  # what no frame has begun past
-        self._tail = self._window.new_zeros(self.num_streams, 0)  # the last samples, to be mirrored at the end
+        # The sample before the next frame, which the end's mirror may reach, and what is there of that frame.
+        self._pending = self._window.new_zeros(self.num_streams, 1)
         self._overlap = self._window.new_zeros(self.num_streams, n_fft - hop)  # of the frames so far
         self._envelope = self._window.new_zeros(n_fft - hop)  # their squared windows, added in the same way
-        self._num_returned = 0
+        self._inverse: Tensor | None = None  # of a hop's envelope, once it is the same for every hop
         self._to_drop = n_fft // 2  # of the output, which begins where the mirrored beginning does
 
     @torch.inference_mode()
@@ -80,16 +96,15 @@ class Stream:
         """Take in the next samples, any number of them, full scale ±1; the enhanced samples that are final now."""
         if chunk.ndim != 2 or chunk.shape[0] != self.num_streams:
             raise ValueError(f"a chunk of shape {tuple(chunk.shape)}: expected ({self.num_streams}, samples)")
-        chunk = chunk.to(self._window)
         half = self.config.n_fft // 2
+        is_begun = self.num_samples > half
         self.num_samples += chunk.shape[1]
-        self._tail = torch.cat([self._tail, chunk], dim=1)[:, -(half + 1) :]
-        is_begun = self.num_samples - chunk.shape[1] > half
-        self._pending = torch.cat([self._pending, chunk], dim=1)
+        self._pending = torch.cat([self._pending, chunk.to(self._window)], dim=1)
         if not is_begun:
             if self.num_samples <= half:
-                return chunk[:, :0]
-            self._pending = torch.cat([self._pending[:, 1 : half + 1].flip(1), self._pending], dim=1)
+                return self._pending[:, :0]
+            beginning = self._pending[:, 2 : half + 2].flip(1)
+            self._pending = torch.cat([self._pending[:, :1], beginning, self._pending[:, 1:]], dim=1)
         return self._advance()
 
     @torch.inference_mode()
@@ -101,7 +116,7 @@ class Stream:
         half = self.config.n_fft // 2
         if self.num_samples <= half:
             raise ValueError(f"a signal of {self.num_samples} samples: expected at least {self.min_samples}")
-        self._pending = torch.cat([self._pending, self._tail[:, :-1].flip(1)], dim=1)
+        self._pending = torch.cat([self._pending, self._pending[:, -half - 1 : -1].flip(1)], dim=1)
         num_left = self.num_samples - self._num_returned
         finished = self._advance()
         rest = self._overlap[:, self._to_drop :] / self._envelope[self._to_drop :]
@@ -114,9 +129,9 @@ class Stream:
         return {
             "num_samples": self.num_samples,
             "num_returned": self._num_returned,
+            "num_frames": self._num_frames,
             "to_drop": self._to_drop,
             "pending": self._pending.clone(),
-            "tail": self._tail.clone(),
             "overlap": self._overlap.clone(),
             "envelope": self._envelope.clone(),
             "states": None if states is None else [tuple(part.clone() for part in state) for state in states],
@@ -135,21 +150,21 @@ class Stream:
             )
         self.num_samples, self._num_returned = state["num_samples"], state["num_returned"]
         self._to_drop = state["to_drop"]
-        self._pending, self._tail, self._overlap, self._envelope = (
-            state[name].to(self._window, copy=True) for name in ("pending", "tail", "overlap", "envelope")
+        self._num_frames, self._inverse = state["num_frames"], None
+        self._pending, self._overlap, self._envelope = (
+            state[name].to(self._window, copy=True) for name in ("pending", "overlap", "envelope")
         )
         self._states = [tuple(part.to(self._window, copy=True) for part in one) for one in states] or None
 
     def _advance(self) -> Tensor:
         """Enhance the complete frames that are pending; the samples that this makes final."""
         n_fft, hop = self.config.n_fft, self.config.hop_length
-        num_frames = max(0, (self._pending.shape[1] - n_fft) // hop + 1)
-        if num_frames == 0:
+        num_frames = (self._pending.shape[1] - 1 - n_fft) // hop + 1
+        if num_frames <= 0:
             return self._pending[:, :0]
-        frames = self._pending.unfold(1, n_fft, hop)[:, :num_frames]  # (B, T, n_fft)
+        frames = self._pending[:, 1:].unfold(1, n_fft, hop)  # (B, T, n_fft)
         self._pending = self._pending[:, num_frames * hop :]
-        spectrum = torch.fft.rfft(frames * self._window)  # (B, T, F)
-        enhanced = self._enhance(spectrum)
+        enhanced = self._enhance(torch.fft.rfft(frames * self._window))  # (B, T, F)
         return self._overlap_add(torch.fft.irfft(enhanced, n_fft) * self._window)
 
     def _enhance(self, spectrum: Complex[Tensor, "stream frame bin"]) -> Complex[Tensor, "stream frame bin"]:
@@ -157,7 +172,7 @@ class Stream:
             if self._states is None:
                 self._states = self._kernel.initial_states()
             frames = [self._kernel.step(frame, self._states) for frame in spectrum.unbind(1)]
-            return torch.stack(frames, dim=1)
+            return torch.stack(frames, dim=1) if len(frames) > 1 else frames[0].unsqueeze(1)
         exponent = self.config.compression
         compressed = compress(spectrum, exponent).transpose(1, 2)  # (B, F, T)
         enhanced, self._states = self._model.enhance_spectrum(compressed, self._states)
@@ -166,17 +181,35 @@ class Stream:
     def _overlap_add(self, frames: Float[Tensor, "stream frame n_fft"]) -> Float[Tensor, "stream enhanced"]:
         n_fft, hop = self.config.n_fft, self.config.hop_length
         num_frames = frames.shape[1]
-        num_final = num_frames * hop
-        total = frames.new_zeros(self.num_streams, num_final + n_fft - hop)
-        envelope = frames.new_zeros(num_final + n_fft - hop)
-        total[:, : n_fft - hop] = self._overlap
-        envelope[: n_fft - hop] = self._envelope
-        squared = self._window.square()
-        for t in range(num_frames):
-            total[:, t * hop : t * hop + n_fft] += frames[:, t]
-            envelope[t * hop : t * hop + n_fft] += squared
-        self._overlap, self._envelope = total[:, num_final:], envelope[num_final:]
+        num_final, covered = num_frames * hop, n_fft - hop
+        if num_frames == 1:
+            total = frames[:, 0]
+        else:
+            total = frames.new_zeros(self.num_streams, num_final + covered)
+            for t in range(num_frames):
+                total[:, t * hop : t * hop + n_fft] += frames[:, t]
+        total[:, :covered] += self._overlap
+        self._overlap = total[:, num_final:]
+        if self._inverse is None:
+            finished = total[:, :num_final] / self._renewed_envelope(num_frames)
+        else:
+            finished = (total[:, :num_final].view(self.num_streams, -1, hop) * self._inverse).flatten(1)
         dropped = min(self._to_drop, num_final)
         self._to_drop -= dropped
         self._num_returned += num_final - dropped
-        return total[:, dropped:num_final] / envelope[dropped:num_final]
+        return finished[:, dropped:]
+
+    def _renewed_envelope(self, num_frames: int) -> Float[Tensor, " sample"]:
+        """The squared windows added over the samples that frames make final; kept up until it repeats itself."""
+        n_fft, hop = self.config.n_fft, self.config.hop_length
+        num_final = num_frames * hop
+        envelope = self._window.new_zeros(num_final + n_fft - hop)
+        envelope[: n_fft - hop] = self._envelope
+        squared = self._window.square()
+        for t in range(num_frames):
+            envelope[t * hop : t * hop + n_fft] += squared
+        self._envelope = envelope[num_final:]
+        self._num_frames += num_frames
+        if self._num_frames >= 2 * -(-n_fft // hop):
+            self._inverse = 1 / envelope[num_final - hop : num_final]
+        return envelope[:num_final]

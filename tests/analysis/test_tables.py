@@ -14,7 +14,8 @@ from rich.console import Console
 from analysis.gather import gather
 from analysis.quantities import human_count, human_hours
 from analysis.tables import latex_escape, scaling_table, to_csv, to_latex, to_markdown, to_terminal, written
-from tests.analysis.conftest import WriteStudy, plan_row, score_row
+from scaling.records import write_records
+from tests.analysis.conftest import SIZES, WriteStudy, plan_row, score_row
 
 
 def test_mean_and_spread_are_those_of_the_finished_seeds(write_study: WriteStudy) -> None:
@@ -74,6 +75,20 @@ def test_any_other_axis_splits_rows_and_gets_a_column(write_study: WriteStudy) -
     )
     assert list(table.cells["seeds_planned"]) == [2, 2]
     assert r"mag\_only" in to_latex(table)
+
+
+def test_the_last_measured_real_time_factor_of_a_size_stands_beside_it(write_study: WriteStudy) -> None:
+    study = write_study([plan_row("xxt"), plan_row("xt")])
+    assert "RTF" not in written(scaling_table(gather(study.path)))
+    _, _, _, macs = SIZES["xt"]
+    rows = [
+        {"num_params": SIZES["xt"][0], "macs_per_second": macs, "rtf_torch": factor, "rtf_onnxruntime": 0.05}
+        for factor in (0.5, 0.01234)
+    ]
+    write_records(study.path / "rtf.jsonl", rows)
+    table = scaling_table(gather(study.path))
+    assert list(written(table)["RTF"]) == ["–", "–", "0.0123"]
+    assert pd.read_csv(io.StringIO(to_csv(table)))["rtf"].tolist()[2] == 0.01234
 
 
 def test_budgets_that_whole_clips_fill_unevenly_are_one_row(write_study: WriteStudy) -> None:

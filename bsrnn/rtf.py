@@ -1,0 +1,152 @@
+"""The real-time factor of streaming: seconds of one thread's CPU time for a second of audio, frame by frame.
+
+    python -m bsrnn.rtf [SIZE ...] [seconds=S] [study=DIR]
+
+SIZE is a name of the table (xxt to xl; default: all seven) or WIDTHxDEPTH. Audio comes hop by hop (16 ms), as from a
+microphone, through bsrnn/streaming.py: once with this project's step, once with the exported step in
+onnxruntime in its place, everything else the same. The two take turns, and the median of the turns
+counts. Below 1 a size keeps up with one stream on one such core. Weights are random: speed does not depend on them.
+
+study=DIR appends the rows to DIR/rtf.jsonl, where the scaling table finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bsrnn.command import run_main, settings
+from bsrnn.counting import count_macs, count_parameters
+from bsrnn.model import BSRNN, BlockState, BSRNNConfig
+from bsrnn.onnx import Session, export
+from bsrnn.streaming import Stream
+
+SIZES = {"xxt": (16, 2), "xt": (16, 6), "t": (32, 6), "s": (64, 6), "m": (128, 6), "l": (256, 6), "xl": (256, 12)}
+TURNS = 5
+
+
+@dataclass(frozen=True)
+class RealTimeFactor:
+    """A row of rtf.jsonl."""
+
+    num_channels: int
+    num_layers: int
+    num_params: int
+    macs_per_second: float
+    rtf_torch: float  # this project's streaming
+    rtf_onnxruntime: float  # the same with the step in onnxruntime
+    threads: int
+    cpu: str
+    torch: str
+    onnxruntime: str
+
+
+class OnnxStep:
+    """The exported step in a stream: the states stay with its session."""
+
+    def __init__(self, model: BSRNN) -> None:
+        self._session = Session(export(model))
+
+    def initial_states(self) -> list[BlockState]:
+        return []
+
+    def step(self, spectrum: Tensor, states: list[BlockState]) -> Tensor:
+        frame = torch.view_as_real(spectrum.contiguous()).numpy()
+        return torch.view_as_complex(torch.from_numpy(self._session.step(frame)))
+
+
+def measure(config: BSRNNConfig, seconds: float) -> RealTimeFactor:
+    """Both real-time factors of a size, over about `seconds` of audio each turn."""
+    import onnxruntime
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = BSRNN(config).eval()
+    hop = 0.1 * torch.randn(1, config.hop_length)
+    streams = [Stream(model), Stream(model, step=OnnxStep(model))]
+    num_hops = max(3, round(seconds * config.frames_per_second))
+    for stream in streams:
+        for _ in range(4):
+            stream.process(hop)
+    turns: list[list[float]] = [[], []]
+    for _ in range(TURNS):
+        for stream, times in zip(streams, turns, strict=True):
+            times.append(_seconds_per_call(lambda stream=stream: stream.process(hop), num_hops))  # type: ignore[misc]
+    ours, onnx = (statistics.median(times) * config.frames_per_second for times in turns)
+    return RealTimeFactor(
+        num_channels=config.num_channels,
+        num_layers=config.num_layers,
+        num_params=count_parameters(config).total,
+        macs_per_second=count_macs(config).total,
+        rtf_torch=ours,
+        rtf_onnxruntime=onnx,
+        threads=1,
+        cpu=_processor(),
+        torch=str(torch.__version__),
+        onnxruntime=onnxruntime.__version__,
+    )
+
+
+def _seconds_per_call(call: Callable[[], object], num_calls: int) -> float:
+    """Of the process's CPU time, so that what else the machine does counts as little as can be."""
+    start = time.process_time()
+    for _ in range(num_calls):
+        call()
+    return (time.process_time() - start) / num_calls
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _config_of(size: str) -> BSRNNConfig:
+    if size in SIZES:
+        return BSRNNConfig(*SIZES[size])
+    width, times, depth = size.partition("x")
+    if not (times and width.isdigit() and depth.isdigit()):
+        raise ValueError(f"{size}: no such size; expected one of {', '.join(SIZES)}, or WIDTHxDEPTH such as 48x4")
+    return BSRNNConfig(int(width), int(depth))
+
+
+def append_rows(path: Path, rows: Sequence[RealTimeFactor]) -> None:
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+def main(words: list[str]) -> int:
+    sizes = [word for word in words if "=" not in word]
+    _, given = settings([word for word in words if "=" in word], [], {"seconds": float, "study": Path})
+    seconds, study = given.get("seconds", 1.0), given.get("study")
+    if not 0 < seconds <= 3600:
+        raise ValueError(f"seconds = {seconds}: expected more than 0, at most 3600")
+    if study is not None and not study.is_dir():
+        raise FileNotFoundError(f"{study}: no such folder; give the folder of a study")
+    configs = {size: _config_of(size) for size in sizes or SIZES}
+    print(f"{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio   (seconds of one thread a second of audio)")
+    for size, config in configs.items():
+        row = measure(config, seconds)
+        ratio = row.rtf_torch / row.rtf_onnxruntime
+        print(f"{size:>8}  {row.rtf_torch:>12.4f}  {row.rtf_onnxruntime:>12.4f}  {ratio:5.2f}", flush=True)
+        if study is not None:
+            append_rows(study / "rtf.jsonl", [row])
+    if study is not None:
+        print(f"appended to {study / 'rtf.jsonl'}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__ or "")
