@@ -31,7 +31,10 @@ def test_every_choice_is_listed(group: str):
         assert re.search(rf"\b{path.stem}\b", line), path
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/configuration.md", "docs/variants.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))],
+)
 def test_every_file_a_document_names_is_there(document: str):
     text = (ROOT / document).read_text()
     names = re.findall(r"\]\((?!http)([^)#]+)\)", text)

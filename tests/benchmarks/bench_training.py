@@ -1,0 +1,128 @@
+"""Forward and backward of every size against a loop over bands, in one run: on one CPU thread, and on a GPU if any.
+
+The loop (tests/bsrnn/band_by_band.py) is the same model with the same weights, written from the equations
+with torch's own layers, one module for each band. The floor is three times the forward's multiply-accumulates at
+the measured rate of a large matrix product: the backward pass has two products for each of the forward's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bsrnn import BSRNN, BSRNNConfig
+from bsrnn.convert import from_reference
+from bsrnn.counting import count_macs
+from bsrnn.rtf import SIZES
+from tests.benchmarks.bench_streaming import macs_per_second
+from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
+from tests.bsrnn.band_by_band import BandByBand
+
+COMMAND = "python -m pytest tests/benchmarks/bench_training.py -o python_files='bench_*.py'"
+CROPS = {"xxt": 8, "xt": 8, "t": 8, "s": 4, "m": 2, "l": 1, "xl": 1}  # of one second, on the CPU
+
+
+def pass_through(network: Callable[[Tensor], tuple[Tensor, Tensor]], module: nn.Module, noisy: Tensor) -> Tensor:
+    """Forward, a loss of both outputs, backward; gradients start from none."""
+    module.zero_grad(set_to_none=True)
+    waveform, spectrum = network(noisy)
+    loss = waveform.square().mean() + torch.view_as_real(spectrum).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def pair_of(name: str) -> tuple[BSRNN, BandByBand]:
+    """The same weights in both."""
+    torch.manual_seed(0)
+    loop = BandByBand(*SIZES[name])
+    return from_reference(loop.state_dict()).train(), loop.train()
+
+
+def test_a_pass_on_one_cpu_thread():
+    torch.set_num_threads(1)
+    mac_rate = macs_per_second()
+    lines = [
+        "| size | crops | ours (s) | loop (s) | speed-up | floor (s) | ours / floor |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, crops in CROPS.items():
+        ours, loop = pair_of(name)
+        noisy = 0.1 * torch.randn(crops, 16_000)
+        losses = [pass_through(ours, ours, noisy), pass_through(loop, loop, noisy)]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-6)  # the same model
+        times: list[list[float]] = [[], []]
+        for _ in range(3 if crops > 2 else 1):
+            for network, taken in zip((ours, loop), times, strict=True):
+                start = time.process_time()
+                pass_through(network, network, noisy)
+                taken.append(time.process_time() - start)
+        mine, theirs = (statistics.median(taken) for taken in times)
+        config = BSRNNConfig(*SIZES[name])
+        floor = 3 * crops * (63 / 62.5) * count_macs(config).total / mac_rate  # 63 frames a crop
+        lines.append(
+            f"| {name} | {crops} | {mine:.2f} | {theirs:.2f} | {theirs / mine:.2f} | {floor:.2f} | {mine / floor:.1f} |"
+        )
+        del ours, loop
+    lines += [
+        "",
+        f"`{COMMAND}`; {measured_on('torch')}; one thread, CPU time, {mac_rate / 1e9:.0f} G MACs/s in a large product.",
+    ]
+    write_block(PERFORMANCE, "training-cpu", "\n".join(lines))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_pass_on_a_gpu():
+    """32-bit, bfloat16, compiled and as a CUDA graph; wall time, the device waited for."""
+    lines = [
+        "| size | loop fp32 (ms) | fp32 | bf16 | fp32 compiled | bf16 compiled | fp32 CUDA graph | loop / best |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name in SIZES:
+        ours, loop = (model.cuda() for model in pair_of(name))
+        noisy = 0.1 * torch.randn(16, 32_000, device="cuda")
+        taken = [_gpu_milliseconds(lambda m=loop, x=noisy: pass_through(m, m, x))]
+        for compiled in (False, True):
+            network = torch.compile(ours) if compiled else ours
+            for dtype in (torch.float32, torch.bfloat16):
+
+                def step(network=network, dtype=dtype, ours=ours, noisy=noisy) -> Tensor:
+                    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                        return pass_through(network, ours, noisy)
+
+                taken.append(_gpu_milliseconds(step))
+        taken.append(_gpu_milliseconds(_as_graph(ours, noisy)))
+        cells = " | ".join(f"{milliseconds:.1f}" for milliseconds in taken)
+        lines.append(f"| {name} | {cells} | {taken[0] / min(taken[1:]):.1f} |")
+    lines += ["", f"`{COMMAND}`; {torch.cuda.get_device_name()}, {measured_on('torch')}; 16 crops of 2 s."]
+    write_block(PERFORMANCE, "training-gpu", "\n".join(lines))
+
+
+def _gpu_milliseconds(step: Callable[[], object], num_steps: int = 10) -> float:
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / num_steps
+
+
+def _as_graph(model: BSRNN, noisy: Tensor) -> Callable[[], object]:
+    """Forward and backward captured once and replayed: no launch is paid for again."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            pass_through(model, model, noisy)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    model.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        pass_through(model, model, noisy)
+    return graph.replay
