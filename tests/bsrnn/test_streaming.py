@@ -10,7 +10,7 @@ import torch
 from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.folding import fold
 from bsrnn.kernel import FrameKernel
-from bsrnn.streaming import KERNEL_FRAMES, Stream
+from bsrnn.streaming import Stream
 from tests.bsrnn.test_model import trained_like
 
 KERNELS = pytest.mark.parametrize("use_kernel", [True, False], ids=["kernel", "torch"])
@@ -54,6 +54,16 @@ def test_chunks_of_any_length_give_the_whole_files_output_with_its_edges(
     signal = noise(2, num_samples)
     stream = Stream(model, 2, use_kernel)
     parts = [stream.process(chunk) for chunk in chunks_of(signal, largest)]
+    assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
+
+
+def test_long_chunks_through_torch_and_short_ones_through_the_kernel_go_on_from_each_other(
+    model: BSRNN, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("bsrnn.streaming.KERNEL_WORK", 3 * 16**2)  # up to three frames
+    signal = noise(2, 9_000)
+    stream = Stream(model, 2, use_kernel=True)
+    parts = [stream.process(chunk) for chunk in chunks_of(signal, 2_000)]
     assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
 
 
@@ -156,4 +166,4 @@ def test_the_kernel_takes_no_model_that_it_does_not_know():
     assert "multiple of 16" in str(FrameKernel.obstacle(fold(BSRNN(BSRNNConfig(24, 1)))))
     assert "not folded" in str(FrameKernel.obstacle(BSRNN(BSRNNConfig(16, 1))))
     stream = Stream(BSRNN(BSRNNConfig(24, 1)))
-    stream.process(noise(1, 256 * KERNEL_FRAMES + 512))  # torch does it
+    stream.process(noise(1, 2_000))  # torch does it
