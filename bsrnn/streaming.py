@@ -142,13 +142,14 @@ class Stream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a stream of the same model and number of streams was; ValueError if it was another's."""
         states = state["states"] or ()
-        shapes = [tuple(recurrent[0].shape) for recurrent in states[: self.config.num_layers]]
-        channels, bands = self.config.num_channels, self.config.num_bands
-        expected = [(1, self.num_streams * bands, 2 * channels)] * self.config.num_layers
-        if state["overlap"].shape != self._overlap.shape or (states and shapes != expected):
+        hidden = [recurrent[0] for recurrent in states[: self.config.num_layers]]  # (1, B·K, 2C) each
+        is_fitting = len(hidden) in (0, self.config.num_layers) and all(
+            part.shape[1] % self.num_streams == 0 and part.shape[2] == 2 * self.config.num_channels for part in hidden
+        )
+        if state["overlap"].shape != self._overlap.shape or not is_fitting:
             raise ValueError(
-                f"this state is of {state['overlap'].shape[0]} streams with states {shapes[:1]} x {len(shapes)}; "
-                f"expected {self.num_streams} with {expected[:1]} x {len(expected)}"
+                f"this state is of {state['overlap'].shape[0]} streams of another model or number; expected "
+                f"{self.num_streams} of {self.config.num_channels} channels and {self.config.num_layers} layers"
             )
         self.num_samples, self._num_returned = state["num_samples"], state["num_returned"]
         self._to_drop = state["to_drop"]

@@ -8,8 +8,11 @@ the other, so for a single stream those bytes pass 31 times a frame.
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +25,27 @@ from bsrnn.rtf import SIZES, measure
 from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
 
 COMMAND = "python -m pytest tests/benchmarks/bench_streaming.py -o python_files='bench_*.py'"
+
+# Reads memory in blocks of 4 KiB, forwards and then backwards, so that what fits a cache is read from it.
+READING = """
+typedef float vec __attribute__((vector_size(64)));
+volatile float sink;
+void read_to_and_fro(const float *p, long n, int times) {
+  vec s[8] = {};
+  for (int t = 0; t < times; t++)
+    for (long b = 0; b < n / 1024; b++) {
+      const vec *q = (const vec *)__builtin_assume_aligned(p + 1024 * (t % 2 ? n / 1024 - 1 - b : b), 4);
+      for (int i = 0; i < 64; i += 8)
+        for (int v = 0; v < 8; v++) {
+          vec x;
+          __builtin_memcpy(&x, q + i + v, sizeof x);
+          s[v] += x;
+        }
+    }
+  for (int v = 0; v < 8; v++) sink = s[v][0] + s[v][7] + s[v][15];
+  sink = (s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7])[3];
+}
+"""
 
 
 def fastest(call: Callable[[], object], num_calls: int, turns: int = 5) -> float:
@@ -41,26 +65,36 @@ def macs_per_second() -> float:
     return 512**3 / fastest(lambda: torch.mm(a, b), 10)
 
 
-def bytes_per_second(num_bytes: int) -> float:
-    """Of reading a matrix of a size again and again, by a product of a vector and it."""
-    matrix = np.ones((num_bytes // 4 // 256, 256), np.float32)
-    vector = np.ones(len(matrix), np.float32)
-    return matrix.nbytes / fastest(lambda: vector @ matrix, max(3, 50_000_000 // num_bytes))
+def reader(folder: Path) -> ctypes.CDLL:
+    """READING, compiled."""
+    source, library = folder / "reading.c", folder / "reading.so"
+    source.write_text(READING)
+    subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
 
 
-def floor_seconds(config: BSRNNConfig, mac_rate: float) -> float:
+def bytes_per_second(num_bytes: int, library: ctypes.CDLL) -> float:
+    """Of reading so many bytes again and again, to and fro."""
+    memory = np.ones(num_bytes // 4 // 1024 * 1024, np.float32)
+    times = max(2, 100_000_000 // memory.nbytes)
+    read = fastest(lambda: library.read_to_and_fro(ctypes.c_void_p(memory.ctypes.data), memory.size, times), 1)
+    return times * memory.nbytes / read
+
+
+def floor_seconds(config: BSRNNConfig, mac_rate: float, library: ctypes.CDLL) -> float:
     """Of one frame of one stream: recurrences over bands by their bytes or MACs, the rest likewise."""
     hidden, steps = 2 * config.num_channels, 2 * config.num_bands * config.num_layers
     matrix = 4 * hidden * hidden  # of one direction's recurrence
-    recurrence = max(steps * matrix / mac_rate, steps * 4 * matrix / bytes_per_second(4 * matrix))
+    recurrence = max(steps * matrix / mac_rate, steps * 4 * matrix / bytes_per_second(4 * matrix, library))
     macs = count_macs(config).total / config.frames_per_second - steps * matrix
     weights = 4 * count_parameters(config).folded
-    return recurrence + max(macs / mac_rate, weights / bytes_per_second(weights))
+    return recurrence + max(macs / mac_rate, weights / bytes_per_second(weights, library))
 
 
 @torch.inference_mode()
-def test_streaming_against_onnxruntime():
+def test_streaming_against_onnxruntime(tmp_path: Path):
     torch.set_num_threads(1)
+    library = reader(tmp_path)
     mac_rate = macs_per_second()
     lines = [
         "| size | RTF | RTF with onnxruntime's step | ratio | step (ms) | floor (ms) | step / floor |",
@@ -69,11 +103,11 @@ def test_streaming_against_onnxruntime():
     ratios = {}
     for name, (channels, layers) in SIZES.items():
         config = BSRNNConfig(channels, layers)
-        row = measure(config, seconds=min(1.0, 1e9 / count_macs(config).total))
+        row = measure(config, seconds=min(0.5, 1e9 / count_macs(config).total))
         kernel = FrameKernel(fold(BSRNN(config)), 1)
         states, spectrum = kernel.initial_states(), torch.randn(1, config.num_bins, dtype=torch.complex64)
         step = fastest(lambda k=kernel, x=spectrum, s=states: k.step(x, s), max(1, int(1e9 / count_macs(config).total)))
-        floor = floor_seconds(config, mac_rate)
+        floor = floor_seconds(config, mac_rate, library)
         ratios[name] = row.rtf_torch / row.rtf_onnxruntime
         lines.append(
             f"| {name} | {row.rtf_torch:.4f} | {row.rtf_onnxruntime:.4f} | {ratios[name]:.2f} | {1e3 * step:.3f} | "
