@@ -18,6 +18,10 @@ from scaling.prepare import open_shards
 from scaling.records import StudyDirectory, write_records
 from scaling.shards import ShardIndex
 
+FEWEST_WARMUPS = 3  # of steps, for a run to be more than its warm-up; the analysis leaves the others out
+MOST_PASSES = 500  # over the data: as many as the published recipe makes
+MOST_NAMES = 4
+
 
 def load_study(words: Sequence[str]) -> StudyConfig:
     """The sweep's configuration, with its first cell's values: what no cell has needs to make no sense."""
@@ -67,7 +71,18 @@ def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
 def plan_table(plans: Sequence[RunPlan], states: dict[str, str]) -> Table:
     """The runs with what they cost; `states` says of each run_id what has become of it."""
     table = Table(title=f"{len(plans)} runs", title_justify="left", box=None, pad_edge=False)
-    for name in ("run", "size", "params", "MACs/s", "data (h)", "steps", "audio seen (h)", "compute", "state"):
+    for name in (
+        "run",
+        "size",
+        "params",
+        "MACs/s",
+        "data (h)",
+        "steps",
+        "audio seen (h)",
+        "passes",
+        "compute",
+        "state",
+    ):
         table.add_column(name, justify="left" if name in ("run", "size", "state") else "right", no_wrap=name == "run")
     for plan in plans:
         row = plan.to_record()
@@ -79,9 +94,13 @@ def plan_table(plans: Sequence[RunPlan], states: dict[str, str]) -> Table:
             f"{plan.hours:.3g}",
             f"{plan.steps:,}",
             f"{row['audio_hours_seen']:.3g}",
+            f"{row['audio_hours_seen'] / plan.hours:.2g}",
             "?" if plan.estimated_hours is None else f"~{_duration(plan.estimated_hours)}",
             states.get(plan.run_id, ""),
         )
+    # Where compute is what cells share, their steps differ: the ends of the range say little about size.
+    short = [plan for plan in plans if plan.steps < FEWEST_WARMUPS * plan.config.train.optimiser.warmup_steps]
+    exhausted = [plan for plan in plans if plan.audio_seconds_seen > MOST_PASSES * plan.hours * 3600]
     unseen = [plan for plan in plans if plan.audio_seconds_seen < plan.hours * 3600]
     if all(plan.estimated_hours is not None for plan in plans):
         total = sum(plan.estimated_hours or 0 for plan in plans)
@@ -90,6 +109,11 @@ def plan_table(plans: Sequence[RunPlan], states: dict[str, str]) -> Table:
         table.caption = "compute unknown: set cluster.seconds_per_layer and cluster.seconds_per_gmac as measured"
     if unseen:
         table.caption += f"; {len(unseen)} runs end before they have seen all of their data: raise train.budget"
+    for cells, told in (
+        (short, f"{len(short)} runs have fewer steps than {FEWEST_WARMUPS} warm-ups, mostly warm-up: {_names(short)}"),
+        (exhausted, f"{len(exhausted)} runs pass over their data more than {MOST_PASSES} times: {_names(exhausted)}"),
+    ):
+        table.caption += f"; {told}" if cells and not plans[0].config.train.test else ""
     table.caption_justify = "left"
     return table
 
@@ -124,6 +148,11 @@ def _open_once(data: DataConfig, indices: dict[str, ShardIndex]) -> ShardIndex:
     if data.shards not in indices:
         indices[data.shards] = open_shards(data)
     return indices[data.shards]
+
+
+def _names(plans: Sequence[RunPlan]) -> str:
+    names = [f"{plan.config.model.name} ({plan.steps:,} steps)" for plan in plans]
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
 def _with_unit(value: float) -> str:

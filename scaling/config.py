@@ -131,11 +131,12 @@ class DataConfig:
 
 @dataclass
 class BudgetConfig:
-    """How long to train: exactly one of the three, resolved to steps in one way for all runs."""
+    """How long to train: exactly one of these, resolved to steps in one way for all runs."""
 
     steps: int | None = None  # optimiser steps
     epochs: float | None = None  # passes over the training clips, one crop of each
     audio_hours: float | None = None  # hours of crops seen
+    train_pmacs: float | None = None  # compute of the whole training, in 10^15 multiply-accumulates
 
     def __post_init__(self) -> None:
         _require_finite("train.budget", self)
@@ -143,18 +144,23 @@ class BudgetConfig:
         if len(given) != 1:
             said = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
             raise UserError(
-                f"train.budget has {said}: expected exactly one of steps, epochs, audio_hours; set the others to null"
+                f"train.budget has {said}: expected exactly one of {', '.join(vars(self))}; set the others to null"
             )
         for name, value in given.items():
             if not value > 0:
                 raise UserError(f"train.budget.{name} = {value}: expected above 0")
 
-    def resolve_steps(self, num_clips: int, global_batch: int, crop_seconds: float) -> int:
-        """Optimiser steps, at least 1; batches run across the ends of epochs."""
+    def resolve_steps(self, num_clips: int, global_batch: int, crop_seconds: float, train_macs: float) -> int:
+        """Optimiser steps, at least 1; batches run across the ends of epochs.
+
+        train_macs: multiply-accumulates of training on a second of audio
+        """
         if self.steps is not None:
             return self.steps
         if self.epochs is not None:
             crops = self.epochs * num_clips
+        elif self.train_pmacs is not None:
+            crops = self.train_pmacs * 1e15 / train_macs / crop_seconds
         else:
             assert self.audio_hours is not None
             crops = self.audio_hours * 3600 / crop_seconds

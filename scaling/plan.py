@@ -201,11 +201,12 @@ def plan_run(config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None =
         steps = TEST_STEPS
     else:
         train = config.train
-        steps = train.budget.resolve_steps(len(clips), train.global_batch, train.crop_seconds)
+        train_macs = TRAINING_PASSES * count_macs(config.model.architecture(None)).total
+        steps = train.budget.resolve_steps(len(clips), train.global_batch, train.crop_seconds, train_macs)
         if train.optimiser.warmup_steps >= steps:
             raise UserError(
-                f"train.optimiser.warmup_steps = {train.optimiser.warmup_steps} leaves nothing of {steps} steps: "
-                "lower it or raise train.budget"
+                f"train.optimiser.warmup_steps = {train.optimiser.warmup_steps} leaves nothing of the {steps} steps of "
+                f"model {config.model.name}: lower it, raise train.budget, or leave this cell out"
             )
     # Absolute, so that the plan holds wherever it is executed or read from.
     data = replace(config.data, shards=str(index.root.resolve() if isinstance(index.root, Path) else index.root))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bsrnn import BSRNN
 from bsrnn.modelfile import MODEL_FILE, save_model
 from scaling.allocator import keep_freed_memory
 from scaling.errors import BadDataError, UserError

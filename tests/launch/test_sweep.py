@@ -180,8 +180,8 @@ def test_an_interrupt_ends_the_runs_and_the_next_call_goes_on(sweep_words: list[
 
 def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path, command):
     for words, expected in (
-        ([], "error: no sweep named: give +sweep=NAME, one of budgets, grid, sizes"),
-        (["+sweep=size"], "error: sweep=size: no such sweep; expected one of budgets, grid, sizes"),
+        ([], "error: no sweep named: give +sweep=NAME, one of budgets, grid, isoflop, sizes"),
+        (["+sweep=size"], "error: sweep=size: no such sweep; expected one of budgets, grid, isoflop, sizes"),
         ([*sweep_words, "model=xt"], "error: model=xt: model is an axis of sweep sizes: set sweep.axes.model=[xt]"),
         ([*sweep_words, "sweep.axes.model=[xxt,huge]"], "error: model=huge: no such model"),
         ([*sweep_words, "sweep.axes.execution.num_workers=[1,2]"], "error: sweep sizes: cells {'model': 'xxt', 'seed'"),
@@ -218,14 +218,20 @@ def test_slurm_where_there_is_none_is_one_line(sweep_words: list[str], tmp_path:
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize("name", ["sizes", "budgets", "grid"])
+@pytest.mark.parametrize("name", ["sizes", "budgets", "grid", "isoflop"])
 def test_every_sweep_of_the_configuration_plans_on_its_defaults(
     name: str, tiny_data: list[str], tmp_path: Path, command
 ):
-    hours = ["sweep.axes.data.hours=[0.01,0.02]"] if name != "sizes" else []
+    hours = ["sweep.axes.data.hours=[0.01,0.02]"] if name in ("budgets", "grid") else []
     done = command("launch.sweep", f"+sweep={name}", *tiny_data, *hours, "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert "of training in all, on one core or GPU" in done.stdout
+    if name == "isoflop":  # what equal compute does at the ends of the range is seen before anything is spent
+        told = " ".join(done.stdout.split())
+        assert "2 runs have fewer steps than 3 warm-ups, mostly warm-up: c48 (39 steps), t (43 steps)" in told
+        tiny = ("sweep.axes.model=[c8]", "sweep.axes.train.budget.train_pmacs=[0.05,0.2]")
+        told = command("launch.sweep", f"+sweep={name}", *tiny_data, *tiny, "dry_run=true").stdout
+        assert "1 runs pass over their data more than 500 times" in " ".join(told.split())
 
 
 def wait_for_running(study: StudyDirectory, process: subprocess.Popen) -> RunDirectory:

@@ -9,7 +9,7 @@ from scaling.config import BudgetConfig, RunConfig
 from scaling.errors import UserError
 
 MISTAKES = {
-    "model=xxl": r"model=xxl: no such model; expected one of l, m, .*xt, xxt \(the files of conf/model\)",
+    "model=xxl": r"model=xxl: no such model; expected one of c24, c48, c8, l, m, .*xt, xxt \(the files of conf/model\)",
     "train=nope": r"train=nope: no such train; expected one of demo, fastenhancer",
     "sede=1": r"sede: no such setting; did you mean seed or data.demo.seed",
     "train.optimiser.lerning_rate=1": r"train.optimiser.lerning_rate: no such setting; did you mean train.optimiser.l",
@@ -23,7 +23,7 @@ MISTAKES = {
     "data.hours=0": r"data.hours = 0.0: expected a number of hours above 0",
     "data.demo.hours=-1": r"hours=-1.0, expected 0.04",
     "model.num_channels=0": r"model xt: num_channels = 0: expected a whole number of at least 1",
-    "train.budget.epochs=2": r"train.budget has steps=\d+, epochs=2.0: expected exactly one of",
+    "train.budget.epochs=2": r"train.budget has steps=\d+, epochs=2.0: expected exactly one of steps, epochs, audio_hours, train_pmacs",
     "train.budget.steps=null": r"train.budget has none: expected exactly one of",
     "train.budget.steps=0": r"train.budget.steps = 0: expected above 0",
     "train.global_batch=12": r"train.global_batch = 12 is no multiple of train.norm_batch = 8",
@@ -84,7 +84,8 @@ def test_the_reference_recipe_is_the_published_one():
 
 
 def test_steps_come_from_the_budget_in_one_way():
-    assert BudgetConfig(steps=7).resolve_steps(100, 8, 1.0) == 7
-    assert BudgetConfig(epochs=500).resolve_steps(10_802, 64, 2.0) == 84_391  # 500 · 10802 / 64 = 84390.6
-    assert BudgetConfig(audio_hours=1).resolve_steps(100, 8, 2.0) == 225
-    assert BudgetConfig(epochs=0.001).resolve_steps(10, 8, 1.0) == 1
+    assert BudgetConfig(steps=7).resolve_steps(100, 8, 1.0, 1e9) == 7
+    assert BudgetConfig(epochs=500).resolve_steps(10_802, 64, 2.0, 1e9) == 84_391  # 500 · 10802 / 64 = 84390.6
+    assert BudgetConfig(audio_hours=1).resolve_steps(100, 8, 2.0, 1e9) == 225
+    assert BudgetConfig(epochs=0.001).resolve_steps(10, 8, 1.0, 1e9) == 1
+    assert BudgetConfig(train_pmacs=2e-3).resolve_steps(10, 8, 1.0, 1e9) == 250

@@ -73,8 +73,17 @@ def test_shards_other_than_the_planned_are_refused(plan_of, tiny_index: ShardInd
 def test_a_budget_beyond_the_data_and_a_warm_up_beyond_the_run_are_refused(plan_of):
     with pytest.raises(UserError, match=r"data.hours = 9 needs 9 h"):
         plan_of("data.hours=9")
-    with pytest.raises(UserError, match="warmup_steps = 500 leaves nothing of 24 steps"):
+    with pytest.raises(UserError, match="warmup_steps = 500 leaves nothing of the 24 steps of model xxt"):
         plan_of("train.optimiser.warmup_steps=500")
+
+
+def test_sizes_of_one_compute_budget_do_the_same_number_of_multiply_accumulates(plan_of):
+    plans = [plan_of("train.budget.steps=null", "train.budget.train_pmacs=1e-3", f"model={m}") for m in ("xxt", "xt")]
+    for plan in plans:
+        assert plan.train_macs == pytest.approx(1e12, rel=0.5 / plan.steps)
+    assert plans[0].steps / plans[1].steps == pytest.approx(
+        plans[1].macs_per_second / plans[0].macs_per_second, rel=1e-2
+    )
 
 
 # --- the grid ------------------------------------------------------------------------------
