@@ -229,9 +229,9 @@ def test_every_sweep_of_the_configuration_plans_on_its_defaults(
     if name == "isoflop":  # what equal compute does at the ends of the range is seen before anything is spent
         told = " ".join(done.stdout.split())
         assert "2 runs have fewer steps than 3 warm-ups, mostly warm-up: c48 (39 steps), t (43 steps)" in told
-        tiny = ("sweep.axes.model=[c8]", "sweep.axes.train.budget.train_pmacs=[0.05,0.2]")
+        tiny = ("sweep.axes.model=[c8]", "sweep.axes.train.budget.train_pmacs=[0.002,0.05]")
         told = command("launch.sweep", f"+sweep={name}", *tiny_data, *tiny, "dry_run=true").stdout
-        assert "1 runs pass over their data more than 500 times" in " ".join(told.split())
+        assert "1 runs pass over their data more than 500 times: c8 (32,864 steps)" in " ".join(told.split())
 
 
 def wait_for_running(study: StudyDirectory, process: subprocess.Popen) -> RunDirectory:
