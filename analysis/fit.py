@@ -528,8 +528,7 @@ class _Problem:
 def _solved(matrices: Array, vectors: Array) -> Array:
     """Solutions (B, P) of (B, P, P) x = (B, P); zeros where a matrix is singular."""
     try:
-        solved: Array = np.linalg.solve(matrices, vectors[..., None])[..., 0]
-        return solved
+        return np.asarray(np.linalg.solve(matrices, vectors[..., None])[..., 0], dtype=np.float64)
     except np.linalg.LinAlgError:
         rows: list[Array] = [np.linalg.lstsq(m, v, rcond=None)[0] for m, v in zip(matrices, vectors, strict=True)]
         return np.stack(rows)

@@ -5,7 +5,8 @@
 2. The events of each run say what has become of it: a run is finished when its last record
    of that kind says so, and by nothing else (no checkpoint, no log, no exit status).
 3. Its metrics become rows of `Study.curves`, its scores rows of `Study.scores`, and what both
-   come to, columns of `Study.runs`.
+   come to, columns of `Study.runs` (`analysis.reading` has one run). Large studies are read by several
+   processes, and their curves are kept in fewer points.
 4. Folders below runs/ that the plan does not name are listed in `Study.unplanned` and not read.
 
 Numbers are given as recorded whatever the state of the run, so that a rule about which runs
@@ -14,9 +15,12 @@ to exclude can be applied to the frame: filter on `state == "finished"` for resu
 
 from __future__ import annotations
 
+import functools
 import json
-import math
+import multiprocessing
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +29,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.quantities import Quantity, metrics_named
-from scaling.records import Record, RecordError, RunDirectory, StudyDirectory
+from analysis.reading import KINDS, UNPROCESSED, UTTERANCE, RunRecords, flatten, read_run
+from scaling.records import Record, RecordError, StudyDirectory
 
 SEED_AXES = ("seed", "train.seed")
-UTTERANCE = ("id", "speaker", "noise", "snr_db", "duration")
-UNPROCESSED = "unprocessed_"
+MOST_CURVE_ROWS = 2_000_000  # of all runs together; beyond, each run keeps its share of points
+RUNS_A_TASK = 200  # for each of several processes, where a study has more than one task's
 
 # Column of `runs` → where a row of the plan has it. All but the seed are needed by the table.
 PLAN_COLUMNS = {
@@ -73,11 +78,16 @@ class Study:
         METRIC_gain: mean of enhanced - unprocessed over the utterances that have both;
         METRIC_scored, METRIC_refused: how many have an enhanced value, and how many have not.
         noisiest_si_sdr_gain: the gain over the noisiest quarter (see `noisiest_quarter`).
-    scores: one row a run, utterance and metric.
-        run_id, id, speaker, noise, snr_db, duration, noisiest_quarter (bool), metric,
-        enhanced, unprocessed, gain (NaN where refused), refused (the reason, else None).
+        training_hours: of compute, hours times processes, over all sessions, evaluation left out;
+        world_size, nodes: processes and nodes of the last session, NaN where not on record;
+        audio_seconds_per_second, step_seconds, communication_seconds: medians over training.
+    scores: one row a run and utterance.
+        run_id, id, speaker, noise, snr_db, duration, noisiest_quarter (bool); for each metric
+        METRIC and unprocessed_METRIC (NaN where refused), in single precision.
+    refusals: run_id, id, metric ("unprocessed_..." for the input's) and reason of every score that is missing.
     curves: one row a run, kind ("train", "validation") and step; every other number of the
-        record is a column, nested ones dotted (terms.magnitude); NaN where there is none.
+        record is a column, nested ones dotted (terms.magnitude); NaN where there is none. In a study of more than
+        MOST_CURVE_ROWS training rows are means over stretches of steps, under the last step of each.
     provenance: one row a planned run that has been prepared, indexed by run_id; the entries of
         its recorded provenance as text, nested ones dotted.
     science: run_id → the flattened settings that decide its result, the seed left out.
@@ -89,6 +99,7 @@ class Study:
     directory: StudyDirectory
     runs: pd.DataFrame
     scores: pd.DataFrame
+    refusals: pd.DataFrame
     curves: pd.DataFrame
     provenance: pd.DataFrame
     science: dict[str, dict[str, str]]
@@ -118,35 +129,28 @@ def gather(directory: Path | str) -> Study:
         dict.fromkeys(axis for row in plan.values() for axis in row.get("axes") or {} if axis not in SEED_AXES)
     )
 
-    rows: list[dict[str, Any]] = []
-    curves: list[pd.DataFrame] = []
-    scores: list[pd.DataFrame] = []
-    provenance: dict[str, dict[str, str]] = {}
-    for run_id, planned in plan.items():
-        run = study.run(run_id)
-        curve = curve_frame(run.read_metrics())
-        score = score_frame(run.read_scores())
-        rows.append({**_planned(planned, axes), **_outcome(run, curve, planned), **_validation(curve), **_means(score)})
-        curves.append(curve)
-        scores.append(score)
-        if run.plan.exists():
-            provenance[run_id] = flatten(run.read_plan().get("provenance") or {})
-
-    runs = pd.DataFrame(rows)
-    score = _stack(scores, run_ids)
-    metrics = metrics_named(score["metric"].unique())
+    read = _read_all(study, plan)
+    runs = pd.DataFrame(
+        [{**_planned(planned, axes), **one.outcome} for planned, one in zip(plan.values(), read, strict=True)]
+    )
+    scores = _stacked_scores(read, run_ids)
+    about = {"run_id", *UTTERANCE, "noisiest_quarter"}
+    metrics = metrics_named(name for name in scores.columns if name not in about and not name.startswith(UNPROCESSED))
     for metric in metrics:
         for column in (metric.key, UNPROCESSED + metric.key, f"{metric.key}_gain"):
             runs[column] = runs[column].astype(float) if column in runs else np.nan
         for column in (f"{metric.key}_scored", f"{metric.key}_refused"):
             runs[column] = runs[column].fillna(0).astype(int) if column in runs else 0
-    for column in ("id", "speaker", "noise", "metric"):
-        score[column] = score[column].astype("category")
+    refusals = [(run_id, *refusal) for run_id, one in zip(run_ids, read, strict=True) for refusal in one.refusals]
+    provenance = {
+        run_id: one.provenance for run_id, one in zip(run_ids, read, strict=True) if one.provenance is not None
+    }
     return Study(
         directory=study,
         runs=runs,
-        scores=score,
-        curves=_stack(curves, run_ids),
+        scores=scores,
+        refusals=pd.DataFrame(refusals, columns=["run_id", "id", "metric", "reason"]),
+        curves=_stacked_curves(read, run_ids),
         provenance=pd.DataFrame.from_dict(provenance, orient="index").rename_axis("run_id"),
         science={run_id: _without_seeds(flatten(row.get("science") or {})) for run_id, row in plan.items()},
         metrics=metrics,
@@ -155,128 +159,79 @@ def gather(directory: Path | str) -> Study:
     )
 
 
-# --- one run -------------------------------------------------------------------------------
+# --- many runs -----------------------------------------------------------------------------
 
 
-def curve_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """The metrics of one run: kind, step, and a column for every other number, nested ones dotted."""
-    flat = [_numbers(record) for record in records]
-    names = dict.fromkeys(name for row in flat for name in row if name not in ("kind", "step"))
+def _read_all(study: StudyDirectory, plan: dict[str, Record]) -> list[RunRecords]:
+    """Every planned run's records, in the plan's order."""
+    tasks = [(run_id, int(row["steps"])) for run_id, row in plan.items()]
+    points = max(50, MOST_CURVE_ROWS // len(tasks))
+    read = functools.partial(_read_some, study.path, points)
+    if len(tasks) <= RUNS_A_TASK:
+        return read(tasks)
+    chunks = [tasks[first : first + RUNS_A_TASK] for first in range(0, len(tasks), RUNS_A_TASK)]
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [one for chunk in pool.map(read, chunks) for one in chunk]
+
+
+def _read_some(path: Path, points: int, tasks: Sequence[tuple[str, int]]) -> list[RunRecords]:
+    study = StudyDirectory(path)
+    return [read_run(study.run(run_id), steps, points) for run_id, steps in tasks]
+
+
+def _run_column(counts: Sequence[int], run_ids: Sequence[str]) -> pd.Series:
+    codes = np.repeat(np.arange(len(counts)), counts)
+    return pd.Series(pd.Categorical.from_codes(codes, categories=pd.Index(run_ids)))
+
+
+def _joined(columns: Sequence[dict[str, np.ndarray]], name: str, counts: Sequence[int], dtype: Any) -> np.ndarray:
+    """One column of all runs; NaN for a run that lacks it."""
+    joined = np.full(sum(counts), np.nan, dtype=dtype)
+    first = 0
+    for of_run, count in zip(columns, counts, strict=True):
+        if name in of_run:
+            joined[first : first + count] = of_run[name]
+        first += count
+    return joined
+
+
+def _stacked_curves(read: Sequence[RunRecords], run_ids: Sequence[str]) -> pd.DataFrame:
+    curves = [one.curve for one in read]
+    counts = [len(curve["step"]) for curve in curves]
+    kinds = np.concatenate([curve["kind"] for curve in curves])
     columns: dict[str, Any] = {
-        "kind": [str(record["kind"]) for record in records],
-        "step": np.array([record["step"] for record in records], dtype=np.int64),
+        "run_id": _run_column(counts, run_ids),
+        "kind": pd.Categorical.from_codes(kinds, categories=pd.Index(KINDS)),
+        "step": np.concatenate([curve["step"] for curve in curves]),
     }
-    columns |= {name: np.array([row.get(name) for row in flat], dtype=float) for name in ("loss", *names)}
+    names = dict.fromkeys(name for curve in curves for name in curve if name not in columns)
+    columns |= {name: _joined(curves, name, counts, np.float64) for name in names}
     return pd.DataFrame(columns)
 
 
-def score_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """The scores of one run: one row an utterance and metric.
-
-    An utterance scored more than once counts once, with the row written last.
-    """
-    utterances = list({record.get("id"): record for record in records}.values())
-    keys = dict.fromkeys(
-        key.removeprefix(UNPROCESSED) for row in utterances for key in row if key.startswith(UNPROCESSED)
-    )
-    count = len(utterances)
-    snr_db = _column(utterances, "snr_db")
-    about: dict[str, Any] = {key: [row.get(key) for row in utterances] for key in ("id", "speaker", "noise")}
-    about |= {"snr_db": snr_db, "duration": _column(utterances, "duration")}
-    about["noisiest_quarter"] = noisiest_quarter(snr_db, _column(utterances, UNPROCESSED + "si_sdr"), about["id"])
-    blocks = []
-    for key in keys:
-        enhanced, unprocessed = _column(utterances, key), _column(utterances, UNPROCESSED + key)
-        reasons = [row.get("refused") or {} for row in utterances]
-        measured = {
-            "metric": [key] * count,
-            "enhanced": enhanced,
-            "unprocessed": unprocessed,
-            "gain": enhanced - unprocessed,
-            "refused": np.array([_reason(refused, key) for refused in reasons], dtype=object),
-        }
-        blocks.append(pd.DataFrame({**about, **measured}))
-    if not blocks:
-        names = [*UTTERANCE, "noisiest_quarter", "metric", "enhanced", "unprocessed", "gain", "refused"]
-        return pd.DataFrame({name: [] for name in names})
-    return pd.concat(blocks, ignore_index=True)
-
-
-def noisiest_quarter(snr_db: np.ndarray, unprocessed_si_sdr: np.ndarray, ids: Sequence[Any]) -> np.ndarray:
-    """Which utterances (U,) are the quarter with the lowest SNR, as a boolean array (U,).
-
-    Where no SNR is known the SI-SDR of the unprocessed input stands in for it: for noise
-    uncorrelated with the speech the two agree. Of equal SNRs the lower SI-SDR, then the id,
-    comes first, so that a quarter is a quarter (rounded up) and the same one in every run.
-    """
-    count = len(snr_db)
-    level = np.where(np.isnan(snr_db), unprocessed_si_sdr, snr_db)
-    order = np.lexsort((np.array([str(id) for id in ids]), unprocessed_si_sdr, level))
-    chosen = np.zeros(count, dtype=bool)
-    chosen[order[: math.ceil(count / 4)]] = True
-    return chosen
-
-
-def flatten(nested: Any, prefix: str = "") -> dict[str, str]:
-    """A nested record as {dotted.key: text}: a string as it is, null as "none", the rest as JSON."""
-    if isinstance(nested, dict) and (nested or not prefix):
-        flat: dict[str, str] = {}
-        for key, value in nested.items():
-            flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    text = "none" if nested is None else nested if isinstance(nested, str) else json.dumps(nested, sort_keys=True)
-    return {prefix: text}
-
-
-def _planned(planned: Record, axes: Sequence[str]) -> dict[str, Any]:
-    row = {column: _at(planned, path) for column, path in PLAN_COLUMNS.items()}
-    values = planned.get("axes") or {}
-    return row | {f"axes.{axis}": _scalar(values.get(axis)) for axis in axes}
-
-
-def _outcome(run: RunDirectory, curve: pd.DataFrame, planned: Record) -> dict[str, Any]:
-    state, event = run.state()
-    last_step = int(curve["step"].max()) if len(curve) else 0
-    failure = event.get("failure") if state == "failed" else None
-    said = event.get("reason")
-    reason = {  # why there is no result yet
-        "planned": "never submitted",
-        "submitted": "waiting for its job to start",
-        "preempted": "interrupted from outside" + (f": {said}" if said else ""),
-        "running": f"{event.get('event')}, at step {last_step} of {planned['steps']} by its records",
-        "finished": None,
-        "failed": ": ".join(str(part) for part in (failure, said) if part) or "no reason on record",
-    }[state]
-    log = event.get("log")
-    if log is None and state != "finished" and run.jobs.is_dir():
-        log = str(run.jobs)
-    return {"state": state, "failure": failure, "reason": reason, "log": log, "last_step": last_step}
-
-
-def _validation(curve: pd.DataFrame) -> dict[str, Any]:
-    validations = curve[curve["kind"] == "validation"]
-    last: Any = validations.iloc[-1] if len(validations) else {}
-    return {
-        "validation_step": last.get("step", np.nan),
-        "validation_loss": last.get("loss", np.nan),
-        "unprocessed_validation_loss": last.get("unprocessed_loss", np.nan),
-    }
-
-
-def _means(score: pd.DataFrame) -> dict[str, Any]:
-    means: dict[str, Any] = {"utterances": score["id"].nunique(), "noisiest_si_sdr_gain": np.nan}
-    for key, rows in score.groupby("metric", sort=False):
-        scored = int(rows["enhanced"].notna().sum())
-        means |= {
-            str(key): rows["enhanced"].mean(),
-            f"{UNPROCESSED}{key}": rows["unprocessed"].mean(),
-            f"{key}_gain": rows["gain"].mean(),
-            f"{key}_scored": scored,
-            f"{key}_refused": len(rows) - scored,
-        }
-        if key == "si_sdr":
-            means["noisiest_si_sdr_gain"] = rows.loc[rows["noisiest_quarter"].astype(bool), "gain"].mean()
-    return means
+def _stacked_scores(read: Sequence[RunRecords], run_ids: Sequence[str]) -> pd.DataFrame:
+    scores = [one.scores for one in read]
+    counts = [len(score["noisiest_quarter"]) for score in scores]
+    columns: dict[str, Any] = {"run_id": _run_column(counts, run_ids)}
+    for place, name in enumerate(UTTERANCE):
+        if name in ("snr_db", "duration"):
+            parts = [np.array(one.about[place], dtype=np.float32) for one in read]
+            columns[name] = np.concatenate(parts)
+            continue
+        seen: dict[tuple[Any, ...], np.ndarray] = {}  # most runs are scored on the same utterances
+        codes: dict[Any, int] = {}
+        for one in read:
+            texts = one.about[place]
+            if texts not in seen:
+                known = [-1 if text is None else codes.setdefault(text, len(codes)) for text in texts]
+                seen[texts] = np.array(known, dtype=np.int32)
+        stacked = np.concatenate([seen[one.about[place]] for one in read])
+        columns[name] = pd.Categorical.from_codes(stacked, categories=pd.Index(list(codes), dtype=object))
+    columns["noisiest_quarter"] = np.concatenate([score["noisiest_quarter"] for score in scores])
+    names = dict.fromkeys(name for score in scores for name in score if name not in columns)
+    columns |= {name: _joined(scores, name, counts, np.float32) for name in names}
+    return pd.DataFrame(columns)
 
 
 # --- the parts of records ------------------------------------------------------------------
@@ -296,6 +251,12 @@ def _checked_plan(study: StudyDirectory) -> dict[str, Record]:
     return plan
 
 
+def _planned(planned: Record, axes: Sequence[str]) -> dict[str, Any]:
+    row = {column: _at(planned, path) for column, path in PLAN_COLUMNS.items()}
+    values = planned.get("axes") or {}
+    return row | {f"axes.{axis}": _scalar(values.get(axis)) for axis in axes}
+
+
 def _at(record: Record, path: Sequence[str]) -> Any:
     value: Any = record
     for key in path:
@@ -307,42 +268,9 @@ def _scalar(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else value
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def _column(rows: Sequence[Record], key: str) -> np.ndarray:
-    return np.array([_number(row.get(key)) for row in rows], dtype=float)
-
-
-def _numbers(record: Record, prefix: str = "") -> dict[str, float]:
-    """The numbers of a metrics record, nested ones dotted; null is NaN, text is left out."""
-    flat: dict[str, float] = {}
-    for key, value in record.items():
-        if isinstance(value, dict):
-            flat |= _numbers(value, f"{prefix}{key}.")
-        elif value is None or isinstance(value, (int, float)):
-            flat[prefix + key] = _number(value)
-    return flat
-
-
-def _reason(refused: Record, key: str) -> str | None:
-    reason = refused.get(key, refused.get(UNPROCESSED + key))
-    return None if reason is None else str(reason)
-
-
 def _without_seeds(settings: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in settings.items() if key.rpartition(".")[2] != "seed"}
 
 
 def _folders(path: Path) -> list[Path]:
     return [entry for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []
-
-
-def _stack(frames: Sequence[pd.DataFrame], run_ids: Sequence[str]) -> pd.DataFrame:
-    """One frame of many, its first column the run each row is of (empty frames only give columns)."""
-    full = [frame for frame in frames if len(frame)]
-    stacked = pd.concat(full, ignore_index=True) if full else frames[0].copy()
-    codes = np.repeat(np.arange(len(frames)), [len(frame) for frame in frames])
-    stacked.insert(0, "run_id", pd.Series(pd.Categorical.from_codes(codes, categories=pd.Index(run_ids))))
-    return stacked

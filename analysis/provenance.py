@@ -114,10 +114,10 @@ def _mixed_settings(study: Study, table: ScalingTable) -> list[str]:
 
 
 def _refusals(study: Study) -> list[str]:
-    scores = study.scores[study.scores["run_id"].isin(study.finished["run_id"]) & study.scores["enhanced"].isna()]
+    refusals = study.refusals[study.refusals["run_id"].isin(study.finished["run_id"])]
     said = []
-    for metric, rows in scores.groupby("metric", observed=True, sort=False):
-        reasons = rows["refused"].fillna("no reason on record").value_counts()
+    for metric, rows in refusals[~refusals["metric"].str.startswith(UNPROCESSED)].groupby("metric", sort=False):
+        reasons = rows["reason"].value_counts()
         told = "; ".join(f"{reason} ({count})" for reason, count in list(reasons.items())[:MOST_VALUES])
         more = f" and {len(reasons) - MOST_VALUES} other reasons" if len(reasons) > MOST_VALUES else ""
         runs = _count(rows["run_id"].nunique(), "run")

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from analysis.gather import gather, noisiest_quarter
+from analysis.gather import gather
+from analysis.reading import noisiest_quarter
 from scaling.records import RecordError, append_record, write_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 
@@ -60,9 +61,10 @@ def test_means_are_over_scored_utterances_and_gains_over_pairs(write_study: Writ
     assert run["pesq_wb_gain"] == pytest.approx((0.5 + 1.5) / 2)
     assert (run["pesq_wb_scored"], run["pesq_wb_refused"]) == (3, 1)
     assert (run["si_sdr_scored"], run["si_sdr_refused"], run["utterances"]) == (4, 0, 4)
-    refused = study.scores[study.scores["refused"].notna()]
+    refused = study.refusals
     assert list(refused["id"]) == ["p232_001", "p232_002"]
-    assert set(refused["refused"]) == {"no speech found"}
+    assert list(refused["metric"]) == ["pesq_wb", "unprocessed_pesq_wb"]
+    assert set(refused["reason"]) == {"no speech found"}
 
 
 def test_an_utterance_scored_twice_counts_once_with_its_last_row(write_study: WriteStudy) -> None:
@@ -85,7 +87,7 @@ def test_where_no_snr_is_known_the_inputs_si_sdr_tells_the_noisiest_quarter(writ
     row = plan_row()
     scores = [score_row(n, snr_db=None, noise=None, unprocessed_si_sdr=10.0 - n, si_sdr=12.0) for n in range(8)]
     study = gather(write_study([row], scores={row["run_id"]: scores}).path)
-    hard = study.scores[study.scores["noisiest_quarter"] & (study.scores["metric"] == "si_sdr")]
+    hard = study.scores[study.scores["noisiest_quarter"]]
     assert list(hard["id"]) == ["p232_006", "p232_007"]
     assert study.runs.loc[0, "noisiest_si_sdr_gain"] == pytest.approx((8.0 + 9.0) / 2)
 

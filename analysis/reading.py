@@ -1,0 +1,288 @@
+"""One run's files → its numbers, as arrays: what `analysis.gather` stacks into frames.
+
+A run that was killed and went on is one run: its metrics count once a step, its utterances once
+an id, and its hours of compute are those of all its sessions together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaling.records import Record, RunDirectory
+
+UNPROCESSED = "unprocessed_"
+UTTERANCE = ("id", "speaker", "noise", "snr_db", "duration")
+
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What one run has on record.
+
+    outcome: state, failure, reason, log, last_step, the last validation, hours and speed of training,
+        world_size, nodes, and the means of the scores (see `gather.Study.runs`).
+    curve: kind (0 train, 1 validation), step, and every other number of the metrics, (R,) each.
+    about: (id, speaker, noise, snr_db, duration) of each utterance, as tuples of equal length.
+    scores: METRIC and unprocessed_METRIC, noisiest_quarter, (U,) each.
+    refusals: (id, metric, reason) of every score that is missing.
+    provenance: as text, nested entries dotted; None if the run has not been prepared.
+    """
+
+    outcome: dict[str, Any]
+    curve: Columns
+    about: tuple[tuple[Any, ...], ...]
+    scores: Columns
+    refusals: list[tuple[str, str, str]]
+    provenance: dict[str, str] | None
+
+
+def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunRecords:
+    """A run's records; RecordError if its plan is damaged.
+
+    steps: as planned; curve_points: most rows of training metrics to keep, None for all
+    """
+    events, metrics = run.read_events(), run.read_metrics()
+    curve = _curve(metrics)
+    about, scores, refusals = _scores(run.read_scores())
+    provenance = None
+    if run.plan.exists():
+        provenance = flatten(run.read_plan().get("provenance") or {})
+        if hardware := _hardware(events):
+            provenance |= flatten({"hardware": hardware})
+    outcome = {**_outcome(run, curve, steps), **_validation(curve), **_execution(events, curve), **_means(scores)}
+    return RunRecords(outcome, _thinned(curve, curve_points), about, scores, refusals, provenance)
+
+
+# --- metrics -------------------------------------------------------------------------------
+
+KINDS = ("train", "validation")
+
+
+def _curve(records: Sequence[Record]) -> Columns:
+    known = [record for record in records if record["kind"] in KINDS]
+    columns: Columns = {
+        "kind": np.array([KINDS.index(record["kind"]) for record in known], dtype=np.int8),
+        "step": np.array([record["step"] for record in known], dtype=np.int64),
+        "loss": np.full(len(known), np.nan),
+    }
+    return columns | _numbers(known, skip=("kind", "step"))
+
+
+def _numbers(records: Sequence[Record], prefix: str = "", skip: Sequence[str] = ()) -> Columns:
+    """Every number of the records as a column, nested ones dotted; NaN for null or none, text left out."""
+    columns: Columns = {}
+    for key in dict.fromkeys(key for record in records for key in record):
+        if key in skip:
+            continue
+        values = [record.get(key) for record in records]
+        sample = next((value for value in values if value is not None), math.nan)
+        if isinstance(sample, dict):
+            nested = [value if isinstance(value, dict) else {} for value in values]
+            columns |= _numbers(nested, f"{prefix}{key}.")
+        elif isinstance(sample, (int, float)):
+            columns[prefix + key] = _floats(values)
+    return columns
+
+
+def _floats(values: Sequence[Any]) -> NDArray[np.float64]:
+    try:
+        return np.array(values, dtype=float)  # None becomes NaN
+    except (TypeError, ValueError):
+        return np.array([value if isinstance(value, (int, float)) else math.nan for value in values], dtype=float)
+
+
+def _thinned(curve: Columns, points: int | None) -> Columns:
+    """Every validation, and means over stretches of the training rows, so that few are left; steps are the last's."""
+    train = np.flatnonzero(curve["kind"] == 0)
+    if points is None or len(train) <= points:
+        return curve
+    edges = np.linspace(0, len(train), points + 1).astype(int)
+    counts = np.diff(edges)
+    others = np.flatnonzero(curve["kind"] != 0)
+    thin: Columns = {}
+    for name, values in curve.items():
+        means = values[train[edges[1:] - 1]]
+        if name not in ("kind", "step"):
+            means = np.add.reduceat(values[train], edges[:-1]) / counts
+        thin[name] = np.concatenate([means, values[others]])
+    order = np.lexsort((thin["kind"], thin["step"]))
+    return {name: values[order] for name, values in thin.items()}
+
+
+# --- what became of it ---------------------------------------------------------------------
+
+
+def _outcome(run: RunDirectory, curve: Columns, steps: int) -> dict[str, Any]:
+    state, event = run.state()
+    last_step = int(curve["step"].max()) if len(curve["step"]) else 0
+    failure = event.get("failure") if state == "failed" else None
+    said = event.get("reason")
+    reason = {  # why there is no result yet
+        "planned": "never submitted",
+        "submitted": "waiting for its job to start",
+        "preempted": "interrupted from outside" + (f": {said}" if said else ""),
+        "running": f"{event.get('event')}, at step {last_step} of {steps} by its records",
+        "finished": None,
+        "failed": ": ".join(str(part) for part in (failure, said) if part) or "no reason on record",
+    }[state]
+    log = event.get("log")
+    if log is None and state != "finished" and run.jobs.is_dir():
+        log = str(run.jobs)
+    return {"state": state, "failure": failure, "reason": reason, "log": log, "last_step": last_step}
+
+
+def _validation(curve: Columns) -> dict[str, Any]:
+    rows = np.flatnonzero(curve["kind"] == 1)
+    if not len(rows):
+        return {"validation_step": np.nan, "validation_loss": np.nan, "unprocessed_validation_loss": np.nan}
+    unprocessed = curve.get("unprocessed_loss", np.full(len(curve["step"]), np.nan))
+    last = rows[-1]
+    return {
+        "validation_step": float(curve["step"][last]),
+        "validation_loss": float(curve["loss"][last]),
+        "unprocessed_validation_loss": float(unprocessed[last]),
+    }
+
+
+def _hardware(events: Sequence[Record]) -> Record:
+    """Of the last session on record; {} if none says."""
+    said = [event.get("hardware") for event in events if event.get("event") in ("started", "resumed")]
+    found = [hardware for hardware in said if isinstance(hardware, dict)]
+    # The host differs from job to job by nature; what it is made of should not.
+    return {key: value for key, value in found[-1].items() if key != "host"} if found else {}
+
+
+def _execution(events: Sequence[Record], curve: Columns) -> dict[str, Any]:
+    """Hours and speed of training: hours are those of processes, so twice the time for two."""
+    hours, since, size, last = 0.0, None, 1, None
+    sizes, nodes = [], []
+    for event in events:
+        kind, at = event.get("event"), event.get("time")
+        if not isinstance(at, (int, float)):
+            continue
+        if kind in ("started", "resumed"):
+            if since is not None and last is not None:  # the session before was killed
+                hours += max(0.0, last - since) * size / 3600
+            said = event.get("world_size")
+            size = int(said) if isinstance(said, (int, float)) and said >= 1 else 1
+            sizes.append(size)
+            if isinstance(event.get("nodes"), (int, float)):
+                nodes.append(int(event["nodes"]))
+            since, last = at, at
+        elif since is not None:
+            last = at
+            if kind in ("evaluating", "finished", "failed", "preempted"):
+                hours += max(0.0, at - since) * size / 3600
+                since = None
+    train = curve["kind"] == 0
+    if since is not None and last is not None:  # running, or killed: as far as its records reach
+        times = curve.get("time")
+        if times is not None and train.any():
+            last = max(last, float(np.nanmax(times)))
+        hours += max(0.0, last - since) * size / 3600
+
+    def median(name: str) -> float:
+        # The first rows hold the warming up of caches and compilers.
+        values = curve[name][train] if name in curve else np.empty(0)
+        values = values[len(values) // 10 :]
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else np.nan
+
+    return {
+        "training_hours": hours if sizes else np.nan,
+        "world_size": sizes[-1] if sizes else np.nan,
+        "nodes": nodes[-1] if nodes else np.nan,
+        "audio_seconds_per_second": median("audio_seconds_per_second"),
+        "step_seconds": median("step_seconds"),
+        "communication_seconds": median("communication_seconds"),
+    }
+
+
+# --- scores --------------------------------------------------------------------------------
+
+
+def _scores(records: Sequence[Record]) -> tuple[tuple[tuple[Any, ...], ...], Columns, list[tuple[str, str, str]]]:
+    """Scores of one run; an utterance scored more than once counts once, with the row written last."""
+    rows = list({record.get("id"): record for record in records}.values())
+    keys = [key.removeprefix(UNPROCESSED) for row in rows for key in row if key.startswith(UNPROCESSED)]
+    about = tuple(tuple(row.get(key) for row in rows) for key in UTTERANCE)
+    columns: Columns = {}
+    refusals: list[tuple[str, str, str]] = []
+    for key in dict.fromkeys(keys):
+        columns[key] = _floats([row.get(key) for row in rows])
+        columns[UNPROCESSED + key] = _floats([row.get(UNPROCESSED + key) for row in rows])
+        for number in np.flatnonzero(np.isnan(columns[key])):
+            refusals.append((str(about[0][number]), key, _reason(rows[number].get("refused") or {}, key)))
+        for number in np.flatnonzero(np.isnan(columns[UNPROCESSED + key]) & ~np.isnan(columns[key])):
+            refused = rows[number].get("refused") or {}
+            refusals.append((str(about[0][number]), UNPROCESSED + key, _reason(refused, UNPROCESSED + key)))
+    inputs = columns.get(UNPROCESSED + "si_sdr", np.full(len(rows), np.nan))
+    columns["noisiest_quarter"] = noisiest_quarter(_floats(about[3]), inputs, about[0])
+    return about, columns, refusals
+
+
+def noisiest_quarter(snr_db: np.ndarray, unprocessed_si_sdr: np.ndarray, ids: Sequence[Any]) -> np.ndarray:
+    """Which utterances (U,) are the quarter with the lowest SNR, as a boolean array (U,).
+
+    Where no SNR is known the SI-SDR of the unprocessed input stands in for it: for noise
+    uncorrelated with the speech the two agree. Of equal SNRs the lower SI-SDR, then the id,
+    comes first, so that a quarter is a quarter (rounded up) and the same one in every run.
+    """
+    count = len(snr_db)
+    level = np.where(np.isnan(snr_db), unprocessed_si_sdr, snr_db)
+    order = np.lexsort((np.array([str(id) for id in ids]), unprocessed_si_sdr, level))
+    chosen = np.zeros(count, dtype=bool)
+    chosen[order[: math.ceil(count / 4)]] = True
+    return chosen
+
+
+def _means(scores: Columns) -> dict[str, Any]:
+    means: dict[str, Any] = {"utterances": len(scores["noisiest_quarter"]), "noisiest_si_sdr_gain": np.nan}
+    for key, enhanced in scores.items():
+        if key.startswith(UNPROCESSED) or key == "noisiest_quarter":
+            continue
+        unprocessed = scores[UNPROCESSED + key]
+        gain = enhanced - unprocessed
+        scored = int(np.isfinite(enhanced).sum())
+        means |= {
+            key: _mean(enhanced),
+            UNPROCESSED + key: _mean(unprocessed),
+            f"{key}_gain": _mean(gain),
+            f"{key}_scored": scored,
+            f"{key}_refused": len(enhanced) - scored,
+        }
+        if key == "si_sdr":
+            means["noisiest_si_sdr_gain"] = _mean(gain[scores["noisiest_quarter"]])
+    return means
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else np.nan
+
+
+def _reason(refused: Record, key: str) -> str:
+    reason = refused.get(key, refused.get(UNPROCESSED + key))
+    return "no reason on record" if reason is None else str(reason)
+
+
+# --- text ----------------------------------------------------------------------------------
+
+
+def flatten(nested: Any, prefix: str = "") -> dict[str, str]:
+    """A nested record as {dotted.key: text}: a string as it is, null as "none", the rest as JSON."""
+    if isinstance(nested, dict) and (nested or not prefix):
+        flat: dict[str, str] = {}
+        for key, value in nested.items():
+            flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    text = "none" if nested is None else nested if isinstance(nested, str) else json.dumps(nested, sort_keys=True)
+    return {prefix: text}
