@@ -65,13 +65,23 @@ class Data:
     def where(self, keep: NDArray[np.bool_]) -> Data:
         return Data({name: values[keep] for name, values in self.x.items()}, self.y[keep], self.cell[keep])
 
+    @property
+    def counts(self) -> NDArray[np.intp]:
+        """Seeds in each cell."""
+        return np.bincount(self.codes)
+
     def cell_means(self, is_log: bool) -> Data:
         """One row a cell: the mean of y over its seeds (of log y, back in y's unit), and of x."""
         first = np.unique(self.codes, return_index=True)[1]
-        counts = np.bincount(self.codes)
-        y = np.log(self.y) if is_log else self.y
-        mean = np.bincount(self.codes, weights=y) / counts
-        return Data({n: v[first] for n, v in self.x.items()}, np.exp(mean) if is_log else mean, self.cell[first])
+
+        def mean(values: Array) -> Array:
+            return np.bincount(self.codes, weights=np.asarray(values, dtype=float)) / self.counts
+
+        y = np.exp(mean(np.log(self.y))) if is_log else mean(self.y)
+        # exactly the cell's x where all its seeds have the same, which is all laws but those of the loss
+        x = {name: np.asarray(values, dtype=float)[first] for name, values in self.x.items() if name != "L"}
+        x |= {name: mean(values) for name, values in self.x.items() if name == "L"}
+        return Data(x, y, self.cell[first])
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Fit:
     parameters: name → value. objective: of the optimum. huber: delta, or None for least squares.
     bootstrap: name → (B,) values of the bootstraps; empty if there were none.
     resampled: "seeds" or "cells", what the bootstraps drew.
-    residuals: (n,) of log y or y.
+    residuals: (cells,) of the cells' means, of log y or y.
     """
 
     law: Law
@@ -139,13 +149,13 @@ class Fit:
 
     def scatter(self) -> tuple[Array, Array]:
         """Residuals of the cells' means, and of seeds within cells, both scaled to be unbiased in variance."""
-        codes, counts = self.data.codes, np.bincount(self.data.codes)
-        means = np.bincount(codes, weights=self.residuals) / counts
-        freedom = len(means) - self.law.num_parameters
-        between = means * np.sqrt(len(means) / freedom) if freedom > 0 else means
-        several = counts[codes] > 1
-        scale = np.sqrt(counts / np.maximum(counts - 1, 1))[codes]
-        return between, ((self.residuals - means[codes]) * scale)[several]
+        freedom = len(self.residuals) - self.law.num_parameters
+        between = self.residuals * np.sqrt(len(self.residuals) / max(freedom, 1))
+        codes, counts = self.data.codes, self.data.counts
+        y = np.log(self.data.y) if self.law.is_log else self.data.y
+        means = np.bincount(codes, weights=y) / counts
+        scale = np.sqrt(counts / np.maximum(counts - 1, 1))
+        return between, ((y - means[codes]) * scale[codes])[counts[codes] > 1]
 
     @property
     def aicc(self) -> float:
@@ -153,11 +163,10 @@ class Fit:
 
         The scale of the residuals counts as a parameter. Comparable between laws of the same y.
         """
-        means = self.data.cell_means(self.law.is_log)
-        n, k = means.num_cells, self.law.num_parameters + 1
+        n, k = self.data.num_cells, self.law.num_parameters + 1
         if not self.is_usable or n - k - 1 <= 0:
             return np.nan
-        again = fit(self.law, means, huber=None)
+        again = fit(self.law, self.data.cell_means(self.law.is_log), huber=None)
         if not again.is_usable:
             return np.nan
         squares = float(np.sum(again.residuals**2))
@@ -185,19 +194,21 @@ def fit(
     resample: str = "auto",
     seed: int = 0,
 ) -> Fit:
-    """Fit a law; see `Fit` for what comes back.
+    """Fit a law to the means of cells, each with the weight of its seeds; see `Fit` for what comes back.
 
     huber: delta of the robust loss in units of the residual (log y; y for metrics), None for least squares
     bootstraps: how many, for intervals
-    resample: "seeds" within each cell, "cells", or "auto": seeds where every cell has several, else cells
+    resample: "seeds" within each cell, "cells", or "auto": seeds where every cell has several and x is the same
+        for all of them, else cells
     """
-    why = unidentifiable(law, data)
+    means = data.cell_means(law.is_log)
+    why = unidentifiable(law, means)
     if why:
         return Fit(law, data, UNIDENTIFIABLE, why, huber=huber)
-    problem = _Problem(law, data, huber)
-    weights = np.ones((1, len(data.y)))
-    starts = problem.starts(weights[0])
-    points, objectives, converged = problem.minimise(starts, np.repeat(weights, len(starts), axis=0))
+    problem = _Problem(law, means, huber)
+    weights = data.counts.astype(float)
+    starts = problem.starts(weights)
+    points, objectives, converged = problem.minimise(starts, np.tile(weights, (len(starts), 1)))
     best = int(np.argmin(objectives))
     point = points[best]
     status, reason = problem.status(point, bool(converged[best]))
@@ -208,12 +219,19 @@ def fit(
     drawn: dict[str, Array] = {}
     if bootstraps:
         if resample == "auto":
-            resample = "seeds" if (np.bincount(data.codes) > 1).all() else "cells"
-        draws = draw_weights(data, bootstraps, resample, np.random.default_rng(seed))
+            resample = "seeds" if (data.counts > 1).all() and "L" not in law.variables else "cells"
+        rng = np.random.default_rng(seed)
+        if resample == "seeds":
+            draws, y = np.tile(weights, (bootstraps, 1)), draw_seeds(data, bootstraps, law.is_log, rng)
+        elif resample == "cells":
+            chosen = rng.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), bootstraps)
+            draws, y = chosen * weights, None
+        else:
+            raise ValueError(f"resample = {resample!r}: expected seeds, cells or auto")
         # The runner-up valley too: another sample may prefer it.
         order = np.argsort(objectives)
         others = [points[i] for i in order[1:] if not np.allclose(points[i], point, rtol=1e-3, atol=1e-6)][:1]
-        drawn = problem.named(problem.minimise_all([point, *others], draws))
+        drawn = problem.named(problem.minimise_all([point, *others], draws, y))
     return Fit(
         law,
         data,
@@ -228,24 +246,21 @@ def fit(
     )
 
 
-def draw_weights(data: Data, bootstraps: int, resample: str, rng: np.random.Generator) -> Array:
-    """Weights (B, n) of the rows in each bootstrap.
+def draw_seeds(data: Data, bootstraps: int, is_log: bool, rng: np.random.Generator) -> Array:
+    """Means of the cells (B, cells), each over seeds drawn again from its own.
 
-    "cells": as many cells as there are, with replacement. "seeds": within each cell of k seeds, k - 1
-    with replacement at weight k / (k - 1), which makes the variance of the cell's mean unbiased for small k
+    Of k seeds k - 1 are drawn, with replacement, which makes the variance of the mean unbiased for small k
     (Rao & Wu 1988); a cell's only seed stays as it is.
     """
-    codes, counts = data.codes, np.bincount(data.codes)
-    if resample == "cells":
-        return rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), bootstraps)[:, codes].astype(float)
-    if resample != "seeds":
-        raise ValueError(f"resample = {resample!r}: expected seeds, cells or auto")
-    weights = np.ones((bootstraps, len(codes)))
-    for cell in np.flatnonzero(counts > 1):
-        k = counts[cell]
-        drawn = rng.multinomial(k - 1, np.full(k, 1 / k), bootstraps)
-        weights[:, codes == cell] = drawn * (k / (k - 1))
-    return weights
+    y = np.log(data.y) if is_log else np.asarray(data.y, dtype=float)
+    means = np.empty((bootstraps, data.num_cells))
+    for cell, k in enumerate(data.counts):
+        seeds = y[data.codes == cell]
+        if k == 1:
+            means[:, cell] = seeds[0]
+        else:
+            means[:, cell] = rng.multinomial(k - 1, np.full(k, 1 / k), bootstraps) @ seeds / (k - 1)
+    return np.exp(means) if is_log else means
 
 
 def unidentifiable(law: Law, data: Data) -> str:
@@ -286,6 +301,7 @@ class _Problem:
         self.centres = {name: float(np.mean(values)) for name, values in coordinates.items()}
         columns = {name: values - self.centres[name] for name, values in coordinates.items()} | {"1": 1.0}
         self.y = np.asarray(data.y, dtype=float)
+        self.log_y = np.log(self.y) if law.is_log else self.y
         self.scale = float(np.exp(np.mean(np.log(self.y)))) if law.is_log else 1.0
         self.n, self.K, self.T = len(self.y), len(law.terms), len(law.shapes)
         self.directions = np.zeros((self.K, self.T, self.n))
@@ -325,14 +341,15 @@ class _Problem:
             predicted += points[:, k, None] * link[0]
         return predicted
 
-    def _residual(self, predicted: Array) -> Array:
+    def _residual(self, predicted: Array, target: Array | None) -> Array:
+        """target: y (B, n) of each point where it is not the data's, of its logarithm where residuals are."""
         if not self.law.is_log:
-            return predicted - self.y
+            return predicted - (self.y if target is None else target)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.log(predicted) - np.log(self.y)
+            return np.log(predicted) - (self.log_y if target is None else target)
 
-    def residuals(self, points: Array) -> Array:
-        return self._residual(self._predicted(points, self._links(points[:, self.K :], 0)))
+    def residuals(self, points: Array, target: Array | None = None) -> Array:
+        return self._residual(self._predicted(points, self._links(points[:, self.K :], 0)), target)
 
     def _rho(self, residual: Array) -> Array:
         if self.huber is None:
@@ -341,17 +358,19 @@ class _Problem:
         inner = np.minimum(size, self.huber)
         return inner * (size - inner / 2)
 
-    def objective(self, points: Array, weights: Array) -> Array:
+    def objective(self, points: Array, weights: Array, target: Array | None = None) -> Array:
         """(B,); infinite where a predicted loss is not above 0."""
-        total = np.einsum("bn,bn->b", weights, self._rho(self.residuals(points)))
+        total = np.einsum("bn,bn->b", weights, self._rho(self.residuals(points, target)))
         return np.where(np.isfinite(total), total, np.inf)
 
-    def derivatives(self, points: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
+    def derivatives(
+        self, points: Array, weights: Array, target: Array | None = None
+    ) -> tuple[Array, Array, Array, Array]:
         """Objective (B,), gradient (B, P), Hessian and robust Gauss-Newton matrix (B, P, P)."""
         K, T, B = self.K, self.T, len(points)
         links = self._links(points[:, K:], 2)
         predicted = self._predicted(points, links)
-        residual = self._residual(predicted)
+        residual = self._residual(predicted, target)
         psi = residual if self.huber is None else np.clip(residual, -self.huber, self.huber)
         objective = np.einsum("bn,bn->b", weights, self._rho(residual))
         jacobian = np.empty((B, K + T, self.n))
@@ -451,13 +470,15 @@ class _Problem:
     # Newton's method on a batch
 
     @np.errstate(all="ignore")  # a step too far has no logarithm, and is refused for it
-    def minimise(self, points: Array, weights: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+    def minimise(
+        self, points: Array, weights: Array, target: Array | None = None
+    ) -> tuple[Array, Array, NDArray[np.bool_]]:
         """From points (B, P) under weights (B, n): points, objectives (B,), whether each has converged (B,)."""
         points = np.clip(points, self.lower, self.upper)
         done = np.zeros(len(points), dtype=bool)
         active = np.arange(len(points))
         damping = np.full(len(points), 1e-3)
-        objective, gradient, hessian, gauss_newton = self.derivatives(points, weights)
+        objective, gradient, hessian, gauss_newton = self.derivatives(points, weights, target)
         eye = np.eye(points.shape[1])
         for _ in range(STEPS):
             here = points[active]
@@ -481,7 +502,7 @@ class _Problem:
             gauss_newton, scale, slope, curved = gauss_newton[keep], scale[keep], slope[keep], curved[keep]
             step = -_solved(curved + damping[active, None, None] * eye, slope) / scale
             candidate = np.clip(here + step, self.lower, self.upper)
-            new = self.derivatives(candidate, weights[active])
+            new = self.derivatives(candidate, weights[active], None if target is None else target[active])
             better = new[0] < objective  # nan is not
             points[active[better]] = candidate[better]
             damping[active] = np.where(better, damping[active] / 5, damping[active] * 4)
@@ -491,17 +512,23 @@ class _Problem:
             gradient = np.where(better[:, None], new[1], gradient)
             hessian = np.where(better[:, None, None], new[2], hessian)
             gauss_newton = np.where(better[:, None, None], new[3], gauss_newton)
-        return points, self.objective(points, weights), done
+        return points, self.objective(points, weights, target), done
 
-    def minimise_all(self, starts: Sequence[Array], weights: Array) -> Array:
-        """The best point (B, P) of each weighting, over the starts; in threads, chunk by chunk."""
+    def minimise_all(self, starts: Sequence[Array], weights: Array, y: Array | None = None) -> Array:
+        """The best point (B, P) of each sample, over the starts; in threads, chunk by chunk.
 
-        def one(chunk: Array) -> Array:
-            results = [self.minimise(np.repeat(start[None], len(chunk), axis=0), chunk) for start in starts]
+        weights (B, n); y (B, n) of each sample where it is not the data's
+        """
+        target = None if y is None else np.log(y) if self.law.is_log else y
+
+        def one(chunk: slice) -> Array:
+            sample = weights[chunk], None if target is None else target[chunk]
+            count = len(sample[0])
+            results = [self.minimise(np.repeat(start[None], count, axis=0), *sample) for start in starts]
             best = np.argmin([objective for _, objective, _ in results], axis=0)
-            return np.stack([points for points, _, _ in results])[best, np.arange(len(chunk))]
+            return np.stack([points for points, _, _ in results])[best, np.arange(count)]
 
-        chunks = [weights[first : first + CHUNK] for first in range(0, len(weights), CHUNK)]
+        chunks = [slice(first, first + CHUNK) for first in range(0, len(weights), CHUNK)]
         with ThreadPoolExecutor(_num_threads()) as pool:
             return np.concatenate(list(pool.map(one, chunks)))
 

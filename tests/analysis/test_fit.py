@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import approx_fprime, minimize
 
-from analysis.fit import BOUND, CONVERGED, UNIDENTIFIABLE, Data, _Problem, draw_weights, fit
+from analysis.fit import BOUND, CONVERGED, UNIDENTIFIABLE, Data, _Problem, draw_seeds, fit
 from analysis.laws import (
     Law,
     compute_optimal_size,
@@ -127,7 +127,7 @@ def test_all_of_the_chinchilla_points_give_another_law_so_exclusions_matter():
 def test_no_general_purpose_optimiser_finds_a_better_bootstrap():
     data = chinchilla()
     problem = _Problem(joint_loss_law(), data, 1e-3)
-    weights = draw_weights(data, 4, "cells", np.random.default_rng(3))
+    weights = np.random.default_rng(3).multinomial(240, np.full(240, 1 / 240), 4).astype(float)
     start = problem.starts(np.ones(len(data.y)))[0]
     found = problem.minimise_all([start], weights)
     for point, weight in zip(found, weights, strict=True):
@@ -183,15 +183,24 @@ def test_intervals_cover_what_made_the_data():
 
 
 def test_seeds_are_resampled_within_their_cells_with_an_unbiased_variance():
-    data = Data({"N": np.ones(6)}, np.arange(6.0), np.array(["a", "a", "a", "b", "b", "c"]))
-    weights = draw_weights(data, 40_000, "seeds", np.random.default_rng(0))
-    assert np.allclose(weights[:, :3].sum(axis=1), 3)
-    assert np.allclose(weights[:, 3:5].sum(axis=1), 2)
-    assert (weights[:, 5] == 1).all()
-    means = weights[:, :3] @ data.y[:3] / 3
-    assert means.var() == pytest.approx(np.var(data.y[:3], ddof=1) / 3, rel=0.03)
-    drawn = draw_weights(data, 100, "cells", np.random.default_rng(0))
-    assert (drawn[:, 0] == drawn[:, 2]).all(), "the seeds of a cell go together"
+    data = Data({"N": np.ones(6)}, np.array([1.0, 2, 4, 8, 9, 7]), np.array(["a", "a", "a", "b", "b", "c"]))
+    means = draw_seeds(data, 40_000, False, np.random.default_rng(0))
+    assert means.shape == (40_000, 3)
+    assert means[:, 0].mean() == pytest.approx(7 / 3, rel=0.01)
+    assert means[:, 0].var() == pytest.approx(np.var([1, 2, 4], ddof=1) / 3, rel=0.03)
+    assert set(means[:, 1]) == {8.0, 9.0}
+    assert (means[:, 2] == 7).all()
+    logs = draw_seeds(data, 5, True, np.random.default_rng(0))
+    assert set(np.round(logs[:, 1], 9)) <= {8.0, 9.0}
+
+
+def test_more_seeds_of_the_same_noise_narrow_the_interval():
+    widths = []
+    for seeds in (2, 32):
+        fitted = fit(joint_loss_law(), grid(0.01, seeds, np.random.default_rng(2)), huber=None, bootstraps=300)
+        low, high = fitted.interval("alpha")
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2.5
 
 
 # --- what data cannot tell -----------------------------------------------------------------

@@ -1,0 +1,387 @@
+"""From a study's runs to what may be claimed of them: laws with intervals, and their test on what they did not see.
+
+1. Rules leave runs out of every fit, each with the rule on record; every law is fitted both ways.
+2. L(N) is fitted at one budget (of the budgets, the one with the most sizes), L(D) at one size, L(C) to
+   the cells that no cheaper cell beats, L(N, D) to all.
+3. Metrics follow bounded laws of N, and of the loss.
+4. Each law is fitted again without the largest size, or budget, and has to predict it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.fit import HUBER_DELTA, Data, Fit, fit
+from analysis.gather import Study
+from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
+from analysis.quantities import VALIDATION_LOSS, Quantity, human_count, human_hours, round_hours
+from analysis.settings import DATA, SIZES, Settings
+
+CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}  # the highest value that the metric can take
+SAME_COMPUTE = 0.05  # relative: steps are whole, so equal budgets are equal to within some percent
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A prediction of cells that the fit did not see.
+
+    cells: one row a cell left out: label, N, D, C, seeds, observed, predicted, low, high, error (predicted - observed;
+        relative for losses), naive_error (of predicting the best cell that was seen), is_covered.
+    verdict: "pass" if every cell lies in its interval and the errors are smaller than the naive ones; "fail";
+        or "not possible", with the reason.
+    """
+
+    left_out: str
+    verdict: str
+    reason: str
+    cells: pd.DataFrame
+
+    @property
+    def error(self) -> float:
+        return float(np.abs(self.cells["error"]).mean()) if len(self.cells) else np.nan
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A law of one quantity, fitted to some of the cells.
+
+    fitted: without the runs that a rule excludes; with_excluded: with those of them that have a value, or None
+    where no rule excludes any. Of losses `squares` is the least-squares fit to set beside the robust one.
+    """
+
+    quantity: Quantity
+    law: Law
+    about: str  # which cells, in words
+    measure: str  # what N is
+    fitted: Fit
+    squares: Fit | None
+    with_excluded: Fit | None
+    held_out: tuple[HeldOut, ...]
+    run_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Claims:
+    """All that is claimed of a study. exclusions: run_id, rule, detail, has_value (a loss on record nonetheless)."""
+
+    settings: Settings
+    data: str  # what D is: a key of DATA
+    runs: pd.DataFrame  # the study's runs with N, D, C, cell, label and excluded (the rule, or "")
+    exclusions: pd.DataFrame
+    losses: list[Claim]
+    metrics: list[Claim]
+
+    @property
+    def kept(self) -> pd.DataFrame:
+        return self.runs[self.runs["excluded"] == ""]
+
+    def loss(self, name: str, measure: str | None = None) -> Claim | None:
+        """The claim of a law by its name ("L(N)"), with N as the settings have it."""
+        wanted = measure or self.settings.size
+        return next((c for c in self.losses if c.law.name == name and c.measure == wanted), None)
+
+
+def claims(study: Study, settings: Settings) -> Claims:
+    """Fit and test every law that the study's axes allow."""
+    data = varying_data(study.runs) if settings.data == "auto" else settings.data
+    runs, exclusions = prepared(study, settings, data)
+    losses: list[Claim] = []
+    for measure in (settings.size, *(name for name in SIZES if name != settings.size)):
+        losses.append(_loss_against_size(runs, measure, settings))
+    losses.append(_loss_against_data(runs, data, settings))
+    losses.append(_loss_against_compute(runs, settings))
+    for measure in (settings.size, *(name for name in SIZES if name != settings.size)):
+        losses.append(_joint(runs, measure, data, settings))
+    metrics: list[Claim] = []
+    for metric in study.metrics:
+        if (runs[metric.key].notna() & (runs["excluded"] == "")).any():
+            metrics += _metric_claims(runs, metric, settings)
+    return Claims(settings, data, runs, exclusions, losses, metrics)
+
+
+def varying_data(runs: pd.DataFrame) -> str:
+    """Which of distinct audio and audio seen the study varies; audio seen if both do, or none."""
+    seen, distinct = runs["audio_hours_seen"].map(round_hours).nunique(), runs["hours"].map(round_hours).nunique()
+    return "hours" if distinct > 1 and seen == 1 else "audio_hours_seen"
+
+
+# --- exclusions ----------------------------------------------------------------------------
+
+
+def prepared(study: Study, settings: Settings, data: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(runs with N, D, C, cell, label, excluded; the table of exclusions)."""
+    runs = study.runs.copy()
+    runs["budget_hours"] = runs["hours"].map(round_hours)
+    runs["N"], runs["C"] = runs[settings.size].astype(float), runs["train_macs"].astype(float)
+    runs["D"] = runs["audio_hours_seen"].astype(float) if data == "audio_hours_seen" else runs["budget_hours"]
+    axes = [f"axes.{axis}" for axis in study.axes]
+    key = ["size", "num_params", "macs_per_second", "budget_hours", "steps", *axes]
+    runs["cell"] = runs.groupby(key, sort=False, dropna=False).ngroup()
+    runs["label"] = [
+        f"{size}, {human_hours(seen)} h seen"
+        for size, seen in zip(runs["size"], runs["audio_hours_seen"].astype(float), strict=True)
+    ]
+    warmups = [_warmup(study.science[run_id]) for run_id in runs["run_id"]]
+    rules, details = [], []
+    for (_, run), warmup in zip(runs.iterrows(), warmups, strict=True):
+        rule, detail = "", ""
+        if run["state"] == "failed" and run["failure"] == "diverged":
+            rule, detail = "diverged", str(run["reason"])
+        elif run["state"] != "finished":
+            rule, detail = "unfinished", f"{run['state']}: {run['reason']}"
+        elif not np.isfinite(run["validation_loss"]):
+            rule, detail = "no final loss", "finished without a finite validation loss on record"
+        elif run["steps"] < settings.fewest_warmups * warmup:
+            rule = "too few steps"
+            detail = f"{run['steps']:,} steps, fewer than {settings.fewest_warmups:g} warm-ups of {warmup:g}"
+        rules.append(rule)
+        details.append(detail)
+    runs["excluded"] = rules
+    table = runs[["run_id", "label"]].assign(
+        rule=rules, detail=details, has_value=np.isfinite(runs["validation_loss"].astype(float))
+    )
+    return runs, table[table["rule"] != ""].reset_index(drop=True)
+
+
+def _warmup(science: dict[str, str]) -> float:
+    try:
+        return float(science.get("train.optimiser.warmup_steps", 0))
+    except ValueError:
+        return 0.0
+
+
+# --- laws of the loss ----------------------------------------------------------------------
+
+
+def _loss_against_size(runs: pd.DataFrame, measure: str, settings: Settings) -> Claim:
+    chosen, about = at_one_budget(runs)
+    chosen = chosen.assign(N=chosen[measure].astype(float))
+    return _claim(VALIDATION_LOSS, loss_law("N"), chosen, about, measure, settings, {"the largest size": "N"})
+
+
+def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Claim:
+    kept = runs[runs["excluded"] == ""]
+    counts = kept.groupby("size")["D"].agg(lambda d: len(_levels(d)))
+    sizes = kept.groupby("size")["macs_per_second"].first()
+    best = pd.DataFrame({"levels": counts, "macs": sizes}).sort_values(["levels", "macs"])
+    size = best.index[-1] if len(best) else None
+    about = f"{DATA[data]} at size {size}"
+    return _claim(
+        VALIDATION_LOSS,
+        loss_law("D"),
+        runs[runs["size"] == size],
+        about,
+        settings.size,
+        settings,
+        {"the largest budget": "D"},
+    )
+
+
+def _loss_against_compute(runs: pd.DataFrame, settings: Settings) -> Claim:
+    kept = runs[runs["excluded"] == ""]
+    means = kept.groupby("cell").agg(C=("C", "first"), loss=("validation_loss", "mean")).sort_values(["C", "loss"])
+    best = np.inf
+    cells: list[Any] = []
+    for cell, row in means.iterrows():
+        if row["loss"] < best:
+            best = row["loss"]
+            cells.append(cell)
+    chosen = runs[runs["cell"].isin(cells)]
+    about = "the cells that no cheaper cell beats"
+    return _claim(
+        VALIDATION_LOSS, loss_law("C"), chosen, about, settings.size, settings, {"the largest budget of compute": "C"}
+    )
+
+
+def _joint(runs: pd.DataFrame, measure: str, data: str, settings: Settings) -> Claim:
+    chosen = runs.assign(N=runs[measure].astype(float))
+    return _claim(
+        VALIDATION_LOSS,
+        joint_loss_law(),
+        chosen,
+        f"all cells; D is {DATA[data]}",
+        measure,
+        settings,
+        {"the largest size": "N", "the largest budget of data": "D", "the largest budget of compute": "C"},
+    )
+
+
+def at_one_budget(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The runs of the budget (hours, audio seen) with the most sizes, of several the largest; and which it is."""
+    kept = runs[runs["excluded"] == ""]
+    seen = kept["audio_hours_seen"].astype(float).map(round_hours)
+    sizes = kept.groupby([seen.rename("seen"), "budget_hours"])["size"].nunique()
+    if sizes.empty:
+        return runs[:0], "no run is left"
+    best = sizes[sizes == sizes.max()].index.max()
+    chosen = runs[
+        (runs["audio_hours_seen"].astype(float).map(round_hours) == best[0]) & (runs["budget_hours"] == best[1])
+    ]
+    return chosen, f"{human_hours(best[0])} h seen, of {human_hours(best[1])} h of audio"
+
+
+# --- laws of metrics -----------------------------------------------------------------------
+
+
+def _metric_claims(runs: pd.DataFrame, metric: Quantity, settings: Settings) -> list[Claim]:
+    chosen, about = at_one_budget(runs)
+    ceiling = CEILINGS.get(metric.key)
+    laws = [metric_law("N"), metric_sigmoid("N")]
+    if ceiling is not None:
+        laws += [metric_law("N", ceiling), metric_sigmoid("N", ceiling)]
+    found = [_claim(metric, law, chosen, about, settings.size, settings, {"the largest size": "N"}) for law in laws]
+    losses = runs.loc[runs["excluded"] == "", "validation_loss"]
+    spread = float(losses.std()) if losses.nunique() > 1 else 1.0
+    everything = runs.assign(L=runs["validation_loss"].astype(float))
+    everything = everything[np.isfinite(everything["L"])]
+    left_out = {"the largest size": "N"}
+    found.append(
+        _claim(metric, metric_loss_law(spread), everything, "all cells", settings.size, settings, left_out, naive="L")
+    )
+    return found
+
+
+# --- one claim -----------------------------------------------------------------------------
+
+
+def _claim(
+    quantity: Quantity,
+    law: Law,
+    runs: pd.DataFrame,
+    about: str,
+    measure: str,
+    settings: Settings,
+    left_out: dict[str, str],
+    naive: str = "",
+) -> Claim:
+    usable = runs[np.isfinite(runs[quantity.key].astype(float))]
+    if law.is_log:
+        usable = usable[usable[quantity.key] > 0]
+    kept = usable[usable["excluded"] == ""]
+    is_loss = quantity is VALIDATION_LOSS
+    huber = HUBER_DELTA if is_loss else None
+
+    def fitted(chosen: pd.DataFrame, bootstraps: int = settings.bootstraps) -> Fit:
+        return fit(law, to_data(chosen, law, quantity), huber=huber, bootstraps=bootstraps, seed=settings.seed)
+
+    squares = fit(law, to_data(kept, law, quantity), huber=None) if is_loss else None
+    tests = tuple(
+        _held_out(kept, quantity, law, what, column, fitted, settings, bool(naive)) for what, column in left_out.items()
+    )
+    return Claim(
+        quantity,
+        law,
+        about,
+        measure,
+        fitted(kept),
+        squares,
+        fitted(usable, 0) if len(usable) > len(kept) else None,
+        tests,
+        tuple(kept["run_id"]),
+    )
+
+
+def to_data(runs: pd.DataFrame, law: Law, quantity: Quantity) -> Data:
+    """The rows of a fit: x and y of each run, and which cell it is of."""
+    x = {name: runs[name].to_numpy(dtype=float) for name in law.variables}
+    return Data(x, runs[quantity.key].to_numpy(dtype=float), runs["cell"].to_numpy())
+
+
+def _levels(values: pd.Series) -> np.ndarray:
+    """Distinct values, those within some percent of each other taken as one."""
+    ordered = np.sort(np.asarray(values, dtype=float))
+    if not len(ordered):
+        return ordered
+    return ordered[np.concatenate([[True], np.diff(np.log(ordered)) > SAME_COMPUTE])]
+
+
+def _held_out(
+    runs: pd.DataFrame,
+    quantity: Quantity,
+    law: Law,
+    what: str,
+    column: str,
+    fitted: Callable[..., Fit],
+    settings: Settings,
+    from_loss: bool,
+) -> HeldOut:
+    columns = ["label", "N", "D", "C", "seeds", "observed", "predicted", "low", "high", "error", "naive_error"]
+    empty = pd.DataFrame(columns=[*columns, "is_covered"])
+    levels = _levels(runs[column])
+    if len(levels) < 2:
+        return HeldOut(what, "not possible", f"{column} has {len(levels)} level{'s' * (len(levels) != 1)}", empty)
+    is_last = runs[column] >= levels[-1] * (1 - 1e-9)
+    seen, unseen = runs[~is_last], runs[is_last]
+    name = _largest(unseen, column)
+    trial = fitted(seen)
+    if not trial.is_usable:
+        return HeldOut(f"{what} ({name})", "not possible", f"without it: {trial.status}, {trial.reason}", empty)
+    sign = -1 if quantity.higher_is_better else 1
+    best_seen = (seen.groupby("cell")[quantity.key].mean() * sign).min() * sign
+    rows = []
+    for _, cell in unseen.groupby("cell"):
+        # A cell's x is the same for all its seeds, but for the loss, of which it is the mean.
+        x = {name: np.array([cell[name].astype(float).mean()]) for name in law.variables}
+        observed, predicted = float(cell[quantity.key].mean()), float(trial.predict(x)[0])
+        low, high = trial.prediction_interval(x, settings.level, seeds=len(cell), seed=settings.seed)
+        unit = observed if law.is_log else 1.0
+        rows.append(
+            {
+                "label": cell["label"].iloc[0],
+                "N": cell["N"].iloc[0],
+                "D": cell["D"].iloc[0],
+                "C": cell["C"].iloc[0],
+                "seeds": len(cell),
+                "observed": observed,
+                "predicted": predicted,
+                "low": float(low[0]),
+                "high": float(high[0]),
+                "error": (predicted - observed) / unit,
+                "naive_error": (best_seen - observed) / unit,
+                "is_covered": bool(low[0] <= observed <= high[0]),
+            }
+        )
+    cells = pd.DataFrame(rows)
+    covered = bool(cells["is_covered"].all())
+    beats = bool(cells["error"].abs().mean() < cells["naive_error"].abs().mean())
+    failures = [] if covered else [f"{(~cells['is_covered']).sum()} of {len(cells)} cells outside the interval"]
+    failures += [] if beats else ["no nearer than the best cell that was seen"]
+    return HeldOut(f"{what} ({name})", "fail" if failures else "pass", "; ".join(failures), cells)
+
+
+def _largest(runs: pd.DataFrame, column: str) -> str:
+    if column == "N":
+        return ", ".join(dict.fromkeys(runs["size"]))
+    if column == "D":
+        return f"{human_hours(runs['D'].max())} h"
+    return f"{human_count(runs['C'].max())}MACs"
+
+
+# --- tables of them ------------------------------------------------------------------------
+
+
+def comparison(found: Sequence[Claim]) -> pd.DataFrame:
+    """Laws of the same quantity side by side: AICc (of the same cells), held-out error and verdict."""
+    rows = []
+    for claim in found:
+        test = claim.held_out[0] if claim.held_out else None
+        rows.append(
+            {
+                "quantity": claim.quantity.key,
+                "law": claim.law.name,
+                "measure": claim.measure,
+                "cells": claim.fitted.data.num_cells,
+                "runs": len(claim.run_ids),
+                "status": claim.fitted.status,
+                "reason": claim.fitted.reason,
+                "aicc": claim.fitted.aicc,
+                "held_out_error": np.nan if test is None else test.error,
+                "held_out": "" if test is None else test.verdict,
+            }
+        )
+    return pd.DataFrame(rows)
