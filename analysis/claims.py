@@ -222,6 +222,8 @@ def at_one_budget(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     chosen = runs[
         (runs["audio_hours_seen"].astype(float).map(round_hours) == best[0]) & (runs["budget_hours"] == best[1])
     ]
+    if sizes.max() < 2:
+        return chosen, "no two sizes have seen the same audio"
     return chosen, f"{human_hours(best[0])} h seen, of {human_hours(best[1])} h of audio"
 
 
@@ -324,11 +326,13 @@ def _held_out(
     sign = -1 if quantity.higher_is_better else 1
     best_seen = (seen.groupby("cell")[quantity.key].mean() * sign).min() * sign
     rows = []
+    # Intervals that together hold with the level's probability, so that many cells do not fail by chance.
+    level = settings.level ** (1 / unseen["cell"].nunique())
     for _, cell in unseen.groupby("cell"):
         # A cell's x is the same for all its seeds, but for the loss, of which it is the mean.
         x = {name: np.array([cell[name].astype(float).mean()]) for name in law.variables}
         observed, predicted = float(cell[quantity.key].mean()), float(trial.predict(x)[0])
-        low, high = trial.prediction_interval(x, settings.level, seeds=len(cell), seed=settings.seed)
+        low, high = trial.prediction_interval(x, level, seeds=len(cell), seed=settings.seed)
         unit = observed if law.is_log else 1.0
         rows.append(
             {

@@ -1,0 +1,234 @@
+"""With so many GPU-hours: which size, on how much data, and what to expect?
+
+    python -m analysis.advise study=DIR gpu_hours=H
+
+The answer rests on the study's L(N, D) with its bootstraps, on the speeds at which its sizes trained, and on
+nothing else: hours buy audio at the speed of the study's hardware (audio-seconds a second and process), and of the
+sizes between the smallest and the largest trained the one with the least predicted loss is recommended. Speeds
+between sizes are interpolated; no size is extrapolated to. Where the law is not identified it is refused.
+
+Exit status: 0; 1 if the study cannot answer, with the reason; 2 for a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from analysis.claims import Claim, Claims, claims
+from analysis.fit import CONVERGED, Fit, quantiles
+from analysis.gather import gather
+from analysis.laws import Array
+from analysis.quantities import human_count, human_hours
+from analysis.settings import KEYS, UsageError, parsed, settings_from
+from scaling.records import RecordError
+
+USAGE = "usage: python -m analysis.advise study=DIR gpu_hours=H"
+ADVISE_KEYS = KEYS | {"gpu_hours": "of one GPU (or CPU core) of the study's kind, to spend on one training"}
+GRID = 400  # sizes between the smallest and the largest that are compared
+FAR = 10.0  # times the audio of the study's longest run: further than a law of it should be trusted
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to train, and what to expect.
+
+    options: one row a size of the study: size, N, hours of audio that the budget buys, passes over the data, loss
+        with its prediction interval, and in what share of bootstraps it is the best of them.
+    best_size: N of the least predicted loss between the sizes trained, with the interval over bootstraps;
+    is_at_edge: whether that is the smallest or largest size of the study.
+    """
+
+    gpu_hours: float
+    options: pd.DataFrame
+    best_size: float
+    best_size_interval: tuple[float, float]
+    hours: float
+    loss: float
+    loss_interval: tuple[float, float]
+    is_at_edge: bool
+    remarks: list[str]
+
+
+class RefusalError(Exception):
+    """The study cannot answer, and why."""
+
+
+def advise(found: Claims, gpu_hours: float) -> Advice:
+    """RefusalError if the law or the speeds are not known."""
+    claim = found.loss("L(N, D)")
+    if claim is None or claim.fitted.status != CONVERGED:
+        why = "there is none" if claim is None else f"{claim.fitted.status}: {claim.fitted.reason}"
+        raise RefusalError(f"L(N, D) of this study is {why}; a sweep over sizes and budgets, +sweep=isoflop, gives one")
+    if found.data != "audio_hours_seen":
+        raise RefusalError(
+            "D of this study is distinct audio, which hours of compute do not buy: data=audio_hours_seen"
+        )
+    speeds = training_speeds(found)
+    law = claim.fitted
+    level = found.settings.level
+    grid = np.geomspace(speeds["N"].min(), speeds["N"].max(), GRID)
+    hours = gpu_hours * _speed_at(speeds, grid)
+    losses = law.predict({"N": grid, "D": hours})
+    drawn = _predicted(law, grid, hours)
+    best = int(np.argmin(losses))
+    bests = grid[np.argmin(drawn, axis=1)]
+    low, high = law.prediction_interval({"N": grid[best], "D": hours[best]}, level, seed=found.settings.seed)
+    edge = best in (0, GRID - 1)
+    return Advice(
+        gpu_hours,
+        _options(found, claim, speeds, gpu_hours),
+        float(grid[best]),
+        quantiles(bests, level),
+        float(hours[best]),
+        float(losses[best]),
+        (float(low[0]), float(high[0])),
+        edge,
+        _remarks(found, claim, float(hours[best]), float(grid[best]), edge),
+    )
+
+
+def training_speeds(found: Claims) -> pd.DataFrame:
+    """Audio-seconds that one process trains on in a second, a row a size: N, size, speed, runs; by N."""
+    runs = found.runs[np.isfinite(found.runs["audio_seconds_per_second"])]
+    if runs.empty:
+        raise RefusalError("no run has its speed (audio_seconds_per_second) on record")
+    speed = runs["audio_seconds_per_second"] / runs["world_size"].fillna(1)
+    grouped = (
+        runs.assign(speed=speed).groupby("size").agg(N=("N", "first"), speed=("speed", "median"), runs=("N", "size"))
+    )
+    if len(grouped) < 2:
+        raise RefusalError("speeds are on record for one size only; two are needed to interpolate between")
+    return grouped.reset_index().sort_values("N")
+
+
+def _speed_at(speeds: pd.DataFrame, sizes: Array) -> Array:
+    """Between sizes log speed is interpolated linearly in log N."""
+    return np.exp(np.interp(np.log(sizes), np.log(speeds["N"]), np.log(speeds["speed"])))
+
+
+def _predicted(law: Fit, sizes: Array, hours: Array) -> Array:
+    return law.predict_bootstraps({"N": sizes, "D": hours})
+
+
+def _options(found: Claims, claim: Claim, speeds: pd.DataFrame, gpu_hours: float) -> pd.DataFrame:
+    law, settings = claim.fitted, found.settings
+    sizes = speeds["N"].to_numpy(dtype=float)
+    hours = gpu_hours * speeds["speed"].to_numpy(dtype=float)
+    low, high = law.prediction_interval({"N": sizes, "D": hours}, settings.level, seed=settings.seed)
+    wins = np.bincount(np.argmin(_predicted(law, sizes, hours), axis=1), minlength=len(sizes))
+    return pd.DataFrame(
+        {
+            "size": speeds["size"].to_numpy(),
+            "N": sizes,
+            "hours": hours,
+            "passes": hours / float(found.runs["hours"].max()),
+            "loss": law.predict({"N": sizes, "D": hours}),
+            "low": low,
+            "high": high,
+            "best_in": wins / wins.sum(),
+        }
+    )
+
+
+def _remarks(found: Claims, claim: Claim, hours: float, size: float, edge: bool) -> list[str]:
+    said = []
+    if edge:
+        at = "largest" if size >= found.kept["N"].max() * 0.99 else "smallest"
+        said.append(f"The best is the {at} size trained: the true optimum may lie beyond it. Train beyond it to know.")
+    longest = float(found.kept["D"].max())
+    if hours > longest:
+        far = f"{hours / longest:.3g} times the audio of the study's longest run"
+        said.append(f"This is {far}{': too far for the interval to be trusted' if hours > FAR * longest else ''}.")
+    passes, seen = hours / float(found.runs["hours"].max()), longest / float(found.runs["hours"].max())
+    if passes > 1.5 * seen:
+        said.append(
+            f"{passes:.3g} passes over the data; the study has seen {seen:.3g}, so nothing shows what repetition costs."
+        )
+    tests = [test for test in claim.held_out if test.verdict != "not possible"]
+    verdicts = "; ".join(f"without {test.left_out}: {test.verdict}" for test in tests)
+    said.append(f"The law's own test on cells it did not see: {verdicts or 'not possible in this study'}.")
+    return said
+
+
+def to_terminal(advice: Advice, found: Claims) -> Table:
+    unit = {"macs_per_second": "MACs/s"}.get(found.settings.size, "parameters")
+    table = Table(title=f"{advice.gpu_hours:g} GPU-hours on one training", title_justify="left", box=None)
+    for name in (
+        "size",
+        unit,
+        "hours of audio",
+        "passes",
+        "expected loss",
+        f"{found.settings.level:.0%} interval",
+        "best in",
+    ):
+        table.add_column(name, justify="left" if name == "size" else "right")
+    for _, row in advice.options.iterrows():
+        table.add_row(
+            row["size"],
+            human_count(row["N"]),
+            human_hours(row["hours"]),
+            f"{row['passes']:.3g}",
+            f"{row['loss']:.4g}",
+            f"{row['low']:.4g} to {row['high']:.4g}",
+            f"{row['best_in']:.0%}",
+        )
+    return table
+
+
+def summary(advice: Advice, found: Claims) -> str:
+    unit = {"macs_per_second": "MACs/s"}.get(found.settings.size, "parameters")
+    low, high = advice.best_size_interval
+    return (
+        f"Best between the sizes trained: {human_count(advice.best_size)} {unit} "
+        f"({human_count(low)} to {human_count(high)}) on {human_hours(advice.hours)} h of audio seen; "
+        f"expected validation loss {advice.loss:.4g} ({advice.loss_interval[0]:.4g} to {advice.loss_interval[1]:.4g})."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument in ("-h", "--help", "help") for argument in arguments):
+        lines = [USAGE, "", *(f"  {key}  {what}" for key, what in ADVISE_KEYS.items()), "", (__doc__ or "").strip()]
+        print("\n".join(lines))
+        return 0
+    try:
+        values = parsed(arguments, ADVISE_KEYS, ("study", "gpu_hours"), USAGE)
+        hours = _positive(values.pop("gpu_hours"))
+        settings = settings_from(values)
+        found = claims(gather(Path(settings.study)), settings)
+        advice = advise(found, hours)
+    except (UsageError, RecordError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RefusalError as refusal:
+        print(f"no advice: {refusal}", file=sys.stderr)
+        return 1
+    Console(width=None if sys.stdout.isatty() else 140).print(to_terminal(advice, found))
+    print(summary(advice, found))
+    for remark in advice.remarks:
+        print(f"note: {remark}")
+    return 0
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"gpu_hours={text}: expected a number above 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
