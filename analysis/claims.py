@@ -184,10 +184,12 @@ def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Cla
 
 def _loss_against_compute(runs: pd.DataFrame, settings: Settings) -> Claim:
     kept = runs[runs["excluded"] == ""]
-    means = kept.groupby("cell").agg(C=("C", "first"), loss=("validation_loss", "mean")).sort_values(["C", "loss"])
+    means = kept.groupby("cell").agg(C=("C", "first"), loss=("validation_loss", "mean")).sort_values("C")
+    levels = _levels(means["C"])
+    means["level"] = np.searchsorted(levels, means["C"], side="right")
     best = np.inf
     cells: list[Any] = []
-    for cell, row in means.iterrows():
+    for cell, row in means.sort_values(["level", "loss"]).drop_duplicates("level").iterrows():
         if row["loss"] < best:
             best = row["loss"]
             cells.append(cell)

@@ -1,0 +1,322 @@
+"""Figures of what is claimed: laws with bands and held-out points, isoFLOP curves, published systems, breakdowns.
+
+As in `analysis.figures` each returns a matplotlib figure, or None where there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.patheffects as effects
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from analysis import published, style
+from analysis.claims import Claim, Claims
+from analysis.gather import Study
+from analysis.isoflop import IsoFlop
+from analysis.quantities import Quantity, human_count
+from analysis.settings import DATA, SIZES
+
+POINTS = 120  # of a curve
+REACH = 2.0  # how far beyond the cells a law is drawn, as a factor
+HALO = [effects.withStroke(linewidth=2, foreground="white")]
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
+
+
+def laws_figure(found: Claims) -> Figure | None:
+    """Loss against N, D and C: cells, the law with its interval and prediction interval, and what was held out."""
+    shown = [claim for name in ("L(N)", "L(D)", "L(C)") if (claim := found.loss(name)) and claim.fitted.is_usable]
+    if not shown:
+        return None
+    with style.applied():
+        figure = Figure(figsize=(3.0 * len(shown) + 0.3, 3.3), layout="constrained")
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for ax, claim in zip(panels, shown, strict=True):
+            _law_panel(ax, found, claim)
+        figure.legend(handles=_law_handles(), loc="outside lower center", ncols=2 * len(shown) - 1, frameon=False)
+    return figure
+
+
+def _law_panel(ax: Axes, found: Claims, claim: Claim) -> None:
+    variable = claim.law.variables[0]
+    rows = found.runs[found.runs["run_id"].isin(claim.run_ids)]
+    cells = _cells(rows, claim.quantity)
+    low, high = cells[variable].min(), cells[variable].max()
+    x = np.geomspace(low / REACH**0.5, high * REACH, POINTS)
+    level = found.settings.level
+    law = claim.fitted
+    if law.bootstrap:
+        ax.fill_between(x, *law.prediction_interval({variable: x}, level), color="0.9", linewidth=0)
+        ax.fill_between(x, *law.band({variable: x}, level), color="0.75", linewidth=0)
+    ax.plot(x, law.predict({variable: x}), color=style.color(0), linewidth=1.4)
+    ax.errorbar(
+        cells[variable], cells["mean"], cells["std"].fillna(0), fmt="o", color=style.color(0), elinewidth=0.8, capsize=2
+    )
+    for test in claim.held_out[:1]:
+        for _, cell in test.cells.iterrows():
+            center = cell["predicted"]
+            bar = [[center - cell["low"]], [cell["high"] - center]]
+            at = cell[variable] * 1.06
+            ax.errorbar([at], [center], bar, fmt="D", color=style.color(1), markerfacecolor="white", capsize=3)
+    _name_points(ax, cells, variable, "mean")
+    _log_x(ax, x[0], x[-1])
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(NullLocator())
+    values = [*(cells["mean"] - cells["std"].fillna(0)), *(cells["mean"] + cells["std"].fillna(0))]
+    _log_y(ax, min(values), max(values))
+    label = {"N": SIZES[claim.measure], "D": DATA[found.data], "C": "multiply-accumulates of training"}[variable]
+    ax.set_xlabel(label[0].upper() + label[1:])
+    ax.set_ylabel("Validation loss")
+    verdict = claim.held_out[0].verdict if claim.held_out else ""
+    told = f"\nheld-out: {verdict}" if verdict in ("pass", "fail") else ""
+    ax.set_title(f"{claim.law.name} = {_written_law(claim)}{told}", fontsize=7.5)
+    ax.grid(axis="y")
+    sns.despine(ax=ax)
+
+
+def _written_law(claim: Claim) -> str:
+    p, variable = claim.fitted.parameters, claim.law.variables[0]
+    return f"{p['E']:.3g} + {p['A']:.3g} {variable}$^{{-{p['alpha']:.3g}}}$"
+
+
+def _law_handles() -> list[Any]:
+    return [
+        Line2D([], [], color=style.color(0), marker="o", linestyle="", label="cells, mean ± sd over seeds"),
+        Line2D([], [], color=style.color(0), label="law"),
+        Patch(color="0.75", label="interval of the law"),
+        Patch(color="0.9", label="of a new run"),
+        Line2D([], [], color=style.color(1), marker="D", markerfacecolor="white", label="held out: predicted"),
+    ]
+
+
+def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
+    """Left: loss against N at each budget of compute, with parabola and minimum. Right: the path N*(C)."""
+    drawn = [parabola for parabola in iso.parabolas if parabola.coefficients]
+    if not drawn:
+        return None
+    level = found.settings.level
+    unit = SIZES[found.settings.size]
+    with style.applied():
+        figure = Figure(figsize=(6.6, 3.1), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
+        values: list[float] = []
+        for number, parabola in enumerate(drawn):
+            look: dict[str, Any] = {"color": style.color(number), "marker": style.marker(number)}
+            cells = parabola.cells
+            left.plot(cells["N"], cells["loss"], linestyle="", label=f"{human_count(parabola.compute)}MACs", **look)
+            x = np.geomspace(cells["N"].min(), cells["N"].max(), POINTS)
+            left.plot(x, parabola.loss(x), color=look["color"], linestyle=DASHES[number % len(DASHES)], linewidth=1.1)
+            values += list(cells["loss"])
+            if np.isfinite(parabola.best_size):
+                left.plot(parabola.best_size, parabola.best_loss, marker="*", markersize=10, color="black", zorder=5)
+        _log_x(left, min(p.cells["N"].min() for p in drawn), max(p.cells["N"].max() for p in drawn))
+        left.set_yscale("log")
+        _log_y(left, min(values), max(values))
+        left.set_xlabel(unit[0].upper() + unit[1:])
+        left.set_ylabel("Validation loss")
+        handles, labels = left.get_legend_handles_labels()
+        handles.append(Line2D([], [], color="black", marker="*", linestyle="", markersize=8))
+        left.legend(handles, [*labels, "minimum"], frameon=False, title="Training compute")
+        left.grid(axis="y")
+        minima = [p for p in drawn if np.isfinite(p.best_size)]
+        if minima:
+            compute = np.array([p.compute for p in minima])
+            for p in minima:
+                low, high = p.interval(level)
+                bar = None if not np.isfinite(low) else [[p.best_size - low], [high - p.best_size]]
+                right.errorbar([p.compute], [p.best_size], bar, fmt="*", markersize=9, color="black", capsize=3)
+            if np.isfinite(iso.path.exponent):
+                x = np.geomspace(compute.min() / REACH, compute.max() * REACH, POINTS)
+                if iso.path.bootstrap is not None:
+                    right.fill_between(x, *iso.path.band(x, level), color="0.85", linewidth=0)
+                right.plot(x, iso.path.size_at(x), color=style.color(0))
+                right.set_title(f"N* ∝ C$^{{{iso.path.exponent:.2f}}}$", fontsize=8)
+            right.set_yscale("log")
+            _log_y(right, min(p.best_size for p in minima), max(p.best_size for p in minima))
+            right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value, digits=2)))
+            _log_x(right, compute.min(), compute.max())
+        else:
+            right.text(0.5, 0.5, "no minimum within\nthe sizes trained", ha="center", transform=right.transAxes)
+            right.set_xticks([])
+            right.set_yticks([])
+        right.set_xlabel("Training compute (MACs)")
+        right.set_ylabel(f"Best size ({unit})")
+        for ax in (left, right):
+            sns.despine(ax=ax)
+    return figure
+
+
+def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) -> Figure | None:
+    """Metrics against MACs a second: this study's cells beside published systems, labelled."""
+    shown = [
+        metric for metric in metrics if metric.key in published.UNPROCESSED and found.kept[metric.key].notna().any()
+    ]
+    if not shown:
+        return None
+    with style.applied():
+        figure = Figure(figsize=(6.9, 2.7 * ((len(shown) + 1) // 2) + 0.4), layout="constrained")
+        panels = figure.subplots((len(shown) + 1) // 2, 2, squeeze=False).flat
+        for ax, metric in zip(panels, shown, strict=False):
+            best = _cells(found.kept, metric)
+            best = best.loc[best.groupby("size")["mean"].idxmax()].sort_values("macs_per_second")
+            line: dict[str, Any] = {"color": style.color(0), "marker": "o"}
+            ax.plot(best["macs_per_second"], best["mean"], **line)
+            ax.errorbar(
+                best["macs_per_second"],
+                best["mean"],
+                best["std"].fillna(0),
+                fmt="none",
+                ecolor=style.color(0),
+                capsize=2,
+            )
+            _name_points(ax, best, "macs_per_second", "mean")
+            for system in published.SYSTEMS:
+                if metric.key in system.metrics:
+                    y = system.metrics[metric.key]
+                    ax.plot(system.macs_per_second, y, marker="s", markersize=4, color="0.45", linestyle="")
+                    above = system.short not in ("BSRNN xt", "BSRNN-MD")
+                    ax.annotate(
+                        system.short,
+                        (system.macs_per_second, y),
+                        xytext=(0, 4 if above else -4),
+                        textcoords="offset points",
+                        ha="center",
+                        va="bottom" if above else "top",
+                        fontsize=6,
+                        color="0.3",
+                        path_effects=HALO,
+                    )
+            xs = [*best["macs_per_second"], *(s.macs_per_second for s in published.SYSTEMS)]
+            _log_x(ax, min(xs), max(xs))
+            ax.margins(y=0.15)
+            ax.set_xlabel("MACs per second")
+            ax.set_ylabel(metric.axis)
+            ax.grid(axis="y")
+            sns.despine(ax=ax)
+        for ax in list(panels):
+            ax.set_axis_off()
+        handles = [
+            Line2D([], [], color=style.color(0), marker="o", label=f"this study ({data}), best budget of each size"),
+            Line2D([], [], color="0.45", marker="s", linestyle="", label="published, VoiceBank+DEMAND"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def breakdown_figure(study: Study, found: Claims, metric: Quantity) -> Figure | None:
+    """Gain of a metric over the unprocessed input, by input SNR and by noise, a line or row of points a size."""
+    table = breakdown(study, found, metric)
+    parts = [(name, rows) for name, rows in table.groupby("by", sort=False) if len(rows["level"].unique()) > 1]
+    if not parts:
+        return None
+    sizes = list(dict.fromkeys(table.sort_values("N")["size"]))
+    with style.applied():
+        figure = Figure(figsize=(6.9, 2.9), layout="constrained")
+        panels = figure.subplots(
+            1, len(parts), squeeze=False, sharey=True, width_ratios=[2 if n == "noise" else 1.4 for n, _ in parts]
+        )
+        for ax, (name, rows) in zip(panels[0], parts, strict=True):
+            levels = sorted(rows["level"].unique(), key=lambda v: (isinstance(v, str), v))
+            for number, size in enumerate(sizes):
+                line = rows[rows["size"] == size].set_index("level").reindex(levels)
+                shift = (number - (len(sizes) - 1) / 2) * (0.7 / max(len(sizes), 4))
+                ax.errorbar(
+                    np.arange(len(levels)) + shift,
+                    line["gain"],
+                    line["standard_error"],
+                    fmt=style.marker(number),
+                    color=style.color(number),
+                    elinewidth=0.8,
+                    label=size,
+                )
+            texts = [f"{level:g}" if not isinstance(level, str) else level for level in levels]
+            ax.set_xticks(np.arange(len(levels)), texts, rotation=0 if name == "snr_db" else 30)
+            ax.set_xlabel({"snr_db": "SNR of the input (dB)", "noise": "Noise"}[str(name)])
+            ax.axhline(0, zorder=1, **style.REFERENCE)
+            ax.grid(axis="y")
+            ax.yaxis.set_major_locator(MaxNLocator(5))
+            sns.despine(ax=ax)
+        panels[0][0].set_ylabel(f"{metric.axis}: gain")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(sizes), frameon=False)
+    return figure
+
+
+def breakdown(study: Study, found: Claims, metric: Quantity) -> pd.DataFrame:
+    """by ("snr_db", "noise"), level, size, N, gain, standard_error (over utterances), utterances, run_ids."""
+    scores = at_largest_budget(study, found)
+    if metric.key not in scores:
+        return pd.DataFrame(columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
+    scores = scores.assign(gain=scores[metric.key].astype(float) - scores[f"unprocessed_{metric.key}"].astype(float))
+    # The seeds of a size are averaged first: an utterance counts once.
+    rows = []
+    for by in ("snr_db", "noise"):
+        known = scores[scores[by].notna() & scores["gain"].notna()]
+        means = known.groupby(["size", "N", by, "id"], observed=True)["gain"].mean().reset_index()
+        runs = known.groupby("size", observed=True)["run_id"].agg(lambda ids: " ".join(dict.fromkeys(map(str, ids))))
+        for _, part in means.groupby(["size", "N", by], observed=True):
+            size, n, level = part["size"].iloc[0], part["N"].iloc[0], part[by].iloc[0]
+            error = part["gain"].std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else np.nan
+            value = float(level) if by == "snr_db" else str(level)
+            rows.append(
+                {"by": by, "level": value, "size": size, "N": n, "gain": part["gain"].mean()}
+                | {"standard_error": error, "utterances": len(part), "run_ids": runs[size]}
+            )
+    return pd.DataFrame(rows, columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
+
+
+def at_largest_budget(study: Study, found: Claims) -> pd.DataFrame:
+    """The scores of each size's runs at the most audio that it has seen, with size and N."""
+    kept = found.kept
+    most = kept.groupby("size")["audio_hours_seen"].transform("max")
+    runs = kept[kept["audio_hours_seen"] >= most * 0.999][["run_id", "size", "N", "cell"]]
+    scores = study.scores[study.scores["run_id"].isin(runs["run_id"])]
+    return scores.assign(run_id=scores["run_id"].astype(str)).merge(runs, on="run_id")
+
+
+# --- parts ---------------------------------------------------------------------------------
+
+
+def _cells(runs: pd.DataFrame, quantity: Quantity) -> pd.DataFrame:
+    """Means and standard deviations over the seeds of each cell."""
+    known = runs[runs[quantity.key].notna()]
+    about = known.groupby("cell")[["size", "N", "D", "C", "macs_per_second"]].first()
+    over = known.groupby("cell")[quantity.key].agg(["mean", "std"])
+    return about.join(over)
+
+
+def _name_points(ax: Axes, cells: pd.DataFrame, x: str, y: str) -> None:
+    for _, cell in cells.iterrows():
+        ax.annotate(
+            str(cell["size"]),
+            (cell[x], cell[y]),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=6.5,
+            path_effects=HALO,
+        )
+
+
+def _log_x(ax: Axes, low: float, high: float) -> None:
+    style.log_axis(ax, low, high)
+    ratio = max(high / low, 1.5)
+    ax.set_xlim(low / ratio**0.08, high * ratio**0.08)
+
+
+def _log_y(ax: Axes, low: float, high: float) -> None:
+    """A few plain numbers on a logarithmic y axis that may span less than a decade."""
+    ratio = max(high / low, 1.05)
+    bottom, top = low / ratio**0.2, high * ratio**0.25
+    ticks = np.geomspace(bottom * ratio**0.1, top / ratio**0.1, 5)
+    digits = 2 if ratio > 1.3 else int(np.ceil(-np.log10(ratio - 1))) + 2
+    ax.set_yticks(sorted({float(f"{tick:.{digits}g}") for tick in ticks}))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{digits}g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(bottom, top)
