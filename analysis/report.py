@@ -2,19 +2,21 @@
 
 Reads the study's records and writes to DIR/report/:
 
-    report.md             the table and the figures, what is missing, where the numbers come from
+    report.html           all of it in one self-contained file: laws, tables, figures, provenance, what is missing
+    report.md             the scaling table and the figures, what is missing, where the numbers come from
     scaling_table.md      the scaling table; .csv in full precision with run ids; .tex for \\input
+    tables/               every other table as .md, .csv and .tex
     runs.csv              one row a planned run, finished or not
-    scaling.png, .svg     loss and metrics against parameters and MACs
-    curves.png, .svg      training curves
+    *.png, *.svg          the figures: scaling and training curves, laws, isoFLOP curves, published systems, breakdown
 
-Exit status: 0, also where some runs are missing (they are listed); 1 if no run has finished;
-2 for a mistake in the command or a folder that holds no study.
+docs/analysis.md says what each number means. Exit status: 0, also where some runs are missing (they are listed);
+1 if no run has finished; 2 for a mistake in the command or a folder that holds no study.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,20 +26,33 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis import style
+from analysis import html, style
+from analysis.claims import Claims, claims
 from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
+from analysis.isoflop import IsoFlop, isoflop
+from analysis.law_figures import breakdown_figure, isoflop_figure, laws_figure, published_figure
+from analysis.nodes import node_table, nodes_figure
+from analysis.paper_tables import PaperTable, paper_tables
 from analysis.provenance import provenance, provenance_frame, remarks
-from analysis.tables import ScalingTable, markdown_table, scaling_table, to_csv, to_latex, to_markdown, to_terminal
+from analysis.published import CORPUS, SOURCES
+from analysis.settings import KEYS, SIZES, Settings, UsageError, parsed, settings_from
+from analysis.tables import (
+    NOTE,
+    ScalingTable,
+    listed,
+    markdown_table,
+    scaling_table,
+    to_csv,
+    to_latex,
+    to_markdown,
+    to_terminal,
+    written,
+)
 from scaling.records import RecordError, write_whole
 
 USAGE = "usage: python -m analysis.report study=DIR"
-KEYS = {"study": "the study's folder, the one that holds plan.jsonl and runs/"}
 NO_TERMINAL_WIDTH = 160  # of output into a file: one table, not parts
-
-
-class UsageError(Exception):
-    """A mistake in the command line."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,8 @@ class Report:
     study: Study
     table: ScalingTable
     remarks: list[str]
+    claims: Claims
+    isoflop: IsoFlop
     files: list[Path]
 
 
@@ -57,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join([USAGE, "", *(f"  {key}  {what}" for key, what in KEYS.items()), "", (__doc__ or "").strip()]))
         return 0
     try:
-        report = write_report(Path(parsed(arguments)["study"]))
+        report = write_report(settings_from(parsed(arguments, KEYS, ("study",), USAGE)))
     except (UsageError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,46 +93,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parsed(arguments: Sequence[str]) -> dict[str, str]:
-    """{key: value} of key=value arguments; UsageError names the right keys."""
-    values = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in KEYS:
-            raise UsageError(f"unknown argument {argument!r}; the keys are: {', '.join(KEYS)} ({USAGE})")
-        values[key] = value
-    missing = [key for key in KEYS if not values.get(key)]
-    if missing:
-        raise UsageError(f"{missing[0]}= is missing: {KEYS[missing[0]]} ({USAGE})")
-    return values
-
-
-def write_report(directory: Path) -> Report:
+def write_report(settings: Settings) -> Report:
     """Gather a study and write its report folder; RecordError if there is no study."""
-    study = gather(directory)
+    study = gather(settings.study)
     table = scaling_table(study)
+    found = claims(study, settings)
+    iso = isoflop(found.kept, bootstraps=settings.bootstraps, seed=settings.seed)
+    nodes = node_table(study)
+    tables = paper_tables(study, found, iso, nodes)
+    said = remarks(study, table)
+    figures = _figures(study, table, found, iso, nodes)
     report = study.directory.report
     texts = {
         "scaling_table.md": to_markdown(table),
         "scaling_table.csv": to_csv(table),
         "scaling_table.tex": to_latex(table),
+        "runs.csv": study.runs.to_csv(index=False, lineterminator="\n"),
+        "report.md": _report_text(study, table, said, figures),
     }
-    texts["runs.csv"] = study.runs.to_csv(index=False, lineterminator="\n")
-    said = remarks(study, table)
-    figures = {
-        "scaling": (scaling_figure(table), "no finished run has a validation loss or score on record"),
-        "curves": (curves_figure(study), "no run has a finite loss on record"),
-    }
-    texts["report.md"] = _report_text(study, table, said, figures)
+    for one in tables:
+        texts |= {
+            f"tables/{one.name}.md": one.to_markdown(),
+            f"tables/{one.name}.csv": one.to_csv(),
+            f"tables/{one.name}.tex": one.to_latex(),
+        }
     try:
+        shutil.rmtree(report / "tables", ignore_errors=True)  # a table of an earlier report would pass for one of this
         for name, text in texts.items():
             write_whole(report / name, text)
         files = [report / name for name in texts]
-        for name, (figure, _) in figures.items():
+        for name, (figure, _, _) in figures.items():
             files += _written_figure(figure, report / name)
+        page = _html_page(study, table, said, found, iso, tables, figures)
+        write_whole(report / "report.html", page)
     except OSError as error:
         raise RecordError(f"cannot write the report to {report}: {os.strerror(error.errno or 0)}") from None
-    return Report(study, table, said, sorted(files))
+    return Report(study, table, said, found, iso, sorted([*files, report / "report.html"]))
+
+
+Figures = dict[str, tuple[Figure | None, str, str]]  # name → figure, its caption, why there is none
+
+
+def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nodes: pd.DataFrame) -> Figures:
+    data = ", ".join(str(name) for name in study.runs["data"].dropna().unique()) or "its own data"
+    other = (
+        "" if data == CORPUS else f" This study's numbers are of another test set ({data}): compare shapes, not values."
+    )
+    figures: Figures = {
+        "scaling": (
+            scaling_figure(table),
+            "Validation loss and metrics against parameters, MACs per second and, where it varies, hours. "
+            "Bars: sample standard deviation over seeds.",
+            "no finished run has a validation loss or score on record",
+        ),
+        "loss_laws": (
+            laws_figure(found),
+            "Laws of the validation loss. Dark band: interval of the law; light band: of a new run; open diamonds: "
+            "what the fit without these cells predicts of them, drawn beside the cells.",
+            "no law of one variable is identified by this study's cells",
+        ),
+        "isoflop_curves": (
+            isoflop_figure(iso, found),
+            "Loss against size at equal training compute, with the parabola of each budget and its minimum; and the "
+            "compute-optimal size against compute.",
+            iso.reason or "no budget has enough sizes for a parabola",
+        ),
+        "published": (
+            published_figure(found, study.metrics, data),
+            "Metrics against multiply-accumulates a second, beside published systems on VoiceBank+DEMAND "
+            f"({SOURCES}).{other}",
+            "no finished run has scores on record",
+        ),
+        "curves": (
+            curves_figure(study),
+            "Validation loss and smoothed training loss over optimiser steps.",
+            "no run has a finite loss on record",
+        ),
+        "processes": (
+            nodes_figure(nodes),
+            "Training speed and efficiency against the number of processes; ideal dashed.",
+            "the study has one number of processes",
+        ),
+    }
+    for metric in study.metrics:
+        if found.kept[metric.key].notna().any():
+            caption = (
+                f"Gain of {metric.label} over the unprocessed input, by SNR and by noise, at each size's largest "
+                "budget. Bars: standard error over utterances."
+            )
+            why = "the scores name neither several SNRs nor several noises"
+            figures[f"breakdown_{metric.key}"] = (breakdown_figure(study, found, metric), caption, why)
+    return figures
 
 
 def _written_figure(figure: Figure | None, stem: Path) -> list[Path]:
@@ -127,27 +195,126 @@ def _written_figure(figure: Figure | None, stem: Path) -> list[Path]:
     return []
 
 
-def _report_text(
-    study: Study, table: ScalingTable, said: Sequence[str], figures: dict[str, tuple[Figure | None, str]]
-) -> str:
-    captions = {
-        "scaling": "Validation loss and metrics against parameters, MACs per second and, where it varies, hours. "
-        "Bars: sample standard deviation over seeds.",
-        "curves": "Validation loss and smoothed training loss over optimiser steps.",
-    }
+def _report_text(study: Study, table: ScalingTable, said: Sequence[str], figures: Figures) -> str:
     count = f"{len(study.finished)} of {len(study.runs)} planned runs finished"
     parts = [f"# Scaling study {study.directory.path.resolve().name}", f"{count}, in {len(table.cells)} cells."]
+    parts.append("With laws, intervals and all tables: [report.html](report.html).")
     if said:
         parts += ["## Remarks", "\n".join(f"- {remark}" for remark in said)]
     parts += ["## Scaling table", to_markdown(table).rstrip()]
     parts.append("The same table: [CSV in full precision](scaling_table.csv), [LaTeX](scaling_table.tex).")
     parts.append("## Figures")
-    for name, (figure, why) in figures.items():
-        parts.append(f"No {name} figure: {why}." if figure is None else f"![{name}]({name}.png)\n\n{captions[name]}")
+    for name, (figure, caption, why) in figures.items():
+        parts.append(f"No {name} figure: {why}." if figure is None else f"![{name}]({name}.png)\n\n{caption}")
     parts += ["## Which runs each row comes from", markdown_table(_sources(table))]
     parts.append("Every planned run with its numbers: [runs.csv](runs.csv).")
     parts += ["## Provenance", _provenance_text(study)]
     return "\n\n".join(parts) + "\n"
+
+
+def _html_page(
+    study: Study,
+    table: ScalingTable,
+    said: Sequence[str],
+    found: Claims,
+    iso: IsoFlop,
+    tables: Sequence[PaperTable],
+    figures: Figures,
+) -> str:
+    registry = html.Registry()
+    by_name = {one.name: one for one in tables}
+    report = study.directory.report
+
+    def shown(*names: str) -> list[str]:
+        parts = []
+        for name in names:
+            if name in by_name:
+                parts.append(html.paper_table(by_name[name], registry))
+            elif name in figures:
+                figure, caption, why = figures[name]
+                parts.append(
+                    html.paragraph(f"No {name} figure: {why}.")
+                    if figure is None
+                    else html.figure(report / name, caption)
+                )
+        return parts
+
+    text = written(table)
+    sources = pd.DataFrame("", index=text.index, columns=text.columns)
+    for number, ids in enumerate([table.unprocessed["run_ids"], *table.cells["run_ids"]]):
+        sources.iloc[number] = ids
+    scaling = PaperTable("scaling_table", "Every cell of the study", NOTE, text, sources)
+    breakdowns = [name for name in figures if name.startswith("breakdown_") and figures[name][0] is not None]
+    sections = [
+        html.Section("Held-out prediction", [*_verdicts(found), *shown("held_out")]),
+        html.Section(
+            "Results",
+            [html.paper_table(scaling, registry), *shown("scaling", "size_table", "data_table", "joint_table")],
+        ),
+        html.Section("Laws", shown("laws", "loss_laws", "fits_both_ways", "metric_laws")),
+        html.Section("Equal compute", shown("isoflop", "isoflop_curves")),
+        html.Section("Beside published systems", shown("published")),
+        html.Section("Differences and breakdown", shown("significance", *breakdowns, "breakdown")),
+        html.Section("Cost", shown("efficiency_table", "node_scaling", "processes")),
+        html.Section("Training curves", shown("curves")),
+        html.Section("What is missing", _missing(study, table, found, figures, registry, by_name)),
+        html.Section(
+            "Provenance", [html.paragraph(_recorded(study)), html.plain_table(provenance_frame(provenance(study)))]
+        ),
+    ]
+    sections = [section for section in sections if section.parts]
+    if said:
+        sections.insert(0, html.Section("Remarks", [html.bullets(said)]))
+    lead = (
+        f"{len(study.finished)} of {len(study.runs)} planned runs finished, in {len(table.cells)} cells. In the laws N "
+        f"is {SIZES[found.settings.size]}. Click a table cell to see which runs it comes from."
+    )
+    return html.page(f"Scaling study {study.directory.path.resolve().name}", lead, sections, registry)
+
+
+def _verdicts(found: Claims) -> list[str]:
+    """A pass or fail line for each law of the loss that could be tested, with N as the settings have it."""
+    lines = []
+    for claim in found.losses:
+        if claim.measure != found.settings.size:
+            continue
+        for test in claim.held_out:
+            if test.verdict == "not possible":
+                continue
+            why = f": {test.reason}" if test.reason else ""
+            text = f"{test.verdict.upper()}: {claim.law.name} without {test.left_out}, error {test.error:.2%}{why}"
+            lines.append(html.verdict(text, test.verdict))
+    if not lines:
+        reasons = {claim.law.name: claim.fitted.reason or claim.held_out[0].reason for claim in found.losses}
+        lines.append(html.verdict("NOT TESTED: no law of the loss can be fitted without its largest cells", "none"))
+        lines.append(html.bullets([f"{law}: {reason}" for law, reason in reasons.items()]))
+    return lines
+
+
+def _missing(
+    study: Study,
+    table: ScalingTable,
+    found: Claims,
+    figures: Figures,
+    registry: html.Registry,
+    tables: dict[str, PaperTable],
+) -> list[str]:
+    """Runs without a result, runs that no fit uses, figures that could not be drawn, laws that are not identified."""
+    parts = []
+    unfinished = listed(table)
+    if len(unfinished):
+        parts += [html.paragraph(f"{len(unfinished)} planned runs have no result:"), html.plain_table(unfinished)]
+    else:
+        parts.append(html.paragraph("Every planned run has finished."))
+    if "exclusions" in tables:
+        parts.append(html.paper_table(tables["exclusions"], registry))
+    said = [f"No {name} figure: {why}." for name, (figure, _, why) in figures.items() if figure is None]
+    for claim in [*found.losses, *found.metrics]:
+        if not claim.fitted.is_usable and claim.measure == found.settings.size:
+            said.append(f"{claim.quantity.label}, {claim.law.name}: {claim.fitted.status}, {claim.fitted.reason}.")
+    if said:
+        parts.append(html.bullets(said))
+    return parts
 
 
 def _sources(table: ScalingTable) -> pd.DataFrame:
@@ -162,10 +329,13 @@ def _sources(table: ScalingTable) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _recorded(study: Study) -> str:
+    return f"Recorded by {len(study.provenance)} of {len(study.runs)} planned runs."
+
+
 def _provenance_text(study: Study) -> str:
-    recorded = f"Recorded by {len(study.provenance)} of {len(study.runs)} planned runs."
     entries = provenance(study)
-    return f"{recorded}\n\n{markdown_table(provenance_frame(entries))}" if entries else recorded
+    return f"{_recorded(study)}\n\n{markdown_table(provenance_frame(entries))}" if entries else _recorded(study)
 
 
 if __name__ == "__main__":
