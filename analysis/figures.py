@@ -30,6 +30,8 @@ AXES = {"num_params": "Parameters", "macs_per_second": "MACs per second", "hours
 LEAST_SPAN = 0.2
 # A training curve is drawn through at most this many points.
 CURVE_POINTS = 400
+# Of more runs so many, evenly spaced over the plan, are drawn.
+MOST_LINES = 200
 
 
 def scaling_figure(table: ScalingTable) -> Figure | None:
@@ -66,12 +68,17 @@ def curves_figure(study: Study) -> Figure | None:
     """Validation and smoothed training loss against steps, a panel a size, a line a run.
 
     Runs that have not finished are drawn as far as they came, and a failed one ends in a cross.
+    Of more than MOST_LINES runs so many are drawn.
     None if no run has a finite loss on record.
     """
     curves = study.curves[study.curves["loss"].notna()] if "loss" in study.curves else study.curves
     if curves.empty:
         return None
-    runs = study.runs[study.runs["run_id"].isin(curves["run_id"].unique())].sort_values("num_params", kind="stable")
+    runs = study.runs[study.runs["run_id"].isin(curves["run_id"].unique())]
+    if len(runs) > MOST_LINES:
+        runs = runs.iloc[np.linspace(0, len(runs) - 1, MOST_LINES).astype(int)]
+        curves = curves[curves["run_id"].isin(runs["run_id"])]
+    runs = runs.sort_values("num_params", kind="stable")
     sizes = list(dict.fromkeys(runs["size"]))
     names, series = _series(runs.assign(hours=runs["hours"].map(round_hours)), study.axes, "size")
     lines = list(dict.fromkeys(series))
@@ -119,7 +126,9 @@ def _series(cells: pd.DataFrame, axes: Sequence[str], x: str) -> tuple[list[str]
     before do not determine splits lines.
     """
     candidates = {"size": "Size"} if x == "hours" else {"hours": "Hours"}
-    candidates |= {"steps": "Steps"} | {f"axes.{axis}": axis for axis in axes}
+    # An axis of the sweep says more than the steps that followed from it.
+    candidates |= {f"axes.{axis}": axis for axis in axes if axis != "data.hours"}
+    candidates |= {"steps": "Steps", "axes.data.hours": "data.hours"} if "data.hours" in axes else {"steps": "Steps"}
     known, names = [x], []
     texts = pd.Series("", index=cells.index)
     for column, name in candidates.items():

@@ -100,14 +100,17 @@ def plain_table(text: pd.DataFrame) -> str:
 
 
 def _rows(text: pd.DataFrame, sources: pd.DataFrame | None, registry: Registry) -> str:
-    head = "".join(f"<th scope='col'>{html.escape(str(name))}</th>" for name in text.columns)
-    wordy = {name for name in text.columns if text[name].astype(str).str.len().max() > 24}
+    wordy = {name for name in text.columns if text[name].astype(str).str.len().max() > 24} | {text.columns[0]}
+    head = "".join(
+        f'<th scope="col" class="{"words" if name in wordy else "number"}">{html.escape(str(name))}</th>'
+        for name in text.columns
+    )
     rows = []
     for number, row in enumerate(text.itertuples(index=False)):
         cells = []
         for column, value in enumerate(row):
             name = text.columns[column]
-            kind = "words" if name in wordy or column == 0 else "number"
+            kind = "words" if name in wordy else "number"
             ids = "" if sources is None else str(sources.iat[number, column])
             source = f' data-runs="{registry.number(ids)}" tabindex="0"' if ids else ""
             shown = str(value)
@@ -127,8 +130,9 @@ nav{display:flex;flex-wrap:wrap;gap:.3rem 1rem}
 a{color:#0b5a94}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:13px;border-top:2px solid #222;border-bottom:2px solid #222}
-th{border-bottom:1px solid #222;text-align:right;vertical-align:bottom;padding:.25rem .6rem}
-th:first-child{text-align:left}
+th{border-bottom:1px solid #222;vertical-align:bottom;padding:.25rem .6rem}
+th.words{text-align:left}
+th.number{text-align:right}
 td{padding:.2rem .6rem;vertical-align:top}
 td.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 td.words{text-align:left;min-width:7rem}

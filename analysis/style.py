@@ -90,6 +90,9 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         "png": {"dpi": PNG_DPI, "metadata": {"Software": None}},
         "svg": {"metadata": {"Date": None}},
     }
+    with mpl.rc_context(_SETTINGS):
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once for both kinds: that is most of the time
     for kind, options in kinds.items():
         content = io.BytesIO()
         with mpl.rc_context(_SETTINGS):
