@@ -264,6 +264,8 @@ def _claim(
     naive: str = "",
 ) -> Claim:
     usable = runs[np.isfinite(runs[quantity.key].astype(float))]
+    for name in (*law.variables, *left_out.values()):  # plans of earlier versions may lack one
+        usable = usable[np.isfinite(usable[name].astype(float))]
     if law.is_log:
         usable = usable[usable[quantity.key] > 0]
     kept = usable[usable["excluded"] == ""]

@@ -32,8 +32,8 @@ from analysis.laws import Array, Law
 HUBER_DELTA = 1e-3  # of residuals of log loss, as Hoffmann et al. 2022
 STARTS = {1: 48, 2: 14}  # grid points a shape, by the number of shapes
 BEST_STARTS = 6
-STEPS = 200
-TOLERANCE = 1e-10  # of the objective that another step would gain, relative
+STEPS, TOLERANCE = 200, 1e-10  # of Newton's method; of the objective that another step would gain, relative
+BOOTSTRAP_STEPS, BOOTSTRAP_TOLERANCE = 60, 1e-6  # far below what samples differ by
 EXACT = 1e-10  # a residual that counts as none
 AT_BOUND = 1e-6
 MOST_CORRELATION = 0.98  # of two variables' logarithms; beyond, their exponents cannot be told apart
@@ -136,26 +136,25 @@ class Fit:
     ) -> tuple[Array, Array]:
         """Interval of a new cell at x, the mean of so many seeds: the law's, and what cells scatter about it.
 
-        The scatter of cells about the law (seeds and what the law misses) is taken from the residuals of
-        the cells' means, that of seeds from within cells, both with their degrees of freedom.
+        The scatter is the larger of two estimates, each with its degrees of freedom (Student's t): of the cells'
+        means about the law, which holds what the law misses, and of seeds within cells over the number of seeds.
         """
         curves = self.predict_bootstraps(x)
-        between, within = self.scatter()
-        rng = np.random.default_rng(seed)
-        noise = rng.choice(between, curves.shape) if len(between) else 0.0
-        if seeds == 1 and len(within):
-            noise = noise + rng.choice(within, curves.shape)
+        deviation, freedom = self.scatter(seeds)
+        noise = deviation * np.random.default_rng(seed).standard_t(freedom, curves.shape)
         return _quantiles(curves * np.exp(noise) if self.law.is_log else curves + noise, level)
 
-    def scatter(self) -> tuple[Array, Array]:
-        """Residuals of the cells' means, and of seeds within cells, both scaled to be unbiased in variance."""
-        freedom = len(self.residuals) - self.law.num_parameters
-        between = self.residuals * np.sqrt(len(self.residuals) / max(freedom, 1))
-        codes, counts = self.data.codes, self.data.counts
-        y = np.log(self.data.y) if self.law.is_log else self.data.y
-        means = np.bincount(codes, weights=y) / counts
-        scale = np.sqrt(counts / np.maximum(counts - 1, 1))
-        return between, ((y - means[codes]) * scale[codes])[counts[codes] > 1]
+    def scatter(self, seeds: int = 1) -> tuple[float, int]:
+        """Standard deviation of a new cell's mean over so many seeds about the law, and its degrees of freedom."""
+        data, freedom = self.data, len(self.residuals) - self.law.num_parameters
+        estimates = [(float(np.sqrt(np.sum(self.residuals**2) / max(freedom, 1))), max(freedom, 1))]
+        within = len(data.y) - data.num_cells
+        if within > 0:
+            y = np.log(data.y) if self.law.is_log else data.y
+            means = np.bincount(data.codes, weights=y) / data.counts
+            spread = float(np.sqrt(np.sum((y - means[data.codes]) ** 2) / within))
+            estimates.append((spread / np.sqrt(seeds), within))
+        return max(estimates)
 
     @property
     def aicc(self) -> float:
@@ -471,7 +470,12 @@ class _Problem:
 
     @np.errstate(all="ignore")  # a step too far has no logarithm, and is refused for it
     def minimise(
-        self, points: Array, weights: Array, target: Array | None = None
+        self,
+        points: Array,
+        weights: Array,
+        target: Array | None = None,
+        steps: int = STEPS,
+        tolerance: float = TOLERANCE,
     ) -> tuple[Array, Array, NDArray[np.bool_]]:
         """From points (B, P) under weights (B, n): points, objectives (B,), whether each has converged (B,)."""
         points = np.clip(points, self.lower, self.upper)
@@ -480,7 +484,7 @@ class _Problem:
         damping = np.full(len(points), 1e-3)
         objective, gradient, hessian, gauss_newton = self.derivatives(points, weights, target)
         eye = np.eye(points.shape[1])
-        for _ in range(STEPS):
+        for _ in range(steps):
             here = points[active]
             held = ((here <= self.lower) & (gradient > 0)) | ((here >= self.upper) & (gradient < 0))
             diagonal = np.einsum("bpp->bp", gauss_newton)
@@ -492,9 +496,9 @@ class _Problem:
             curved = np.where(loose, hessian / outer, 0.0) + eye * held[:, :, None]
             metric = np.where(loose, gauss_newton / outer, 0.0) + eye * held[:, :, None]
             gain = np.einsum("bp,bp->b", slope, _solved(metric + 1e-14 * eye, slope)) / 2
-            finished = gain <= TOLERANCE * objective + self.n * EXACT**2
+            finished = gain <= tolerance * objective + self.n * EXACT**2
             done[active[finished]] = True
-            keep = ~finished & (damping[active] < 1e14)
+            keep = ~finished & (damping[active] < 1e9)
             if not keep.any():
                 break
             active, here = active[keep], here[keep]
@@ -524,7 +528,8 @@ class _Problem:
         def one(chunk: slice) -> Array:
             sample = weights[chunk], None if target is None else target[chunk]
             count = len(sample[0])
-            results = [self.minimise(np.repeat(start[None], count, axis=0), *sample) for start in starts]
+            end = BOOTSTRAP_STEPS, BOOTSTRAP_TOLERANCE
+            results = [self.minimise(np.repeat(start[None], count, axis=0), *sample, *end) for start in starts]
             best = np.argmin([objective for _, objective, _ in results], axis=0)
             return np.stack([points for points, _, _ in results])[best, np.arange(count)]
 

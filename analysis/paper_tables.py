@@ -143,7 +143,7 @@ def size_table(study: Study, found: Claims) -> PaperTable:
         row = {
             "Size": (str(size), ids),
             "Parameters": (human_count(first["num_params"]), ids),
-            "outside decoder": (human_count(first["num_params_non_decoder"]), ids),
+            "outside decoder": (human_count(float(first["num_params_non_decoder"] or np.nan)), ids),
             "MACs/s": (human_count(first["macs_per_second"]), ids),
             "Seeds": (str(len(cell)), ids),
         }
@@ -209,7 +209,7 @@ def efficiency_table(study: Study, found: Claims) -> PaperTable:
         row = {
             "Size": str(first["size"]),
             "Hours seen": human_hours(float(first["audio_hours_seen"])),
-            "Training compute": f"{human_count(first['train_macs'])}MACs",
+            "Training compute": f"{human_count(float(first['C']))}MACs",
             "Audio-s/s": human_count(float(cell["audio_seconds_per_second"].median())),
             "MACs/s achieved": human_count(
                 3 * first["macs_per_second"] * float(cell["audio_seconds_per_second"].median())

@@ -108,9 +108,9 @@ def real_time_factors(study: Study, cells: pd.DataFrame) -> pd.Series:
 
 
 def _telling_axes(runs: pd.DataFrame, axes: Sequence[str]) -> tuple[str, ...]:
-    """The axes that size, hours, steps and the axes before them do not already determine."""
+    """The axes that size, hours and the axes before them do not already determine."""
     telling: list[str] = []
-    known = ["size", "hours", "steps"]
+    known = ["size", "hours"]
     for axis in axes:
         if (runs.groupby(known, dropna=False)[f"axes.{axis}"].nunique(dropna=False) > 1).any():
             telling.append(axis)

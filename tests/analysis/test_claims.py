@@ -1,0 +1,312 @@
+"""From generated studies of a known law to what may be claimed of them, and what may not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.advise import RefusalError, advise, main
+from analysis.claims import Claims, claims
+from analysis.fit import CONVERGED, UNIDENTIFIABLE
+from analysis.gather import gather
+from analysis.isoflop import AT_EDGE, isoflop
+from analysis.nodes import node_table
+from analysis.paper_tables import paper_tables
+from analysis.quantities import METRICS
+from analysis.settings import Settings
+from analysis.significance import holm, paired
+from scaling.records import StudyDirectory
+from tests.analysis.generated import COST, FAMILY, LAW, grid_study, lines, run_record, true_loss, write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
+    """6 sizes x 4 budgets of equal compute x 3 seeds, whose best sizes lie within."""
+    return grid_study(tmp_path_factory.mktemp("grid") / "study")
+
+
+@pytest.fixture(scope="module")
+def found(grid: StudyDirectory) -> Claims:
+    return claims(gather(grid.path), Settings(grid.path, bootstraps=300))
+
+
+def sizes_study(path: Path, noise: float = 0.003, seeds: int = 3) -> StudyDirectory:
+    """All sizes at one budget of audio."""
+    study, rng, plans = StudyDirectory(path), np.random.default_rng(1), []
+    for size in FAMILY:
+        for seed in range(seeds):
+            plan = run_record(size, 100.0, seed)
+            write_run(study, plan, true_loss(size, 100.0) * float(np.exp(rng.normal(0, noise))), rng)
+            plans.append(plan)
+    study.plan.write_text(lines(plans))
+    return study
+
+
+# --- laws ----------------------------------------------------------------------------------
+
+
+def test_the_joint_law_of_a_study_is_the_one_that_made_it(found: Claims):
+    claim = found.loss("L(N, D)")
+    assert claim is not None
+    assert (claim.fitted.status, claim.fitted.resampled) == (CONVERGED, "seeds")
+    assert found.data == "audio_hours_seen"
+    for name, truth in LAW.items():
+        low, high = claim.fitted.interval(name, 0.999)
+        assert low <= truth <= high, name
+    assert [test.verdict for test in claim.held_out] == ["pass"] * 3
+    assert max(test.error for test in claim.held_out) < 0.02
+
+
+def test_every_measure_of_size_is_fitted_and_compared(found: Claims):
+    measures = {claim.measure: claim.fitted.aicc for claim in found.losses if claim.law.name == "L(N, D)"}
+    assert set(measures) == {"macs_per_second", "num_params", "num_params_non_decoder"}
+    assert min(measures, key=lambda m: measures[m]) == "macs_per_second", "the measure that made the losses"
+
+
+def test_the_largest_size_is_predicted_from_the_others_or_the_prediction_fails(tmp_path: Path):
+    study = sizes_study(tmp_path / "study")
+    claim = claims(gather(study.path), Settings(study.path, bootstraps=300)).loss("L(N)")
+    assert claim is not None
+    (test,) = claim.held_out
+    assert test.left_out == "the largest size (s)"
+    assert (test.verdict, list(test.cells["seeds"])) == ("pass", [3])
+    assert test.error < 0.02
+    truth = true_loss("s", 100.0)
+    assert float(test.cells["low"].iloc[0]) < truth < float(test.cells["high"].iloc[0])
+    # The same study, but the largest size did not gain what the others promise.
+    rng = np.random.default_rng(2)
+    for seed in range(3):
+        write_run(study, run_record("s", 100.0, seed), true_loss("t", 100.0) * 1.1, rng)
+    worse = claims(gather(study.path), Settings(study.path, bootstraps=300)).loss("L(N)")
+    assert worse is not None
+    assert worse.held_out[0].verdict == "fail"
+    assert "1 of 1 cells outside the interval" in worse.held_out[0].reason
+
+
+def test_what_a_rule_leaves_out_is_on_record_and_fitted_the_other_way(tmp_path: Path):
+    study = sizes_study(tmp_path / "study")
+    plans = study.read_plan()
+    diverged, short, running = plans[0], plans[3], plans[4]
+    study.run(diverged["run_id"]).events.write_text(
+        lines([{"event": "failed", "failure": "diverged", "reason": "the loss of step 9 is nan", "time": 1.7e9}])
+    )
+    study.run(running["run_id"]).events.write_text(lines([{"event": "started", "time": 1.7e9}]))
+    short["science"]["train"]["optimiser"]["warmup_steps"] = 2000
+    study.plan.write_text(lines(plans))
+    found = claims(gather(study.path), Settings(study.path, bootstraps=100))
+    rules = dict(zip(found.exclusions["run_id"], found.exclusions["rule"], strict=True))
+    expected = {diverged["run_id"]: "diverged", short["run_id"]: "too few steps", running["run_id"]: "unfinished"}
+    assert rules == expected
+    claim = found.loss("L(N)")
+    assert claim is not None
+    assert not set(expected) & set(claim.run_ids)
+    assert claim.with_excluded is not None
+    assert claim.with_excluded.data.num_cells == claim.fitted.data.num_cells
+    assert len(claim.with_excluded.data.y) == len(claim.fitted.data.y) + 3
+    assert claim.with_excluded.parameters != claim.fitted.parameters
+
+
+def test_three_sizes_give_a_reason_and_no_law(tmp_path: Path):
+    study, rng = StudyDirectory(tmp_path / "study"), np.random.default_rng(0)
+    plans = [run_record(size, 100.0) for size in ("c8", "xt", "t")]
+    for plan in plans:
+        write_run(study, plan, true_loss(plan["size"]["name"], 100.0), rng)
+    study.plan.write_text(lines(plans))
+    claim = claims(gather(study.path), Settings(study.path, bootstraps=100)).loss("L(N)")
+    assert claim is not None
+    assert claim.fitted.status == UNIDENTIFIABLE
+    assert claim.fitted.reason == "3 distinct points of N for 3 parameters; at least 4 are needed"
+    assert claim.held_out[0].verdict == "not possible"
+
+
+# --- equal compute, and advice -------------------------------------------------------------
+
+
+def optimum(compute: float) -> float:
+    """The best size at a budget of compute by the law that made the studies (Hoffmann et al., eq. 4)."""
+    a, b = LAW["alpha"], LAW["beta"]
+    return float((a * LAW["A"] / (b * LAW["B"])) ** (1 / (a + b)) * (compute / COST) ** (b / (a + b)))
+
+
+def test_each_parabola_finds_the_best_size_and_the_path_its_exponent(found: Claims):
+    iso = isoflop(found.kept, bootstraps=400, seed=0)
+    assert [round(p.compute / 1e14, 6) for p in iso.parabolas] == [1, 3, 10, 30]
+    for parabola in iso.parabolas:
+        assert parabola.best_size == pytest.approx(optimum(parabola.compute), rel=0.25)
+        low, high = parabola.interval(0.95)
+        assert low < parabola.best_size < high
+    assert iso.path.status == CONVERGED
+    assert iso.path.exponent == pytest.approx(0.45 / 0.85, abs=0.05)
+
+
+def test_a_minimum_beyond_the_sizes_trained_is_said_and_not_extrapolated(found: Claims):
+    small = found.kept[found.kept["size"].isin(["c8", "xt", "c24", "t"]) & (found.kept["C"] > 2e15)]
+    (parabola,) = isoflop(small, bootstraps=100, seed=0).parabolas
+    assert parabola.status == AT_EDGE
+    assert np.isnan(parabola.best_size)
+    assert "larger sizes are needed" in parabola.reason
+    few = isoflop(small[small["size"] != "c8"], bootstraps=100, seed=0).parabolas[0]
+    assert few.reason.startswith("3 sizes; a parabola needs 4")
+
+
+def test_the_planner_recommends_what_the_law_and_the_speeds_make_best(found: Claims):
+    advice = advise(found, 0.05)
+    assert list(advice.options["size"]) == list(FAMILY)
+    n = np.geomspace(FAMILY["c8"][4], FAMILY["s"][4], 4000)
+    losses = LAW["E"] + LAW["A"] * n ** -LAW["alpha"] + LAW["B"] * (0.05 * 1e9 / (0.001 * n + 4e5)) ** -LAW["beta"]
+    assert advice.best_size == pytest.approx(n[losses.argmin()], rel=0.3)
+    assert advice.loss_interval[0] < losses.min() < advice.loss_interval[1]
+    assert advice.best_size_interval[0] <= advice.best_size <= advice.best_size_interval[1]
+    assert advise(found, 0.01).best_size < advice.best_size
+    assert advise(found, 1e5).is_at_edge
+
+
+def test_the_planner_refuses_where_the_law_is_not_identified(
+    tmp_path: Path, grid: StudyDirectory, capsys: pytest.CaptureFixture[str]
+):
+    study = sizes_study(tmp_path / "study", seeds=2)
+    with pytest.raises(RefusalError, match="unidentifiable: D has 1 level"):
+        advise(claims(gather(study.path), Settings(study.path, bootstraps=100)), 1.0)
+    assert main([f"study={study.path}", "gpu_hours=1"]) == 1
+    assert capsys.readouterr().err.startswith("no advice: L(N, D) of this study is unidentifiable")
+    assert main([f"study={grid.path}", "gpu_hours=-1"]) == 2
+    assert capsys.readouterr().err == "error: gpu_hours=-1: expected a number above 0\n"
+    assert main([f"study={grid.path}", "gpu_hours=3", "bootstraps=200"]) == 0
+    out = capsys.readouterr().out
+    assert "Best between the sizes trained" in out
+    assert "without the largest size (s): pass" in out
+
+
+# --- significance --------------------------------------------------------------------------
+
+
+def scored(shift: float, seeds: int, spread: float) -> pd.DataFrame:
+    rng = np.random.default_rng(4)
+    hardness = rng.normal(0, 0.5, 40)  # an utterance is as hard for one size as for the other
+    rows = []
+    for size, n, gain in (("small", 1.0, 0.0), ("large", 2.0, shift)):
+        for seed in range(seeds):
+            values = 3 + gain + hardness + rng.normal(0, spread) + rng.normal(0, 0.02, 40)
+            rows += [
+                {"size": size, "N": n, "run_id": f"{size}{seed}", "id": number, "pesq_wb": value}
+                for number, value in enumerate(values)
+            ]
+    return pd.DataFrame(rows)
+
+
+def test_pairing_finds_a_difference_much_smaller_than_the_spread_of_utterances():
+    (row,) = paired(scored(0.05, 3, 0.0), METRICS[:1], bootstraps=2000, level=0.95, seed=0).to_dict("records")
+    assert row["difference"] == pytest.approx(0.05, abs=0.02)
+    assert row["low"] > 0
+    assert row["p"] <= 0.01
+
+
+def test_a_difference_within_the_spread_of_seeds_is_not_significant():
+    (row,) = paired(scored(0.05, 3, 0.15), METRICS[:1], bootstraps=2000, level=0.95, seed=0).to_dict("records")
+    assert row["low"] < 0 < row["high"]
+    assert row["p"] > 0.05
+
+
+def test_holms_correction_is_the_published_one():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+# --- processes -----------------------------------------------------------------------------
+
+
+def test_speedup_and_efficiency_over_processes_strong_and_weak(tmp_path: Path):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for weak in (False, True):
+        for processes, speed in ((1, 10.0), (2, 19.0), (4, 32.0)):
+            plan = run_record("t", 1.0 + weak, processes=processes, axes={"cluster.nodes": processes})
+            plan["global_batch"] = 64 * (processes if weak else 1) * (1 + weak)
+            write_run(study, plan, 0.04, rng)
+            run = study.run(plan["run_id"])
+            events = run.read_events()
+            events[1] |= {"world_size": processes}
+            run.events.write_text(lines(events))
+            rows = run.read_metrics()
+            for row in rows:
+                row |= {
+                    "audio_seconds_per_second": speed,
+                    "step_seconds": 1.0,
+                    "communication_seconds": 0.05 * processes,
+                }
+            run.metrics.write_text(lines(rows))
+            plans.append(plan)
+    study.plan.write_text(lines(plans))
+    table = node_table(gather(study.path))
+    for scaling in ("strong", "weak"):
+        rows_of = table[table["scaling"] == scaling]
+        assert list(rows_of["processes"]) == [1, 2, 4]
+        assert list(rows_of["speedup"]) == pytest.approx([1, 1.9, 3.2])
+        assert list(rows_of["efficiency"]) == pytest.approx([1, 0.95, 0.8])
+        assert list(rows_of["communication_share"]) == pytest.approx([0.05, 0.1, 0.2])
+        assert list(rows_of["nodes"]) == [1, 2, 4]
+
+
+def test_hours_of_compute_are_summed_over_sessions_and_processes(tmp_path: Path):
+    study, plan = StudyDirectory(tmp_path / "study"), run_record("t", 1.0)
+    write_run(study, plan, 0.04, np.random.default_rng(0))
+    study.run(plan["run_id"]).events.write_text(
+        lines(
+            [
+                {"event": "started", "time": 0.0, "world_size": 2},
+                {"event": "checkpointed", "time": 1800.0},
+                {"event": "resumed", "time": 9000.0, "world_size": 2},  # killed in between
+                {"event": "evaluating", "time": 9000.0 + 3600},
+                {"event": "finished", "time": 9000.0 + 4000},
+            ]
+        )
+    )
+    study.plan.write_text(lines([plan]))
+    assert gather(study.path).runs.loc[0, "training_hours"] == pytest.approx(2 * 1.5)
+
+
+# --- tables --------------------------------------------------------------------------------
+
+
+def test_every_table_cell_with_a_number_names_the_runs_that_it_comes_from(grid: StudyDirectory, found: Claims):
+    study = gather(grid.path)
+    iso = isoflop(found.kept, bootstraps=100, seed=0)
+    tables = {table.name: table for table in paper_tables(study, found, iso, node_table(study))}
+    wanted = {"data_table", "joint_table", "efficiency_table", "laws", "metric_laws", "held_out", "isoflop"}
+    assert wanted | {"significance", "breakdown", "fits_both_ways"} <= set(tables)
+    run_ids = set(study.runs["run_id"])
+    for table in tables.values():
+        assert table.text.shape == table.sources.shape
+        for text, ids in zip(table.text.to_numpy().ravel(), table.sources.to_numpy().ravel(), strict=True):
+            assert set(ids.split()) <= run_ids
+            assert ids or not any(letter.isdigit() for letter in text) or table.name == "breakdown", (table.name, text)
+        latex = table.to_latex()
+        assert latex.count(r" \\") == len(table.text) + 1
+        assert r"\toprule" in latex
+        assert len(table.to_csv().splitlines()) > 1
+    joint = tables["joint_table"]
+    cell = study.runs[(study.runs["size"] == "t") & (study.runs["axes.train.budget.train_pmacs"] == 1.0)]
+    row = joint.text.index[joint.text["Size"] == "t"][0]
+    assert joint.text.loc[row, "1.00 PMACs"].startswith(f"{cell['validation_loss'].mean():.4f}")
+    assert set(joint.sources.loc[row, "1.00 PMACs"].split()) == set(cell["run_id"])
+
+
+def test_the_analysis_runs_where_torch_cannot_be_imported(tmp_path: Path):
+    study = sizes_study(tmp_path / "study", seeds=2)
+    blocked = tmp_path / "blocked"
+    for name in ("torch", "hydra", "accelerate", "submitit", "omegaconf"):
+        (blocked / name).mkdir(parents=True)
+        (blocked / name / "__init__.py").write_text("raise ImportError('not installed here')")
+    environment = os.environ | {"PYTHONPATH": f"{blocked}{os.pathsep}{ROOT}"}
+    for command in (["analysis.report"], ["analysis.advise", "gpu_hours=2"]):
+        words = [sys.executable, "-m", command[0], f"study={study.path}", "bootstraps=100", *command[1:]]
+        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stderr
+        assert "Error" not in done.stderr, done.stderr
+    assert (study.report / "report.html").exists()
