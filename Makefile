@@ -29,5 +29,5 @@ setup: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[deepspeed,test]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[train,deepspeed,test]'
 	touch $@
