@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,14 @@ def test_the_model_can_be_had_without_what_its_commands_need():
 def test_records_use_the_standard_library_alone():
     tops = {name.split(".")[0] for name in imports_of(ROOT / "scaling" / "records.py")}
     assert tops <= set(sys.stdlib_module_names)
+
+
+def test_the_analysis_installs_with_what_it_imports_and_without_torch():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = {re.split(r"[\[<>=]", wanted)[0] for wanted in project["dependencies"]}
+    used = {name.split(".")[0] for path in modules_of("analysis") for name in imports_of(path)}
+    assert used - set(sys.stdlib_module_names) - {"analysis", "scaling"} == installed
+    assert any(wanted.startswith("torch>") for wanted in project["optional-dependencies"]["train"])
 
 
 def test_no_module_is_named_after_nothing():
