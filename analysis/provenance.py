@@ -55,7 +55,9 @@ def provenance(study: Study) -> list[Entry]:
     keys = [key for key in recorded.columns if key.rpartition(".")[2] not in PASSING]
     order = {name: rank for rank, name in enumerate(FIRST)}
     keys.sort(key=lambda key: next((rank for name, rank in order.items() if name in key.lower()), len(order)))
-    return [Entry(key, _counted(recorded[key])) for key in keys] + indexes
+    # Hardware is on record from a run's start on; one that has not started has none, which is no mixture.
+    found = {key: recorded[key].dropna() if key.startswith("hardware.") else recorded[key] for key in keys}
+    return [Entry(key, _counted(values)) for key, values in found.items()] + indexes
 
 
 def remarks(study: Study, table: ScalingTable) -> list[str]:
