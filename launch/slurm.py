@@ -1,66 +1,133 @@
-"""Runs on a SLURM cluster: one array of jobs through submitit, submitted without waiting."""
+"""Runs on a SLURM cluster: arrays of jobs, submitted without waiting.
+
+Runs that ask for the same are elements of one array, split at the site's limit. Every array is
+put on record before SLURM is asked (launch.submission), every shape tried with
+`sbatch --test-only` before anything is queued, and jobs run a copy of the code (launch.snapshot).
+
+The arrays are written here and not by submitit's SlurmExecutor, which pickles one file a run
+and puts each in its place only after sbatch has returned, so that a sweep killed in between leaves
+jobs that find nothing to run; counts time limits and not progress; and reuses the port of an attempt.
+"""
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
-
-import submitit
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launch.config import ClusterConfig
-from launch.task import RunTask
+from launch.queue import QueuedJob
+from launch.snapshot import take_snapshot
+from launch.submission import Settings, Submission, submissions
 from scaling.errors import UserError
 from scaling.plan import RunPlan
-from scaling.records import StudyDirectory
+from scaling.records import Record, StudyDirectory
 
-MAX_TIMEOUTS = 1000  # of one job, each followed by a requeue
+# What the shell of a job does around the processes of its run. It outlives the signals that
+# tell those to stop, in order to say what became of them; srun ends with the first that fails.
+SCRIPT = """\
+#!/bin/bash
+{options}
+
+{lines}
+export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}
+attempt=${{SLURM_RESTART_COUNT:-0}}
+trap : TERM USR1 USR2
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+if ! getent hosts "$first" > /dev/null; then  # then by the address that SLURM itself reaches it at
+    LAUNCH_NODE_ADDRESS=$(scontrol show node "$first" --oneliner | grep -oP 'NodeAddr=\\K\\S+')
+    export LAUNCH_NODE_ADDRESS
+else
+    export LAUNCH_NODE_ADDRESS=$first
+fi
+where=$(sinfo --Node --noheader --states=down,fail,drain,no_respond --format='%N %T' | sort -u \\
+    | {python} -m launch.attempt begin {folder}) || exit 1
+[ -n "$where" ] || exit 0
+eval "$where"
+srun --kill-on-bad-exit=1 --unbuffered --cpus-per-task={cpus} \\
+    --output={folder}/$SLURM_ARRAY_TASK_ID.$attempt.%t.log {srun_args} \\
+    {python} -u -m {module} {folder} &
+processes=$!
+wait $processes
+while kill -0 $processes 2> /dev/null; do wait $processes; done
+wait $processes
+status=$?
+treatment=$(scontrol show job --oneliner "$SLURM_JOB_ID" | {python} -m launch.attempt end {folder} $status)
+[ "$treatment" != requeue ] || exec scontrol requeue "$SLURM_JOB_ID"
+exit $status
+"""
 
 
-def submit_to_slurm(study: StudyDirectory, plans: Sequence[RunPlan], cluster: ClusterConfig) -> list[str]:
-    """Submit all runs as one job array and return the jobs' ids, in order; UserError if SLURM refuses them."""
-    # Absolute: a job's working directory is not this one's on every site.
-    executor = submitit.SlurmExecutor(folder=(study.path / "jobs").resolve(), max_num_timeout=MAX_TIMEOUTS)
-    settings = {
-        "job_name": study.path.name,
-        "time": cluster.timeout_min,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "cpus_per_task": cluster.cpus_per_task,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "mem": f"{cluster.mem_gb}GB" if cluster.mem_gb else None,
-        "setup": cluster.setup or None,
-        "array_parallelism": min(cluster.max_parallel or len(plans), len(plans)),
-        "additional_parameters": cluster.additional_parameters or None,
-    }
-    executor.update_parameters(**{name: value for name, value in settings.items() if value is not None})
-    try:
-        with executor.batch():
-            jobs = [executor.submit(RunTask(plan, cluster.cpus_per_task)) for plan in plans]
-    except submitit.core.utils.FailedJobError as error:
-        raise UserError(
-            f"sbatch refused the job array ({error}): check the settings of conf/cluster/slurm.yaml"
-        ) from None
-    for plan, job in zip(plans, jobs, strict=True):
-        plan.directory.log_event("submitted", job=job.job_id, executor="slurm", log=str(job.paths.stderr))
-    return [job.job_id for job in jobs]
+def submit_to_slurm(
+    study: StudyDirectory, plans: Sequence[RunPlan], cluster: ClusterConfig, lock: int
+) -> list[Submission]:
+    """Submit runs as arrays; UserError, before anything is queued, if SLURM would refuse one.
+
+    lock: the descriptor that holds the study's lock; sbatch inherits it, so that no other sweep
+        looks at the queue while one is on its way into it, though this process be killed
+    """
+    arrays = _arrays(plans, cluster)
+    code = take_snapshot(study)
+    tried: list[ClusterConfig] = []
+    for shape, _ in arrays:
+        if shape not in tried:
+            tried.append(shape)
+            _try_shape(study, shape, code)
+    caps = _shares(cluster.max_parallel, [len(part) for _, part in arrays])
+    done: list[Submission] = []
+    lanes = cluster.max_parallel or len(arrays)
+    for number, ((shape, part), cap) in enumerate(zip(arrays, caps, strict=True)):
+        submission = Submission.create(study, [plan.to_record() for plan in part], _settings(shape))
+        options = {"array": f"0-{len(part) - 1}%{cap}", "comment": submission.token, "job-name": study.path.name}
+        options |= {"output": f"{submission.path}/%a.log"}
+        if number >= lanes:  # more arrays than runs at once: each waits for one before it
+            options["dependency"] = f"afterany:{done[number - lanes].job}"
+        submission.script.write_text(batch_script(shape, options, code, submission.path))
+        job = _sbatch(submission.script, lock).strip().split(";")[0]
+        submission.record_job(job)
+        done.append(submission)
+    return done
 
 
-def live_jobs() -> set[str]:
-    """The ids of this user's jobs that wait or run, array elements one by one; from one query."""
-    try:
-        result = subprocess.run(
-            ["squeue", "--me", "--array", "--noheader", "--format=%i"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-    except subprocess.SubprocessError as error:
-        raise UserError(f"squeue does not answer ({error}): is this a login node of the cluster?") from None
-    return set(result.stdout.split())
+def reconcile(study: StudyDirectory, queue: Mapping[str, QueuedJob]) -> None:
+    """Complete what a killed sweep left half done; the caller holds the study's lock.
+
+    An array that SLURM took is put on record, one that it never saw is removed.
+    """
+    arrays = {job.comment: job.id.partition("_")[0] for job in queue.values()}
+    for submission in submissions(study):
+        if submission.job is None:
+            if submission.token in arrays:
+                submission.record_job(arrays[submission.token])
+            elif not list(submission.path.glob("*.log")):
+                shutil.rmtree(submission.path)
+
+
+def batch_script(
+    shape: ClusterConfig, options: Mapping[str, str], code: Path, folder: Path, module: str = "launch.rank"
+) -> str:
+    """The script of an array: `options` for sbatch beside what the shape asks for, `module` what each process runs."""
+    asked = {**_resources(shape), **options, **shape.additional_parameters}
+    lines = [f"module load {name}" for name in shape.modules] + shape.setup
+    python = f"{shape.container} " if shape.container else ""
+    python += f"{shape.python or shlex.quote(sys.executable)} -P"
+    return SCRIPT.format(
+        options="\n".join(
+            f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else "")
+            for name, value in asked.items()
+        ),
+        lines="\n".join(lines),
+        code=shlex.quote(str(code)),
+        folder=shlex.quote(str(folder)),
+        python=python,
+        module=module,
+        cpus=shape.cpus_per_task,
+        srun_args=shlex.join(shape.srun_args),
+    )
 
 
 def require_slurm() -> None:
@@ -70,3 +137,105 @@ def require_slurm() -> None:
             "cluster=slurm: sbatch and squeue are not on the PATH: "
             "run this on a login node of the cluster, or take cluster=local"
         )
+
+
+def shape_record(shape: ClusterConfig) -> Record:
+    """What decides how fast a run goes, as measured speeds are filed by."""
+    names = ("nodes", "gpus_per_node", "cpus_per_task", "partition", "constraint", "signal_seconds")
+    return {name: getattr(shape, name) for name in names} | {"tasks_per_node": shape.tasks_per_node}
+
+
+def _settings(shape: ClusterConfig) -> Settings:
+    return Settings(
+        num_processes=shape.num_processes,
+        devices=shape.num_processes if shape.gpus_per_node else shape.num_processes * shape.cpus_per_task,
+        shape=shape_record(shape),
+        threads=shape.cpus_per_task,
+        throughput=str(Path(shape.throughput).resolve()),
+        max_fruitless_attempts=shape.max_fruitless_attempts,
+    )
+
+
+def _resources(shape: ClusterConfig) -> dict[str, str]:
+    asked = {
+        "nodes": shape.nodes,
+        "ntasks-per-node": shape.tasks_per_node,
+        "cpus-per-task": shape.cpus_per_task,
+        "gpus-per-node": shape.gpus_per_node or None,
+        "mem": f"{round(shape.mem_gb * 1024)}M" if shape.mem_gb else None,
+        "time": shape.timeout_min,
+        "partition": shape.partition,
+        "account": shape.account,
+        "qos": shape.qos,
+        "constraint": shape.constraint,
+        "signal": f"USR1@{shape.signal_seconds}",
+        "open-mode": "append",
+    }
+    return {name: str(value) for name, value in asked.items() if value is not None} | {"requeue": ""}
+
+
+def _arrays(plans: Sequence[RunPlan], cluster: ClusterConfig) -> list[tuple[ClusterConfig, list[RunPlan]]]:
+    """The runs by what they ask for, in order, at most as many to an array as the site lets in one."""
+    groups: list[tuple[ClusterConfig, list[RunPlan]]] = []
+    shapes = {name: cluster.for_size(name) for name in {plan.config.model.name for plan in plans}}
+    for plan in plans:
+        shape = shapes[plan.config.model.name]
+        part = next((part for known, part in groups if known == shape), None)
+        if part is None:
+            groups.append((shape, part := []))
+        part.append(plan)
+    limit = _max_array_size()
+    return [(shape, part[at : at + limit]) for shape, part in groups for at in range(0, len(part), limit)]
+
+
+def _max_array_size() -> int:
+    said = _ask(["scontrol", "show", "config"])
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
+    return max(1, int(found[1])) if found else 1000
+
+
+def _shares(total: int | None, sizes: Sequence[int]) -> list[int]:
+    """How many elements of each array may run at once, `total` in all over the arrays that run side by side."""
+    if total is None:
+        return list(sizes)
+    side_by_side = min(total, len(sizes))
+    return [
+        min(size, total // side_by_side + (1 if number % side_by_side < total % side_by_side else 0))
+        for number, size in enumerate(sizes)
+    ]
+
+
+def _try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
+    """UserError in one line if SLURM would not take a job of this shape."""
+    script = batch_script(shape, {"array": "0-0", "output": "/dev/null"}, code, study.path)
+    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        asked = ", ".join(f"{name}={value}" for name, value in _resources(shape).items() if value)
+        raise UserError(f"SLURM refuses a job with {asked}: {_said(done.stderr)}: check cluster's settings")
+
+
+def _sbatch(script: Path, lock: int) -> str:
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        pass_fds=(lock,),
+        start_new_session=True,  # an interrupt from the terminal reaches this process, not a submission under way
+    )
+    if done.returncode:
+        raise UserError(f"sbatch refused an array ({_said(done.stderr)}): what was submitted before it stays so")
+    return done.stdout
+
+
+def _ask(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} does not answer ({_said(done.stderr)}): is the cluster's controller up?")
+    return done.stdout
+
+
+def _said(stderr: str) -> str:
+    lines = [line.split("error: ", 1)[-1].strip() for line in stderr.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines))

@@ -17,7 +17,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -27,12 +29,16 @@ from launch.config import StudyConfig
 from launch.display import RunsDisplay
 from launch.local import last_log, run_locally
 from launch.planning import load_study, plan_study, plan_table, write_plan
-from launch.slurm import live_jobs, require_slurm, submit_to_slurm
+from launch.queue import QueuedJob, read_queue
+from launch.slurm import reconcile, require_slurm, submit_to_slurm
+from launch.submission import last_job
 from scaling.cli import CONFIG_FOLDER, run_main
 from scaling.errors import UserError
 from scaling.plan import RunPlan, require_writable
 from scaling.records import StudyDirectory
-from scaling.run import held_lock
+from scaling.run import held_lock, is_held
+
+SECONDS_TO_WAIT = 120.0  # for another sweep's submission to SLURM
 
 
 def main(words: list[str]) -> int:
@@ -51,18 +57,28 @@ def main(words: list[str]) -> int:
     if config.cluster.executor == "slurm":
         require_slurm()
     require_writable(study.path)
-    with held_lock(study.lock, f"study {study.path} is being swept"):
-        return _execute(study, plans, config)
+    with _lock_of(study, config) as lock:
+        return _execute(study, plans, config, lock)
 
 
-def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfig) -> int:
+@contextmanager
+def _lock_of(study: StudyDirectory, config: StudyConfig) -> Iterator[int]:
+    """One sweep at a time; a submission is over in moments, so another waits for it."""
+    deadline = time.monotonic() + (SECONDS_TO_WAIT if config.cluster.executor == "slurm" else 0)
+    while is_held(study.lock) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    with held_lock(study.lock, f"study {study.path} is being swept") as lock:
+        yield lock
+
+
+def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfig, lock: int) -> int:
     """Write the plan, bring what is not settled to its end (or submit it), report."""
     _tell_other_runs(study, plans)
     write_plan(study, plans)
     todo = [plan for plan in plans if not is_settled(plan)]
     print(f"{len(plans) - len(todo)} of {len(plans)} runs are settled, {len(todo)} to execute")
     if todo and config.cluster.executor == "slurm":
-        return _submit(study, todo, config)
+        return _submit(study, todo, config, lock)
     if todo:
         signal.signal(signal.SIGTERM, _interrupt)
         with RunsDisplay(todo) as display:
@@ -82,18 +98,26 @@ def is_settled(plan: RunPlan) -> bool:
     return state == "finished" or (state == "failed" and event.get("failure") == "diverged")
 
 
-def _submit(study: StudyDirectory, todo: Sequence[RunPlan], config: StudyConfig) -> int:
-    live = live_jobs()
-    waiting = [plan for plan in todo if _last_job(plan) in live]
-    missing = [plan for plan in todo if plan not in waiting]
+def _submit(study: StudyDirectory, todo: Sequence[RunPlan], config: StudyConfig, lock: int) -> int:
+    queue = read_queue()
+    reconcile(study, queue)
+    missing = [plan for plan in todo if not _is_live(plan, queue)]
     if missing:
-        jobs = submit_to_slurm(study, missing, config.cluster)
-        print(f"submitted {len(missing)} runs as jobs {jobs[0]} to {jobs[-1]}")
-    if waiting:
-        print(f"{len(waiting)} runs wait or run already")
-    print("to see them: squeue --me")
+        for submission in submit_to_slurm(study, missing, config.cluster, lock):
+            count = len(submission.run_ids())
+            print(f"submitted {count} run{'s' if count > 1 else ''} as job array {submission.job}_[0-{count - 1}]")
+    if len(missing) < len(todo):
+        print(f"{len(todo) - len(missing)} runs wait or run already")
+    print(f"how they are:    python -m launch.status study={study.path}   (--watch stays and looks again)")
+    print(f"what one says:   python -m launch.logs RUN study={study.path}")
+    print(f"to stop them:    python -m launch.cancel study={study.path}")
     print("the same sweep command again submits what was lost, nothing twice, and when all is done makes the report")
     return 0
+
+
+def _is_live(plan: RunPlan, queue: Mapping[str, QueuedJob]) -> bool:
+    job = queue.get(last_job(plan.directory) or "")
+    return job is not None and job.is_live
 
 
 def _tell_other_runs(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
@@ -103,11 +127,6 @@ def _tell_other_runs(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
             f"{study.path} holds {len(others)} runs of earlier plans that this sweep does not name: they stay, but its "
             "table is of this plan alone; widen the axes to have both, or give another study=DIR"
         )
-
-
-def _last_job(plan: RunPlan) -> str | None:
-    jobs = [event.get("job") for event in plan.directory.read_events() if event.get("event") == "submitted"]
-    return jobs[-1] if jobs else None
 
 
 def _report(study: StudyDirectory) -> bool:

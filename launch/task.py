@@ -7,17 +7,16 @@ import os
 import signal
 from dataclasses import dataclass, replace
 
-from submitit.helpers import DelayedSubmission
-
 from scaling.plan import RunPlan
 
 
 @dataclass(frozen=True)
 class RunTask:
-    """The callable that submitit pickles. Torch is loaded in the job, not where it is submitted from."""
+    """The callable of one process of a run. Torch's settings are made in the job, not where it is submitted from."""
 
     plan: RunPlan
-    threads: int | None = None  # for the run, unless its settings name a number
+    threads: int | None = None  # for the process, unless the run's settings name a number
+    micro_batch: int | None = None  # in place of the settings', where memory ran out before
 
     def __call__(self) -> int:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {self.plan.run_id} %(levelname)s %(message)s")
@@ -25,13 +24,10 @@ class RunTask:
         execution = self.plan.config.execution
         if execution.threads is None and self.threads is not None:
             execution = replace(execution, threads=self.threads)
+        if self.micro_batch is not None:
+            execution = replace(execution, micro_batch=self.micro_batch)
         plan = replace(self.plan, config=replace(self.plan.config, execution=execution))
         os.environ["OMP_NUM_THREADS"] = str(execution.threads or os.cpu_count())
         from scaling.run import execute
 
         return execute(plan)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """Called by submitit before a time limit or preemption: the run goes on from its last checkpoint."""
-        self.plan.directory.log_event("preempted", reason="time limit or preemption")
-        return DelayedSubmission(self)

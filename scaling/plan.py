@@ -229,22 +229,25 @@ def training_clips(config: RunConfig, index: ShardIndex) -> list[Clip]:
 
 def read_planned(directory: RunDirectory) -> RunPlan:
     """The plan of a run directory, its configuration rebuilt; RecordError if there is none."""
-    record = directory.read_plan()
     try:
-        config = to_object(RunConfig, record["config"])
-        plan = RunPlan(
-            # the directory may have been moved since
-            config=replace(config, study=str(directory.path.parent.parent)),
-            axes=record["axes"],
-            index_hash=record["data"]["index_hash"],
-            hours=record["data"]["hours"],
-            num_clips=record["data"]["num_clips"],
-            steps=record["steps"],
-            estimated_hours=record["estimated_hours"],
-        )
+        # the directory may have been moved since
+        plan = from_record(directory.read_plan(), directory.path.parent.parent)
         return plan if plan.directory == directory else replace(plan, folder=str(directory.path))
     except (KeyError, TypeError, UserError) as error:
         raise RecordError(
             f"{directory.plan} was written by another version of this project ({error}): "
             "check that version out, or delete the run's folder and run it again"
         ) from None
+
+
+def from_record(record: Record, study: Path) -> RunPlan:
+    """The plan of a row of plan.jsonl; KeyError, TypeError or UserError if another version wrote it."""
+    return RunPlan(
+        config=replace(to_object(RunConfig, record["config"]), study=str(study)),
+        axes=record["axes"],
+        index_hash=record["data"]["index_hash"],
+        hours=record["data"]["hours"],
+        num_clips=record["data"]["num_clips"],
+        steps=record["steps"],
+        estimated_hours=record["estimated_hours"],
+    )

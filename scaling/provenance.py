@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -28,9 +29,15 @@ PACKAGES = (
 )
 
 
+CODE_PROVENANCE = "provenance.json"  # beside the packages, where they are a copy that a job was submitted with
+
+
 @lru_cache(maxsize=1)
 def provenance() -> Record:
     """Of the code: the same for every run planned by this process."""
+    recorded = Path(__file__).parent.parent / CODE_PROVENANCE
+    if recorded.exists():
+        return dict(json.loads(recorded.read_text()))
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_diff_sha256": _uncommitted(),

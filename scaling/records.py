@@ -23,15 +23,28 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 
-# The kinds of event a run can meet, in the order in which they usually come.
-EVENTS = ("submitted", "started", "resumed", "checkpointed", "preempted", "evaluating", "finished", "failed")
+# The kinds of event a run can meet, in the order in which they usually come, and what a run is after it;
+# None: what it was before.
+EVENTS = {
+    "submitted": "submitted",
+    "launched": "running",  # an attempt of a job begins: where, with how many processes
+    "started": "running",
+    "resumed": "running",
+    "checkpointed": "running",
+    "evaluating": "running",
+    "preempted": "preempted",
+    "ended": None,  # an attempt of a job is over: exit status, time, last lines
+    "requeued": "submitted",
+    "finished": "finished",
+    "failed": "failed",
+}
 
 # What makes a run fail, each to be treated in its own way.
 FAILURES = (
@@ -92,6 +105,18 @@ def read_records(path: Path) -> Iterator[Record]:
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
     yield from (record for record in records if isinstance(record, dict))
+
+
+def newest_event(lines: Sequence[bytes], *kinds: str) -> Record:
+    """The last event of one of the kinds, or an empty record; only that line is parsed, since studies are large."""
+    marks = [f'{{"event": "{kind}",'.encode() for kind in kinds]
+    for line in reversed(lines):
+        if any(line.startswith(mark) for mark in marks):
+            try:
+                return dict(json.loads(line))
+            except ValueError:  # torn by a crash
+                continue
+    return {}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -252,16 +277,17 @@ class RunDirectory:
         One of "planned" (nothing has happened), "submitted", "running", "preempted" (interrupted
         from outside; it goes on when it is executed again), "finished", "failed".
         """
-        state, shown_by = "planned", {}
-        for event in self.read_events():
-            kind = event.get("event")
-            if kind == "finished":  # whatever comes after
-                return "finished", event
-            if kind in ("submitted", "preempted", "failed"):
-                state, shown_by = str(kind), event
-            elif kind in ("started", "resumed", "checkpointed", "evaluating"):
-                state, shown_by = "running", event
-        return state, shown_by
+        lines = self.event_lines()
+        event = newest_event(lines, "finished")  # whatever comes after
+        event = event or newest_event(lines, *(kind for kind, state in EVENTS.items() if state))
+        return (EVENTS[event["event"]] or "", event) if event else ("planned", {})
+
+    def event_lines(self) -> list[bytes]:
+        """The lines of the events' file, for `newest_event`; none if there is no such file."""
+        try:
+            return self.events.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,11 @@ def _recorder_of_loss(directory: RunDirectory, rank: int) -> Callable[[str], Non
 
 
 @contextmanager
-def held_lock(lock: Path, taken: str) -> Iterator[None]:
-    """Hold a lock file for this process; UserError saying what is `taken` if another process holds it."""
+def held_lock(lock: Path, taken: str) -> Iterator[int]:
+    """Hold a lock file for this process; UserError saying what is `taken` if another process holds it.
+
+    Yields the descriptor that holds it: a child process that inherits it holds the lock too.
+    """
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -203,15 +206,20 @@ def held_lock(lock: Path, taken: str) -> Iterator[None]:
             raise UserError(f"{taken} by process {holder}: wait for it, or stop it first") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
 def is_locked(directory: RunDirectory) -> bool:
     """Whether a process of this machine is executing the run."""
+    return is_held(directory.lock)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file."""
     try:
-        descriptor = os.open(directory.lock, os.O_RDWR)
+        descriptor = os.open(lock, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:

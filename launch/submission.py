@@ -1,0 +1,115 @@
+"""One submitted array of jobs: what it is to run, put on record before SLURM is asked.
+
+    STUDY/jobs/TOKEN/runs.jsonl        one row a run, the array's index its line: the run's plan
+    STUDY/jobs/TOKEN/settings.json     what the attempts go by (`Settings`)
+    STUDY/jobs/TOKEN/job.sh            the batch script
+    STUDY/jobs/TOKEN/job               the array's id, once known
+    STUDY/jobs/TOKEN/INDEX.log         of the batch shell of a run, all its attempts
+    STUDY/jobs/TOKEN/INDEX.ATTEMPT.RANK.log
+
+The token is the jobs' comment too. So a sweep that is killed after SLURM took its array and before
+it wrote that down leaves jobs that the next command recognises, and that record themselves
+when they start. This module uses no more than the records, because jobs' shells call it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from scaling.records import Record, RunDirectory, StudyDirectory, newest_event, write_records, write_whole
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the attempts of one array."""
+
+    num_processes: int
+    devices: int  # GPUs of a run, or processes where there are none: what its cost is counted in
+    shape: Record  # what the job asks for, as throughput is filed by
+    threads: int  # CPU threads of a process, unless the run's settings name a number
+    throughput: str  # file of measured speeds
+    max_fruitless_attempts: int
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The files of one array."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, study: StudyDirectory, rows: Sequence[Record], settings: Settings) -> Submission:
+        token = f"{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        submission = cls((study.path / "jobs" / token).resolve())
+        write_records(submission.path / "runs.jsonl", rows)
+        write_whole(submission.path / "settings.json", json.dumps(asdict(settings)) + "\n")
+        return submission
+
+    @property
+    def token(self) -> str:
+        return self.path.name
+
+    @property
+    def script(self) -> Path:
+        return self.path / "job.sh"
+
+    @property
+    def study(self) -> StudyDirectory:
+        return StudyDirectory(self.path.parent.parent)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**json.loads((self.path / "settings.json").read_text()))
+
+    @property
+    def job(self) -> str | None:
+        """The id that SLURM gave the array; None if that is not on record."""
+        try:
+            return (self.path / "job").read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    def row(self, index: int) -> Record:
+        with (self.path / "runs.jsonl").open() as lines:
+            return dict(json.loads(next(islice(lines, index, None))))
+
+    def run_ids(self) -> list[str]:
+        with (self.path / "runs.jsonl").open() as lines:
+            return [json.loads(line)["run_id"] for line in lines]
+
+    def batch_log(self, index: int) -> Path:
+        return self.path / f"{index}.log"
+
+    def rank_log(self, index: int, attempt: int, rank: int) -> Path:
+        return self.path / f"{index}.{attempt}.{rank}.log"
+
+    def record_job(self, job: str) -> None:
+        """Put on every run's record that it is submitted, then the array's id on the submission's."""
+        for index, run_id in enumerate(self.run_ids()):
+            self.record_element(self.study.run(run_id), job, index)
+        write_whole(self.path / "job", job + "\n")
+
+    def record_element(self, directory: RunDirectory, job: str, index: int) -> None:
+        """Put on a run's record that it is submitted as this job, unless it is there."""
+        marks = f'"job": "{job}_{index}"'.encode()
+        if any(line.startswith(b'{"event": "submitted"') and marks in line for line in directory.event_lines()):
+            return
+        log = str(self.batch_log(index))
+        directory.log_event("submitted", job=f"{job}_{index}", executor="slurm", log=log, submission=self.token)
+
+
+def submissions(study: StudyDirectory) -> Iterator[Submission]:
+    """Every array of a study, in the order submitted."""
+    for path in sorted((study.path / "jobs").glob("*/runs.jsonl")):
+        yield Submission(path.parent)
+
+
+def last_job(directory: RunDirectory) -> str | None:
+    """The job that the run was submitted as last."""
+    return newest_event(directory.event_lines(), "submitted").get("job")
