@@ -134,12 +134,15 @@ class Attempt:
         """Put the attempt's end on record; whether the shell is to queue the job again."""
         directory = self.directory
         launched = newest_event(directory.event_lines(), "launched")
-        state, event = directory.state()
-        if state == "finished":
+        if directory.state()[0] == "finished":
             self._record_end(launched, status, None)
             record_run(directory, self.row, self.settings)
             return False
-        recorded = event if state == "failed" and event.get("time", 0) >= launched.get("time", 0) else {}
+        recorded = [
+            event
+            for event in directory.read_events()
+            if event.get("event") == "failed" and event.get("time", 0) >= launched.get("time", 0)
+        ]
         batch_log = read_tail(self.submission.batch_log(self.index), launched.get("batch_log_bytes", 0))
         failure = classify_attempt(status, recorded, batch_log, self._rank_log)
         is_going, restarts = self._scheduler_view()
@@ -244,12 +247,15 @@ def _halved(row: Record, settings: Settings, halvings: int) -> int | None:
     from scaling.errors import UserError  # these load torch, so only where memory ran out
     from scaling.plan import from_record
 
-    plan = from_record(row, Path(row["config"]["study"]))
-    execution, train = plan.config.execution, plan.config.train
-    micro_batch, rest = divmod(execution.micro_batch or train.global_batch // settings.num_processes, 2**halvings)
+    config = from_record(row, Path(row["config"]["study"])).config
+    whole = config.execution.micro_batch or config.train.global_batch // settings.num_processes
+    micro_batch, rest = divmod(whole, 2**halvings)
     try:
-        replace(plan.config, execution=replace(execution, micro_batch=micro_batch))
-    except UserError:
+        replace(config, execution=replace(config.execution, micro_batch=micro_batch)).micro_batches(
+            settings.num_processes
+        )
+    except UserError as error:
+        log.warning("no smaller micro-batch: %s", error)
         return None
     return None if rest else micro_batch
 

@@ -96,6 +96,13 @@ class ClusterConfig:
         """Of one run: its world size."""
         return self.nodes * self.tasks_per_node if self.executor == "slurm" else 1
 
+    @property
+    def num_devices(self) -> int:
+        """What a run's cost is counted in: its GPUs, or its cores where it has none."""
+        if self.executor != "slurm":
+            return 1
+        return self.num_processes if self.gpus_per_node else self.num_processes * self.cpus_per_task
+
     def for_size(self, size: str) -> ClusterConfig:
         """What the job of a run of this model size asks for."""
         changed = self.sizes.get(size)

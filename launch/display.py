@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from launch.state import look
 from scaling.plan import RunPlan
-from scaling.records import Record
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
-TAIL_BYTES = 4096
 
 
 class RunsDisplay:
@@ -63,25 +57,19 @@ class RunsDisplay:
 
 def _look(plan: RunPlan) -> dict[str, str]:
     """How far a run is, in words."""
-    directory = plan.directory
-    state, event = directory.state()
-    rows = _last_train_rows(directory.metrics)
-    row = rows[-1] if rows else {}
-    step = int(row.get("step", 0))
+    run = look(plan.directory, plan.steps, plan.audio_seconds_seen)
     left = ""
-    speeds = [row["audio_seconds_per_second"] for row in rows if row.get("audio_seconds_per_second")]
-    speed = len(speeds) / sum(1 / speed for speed in speeds) if speeds else None
-    if state == "running" and speed:
-        seconds = round((plan.steps - step) / plan.steps * plan.audio_seconds_seen / speed)
+    if run.seconds_left is not None:
+        seconds = round(run.seconds_left)
         left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     return {
-        "run": plan.run_id,
-        "state": "evaluating" if event.get("event") == "evaluating" else state,
-        "step": f"{step}/{plan.steps}" if step else "",
-        "loss": f"{row['loss']:.4f}" if row.get("loss") is not None else "",
-        "speed": f"{speed:.0f}" if speed else "",
+        "run": run.run_id,
+        "state": run.state,
+        "step": f"{run.step}/{plan.steps}" if run.step else "",
+        "loss": f"{run.loss:.4f}" if run.loss is not None else "",
+        "speed": f"{run.speed:.0f}" if run.speed else "",
         "left": left,
-        "why": f"{event.get('failure')}: {event.get('reason')}" if state == "failed" else "",
+        "why": run.why if run.state == "failed" else "",
     }
 
 
@@ -95,21 +83,3 @@ def _table(rows: Sequence[dict[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row.values(), style=styles.get(row["state"], "dim"))
     return table
-
-
-def _last_train_rows(path: Path) -> list[Record]:
-    """The newest rows of training metrics, from the end of the file: it is read twice a second."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return []
-    try:
-        size = os.fstat(descriptor).st_size
-        tail = os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES))
-    finally:
-        os.close(descriptor)
-    rows: list[Any] = []
-    for line in tail.splitlines():
-        with contextlib.suppress(ValueError):  # the first line is cut, the last may be torn
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.get("kind") == "train"]

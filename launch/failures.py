@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from scaling.records import Record
 
-PREEMPTED_STATUS = 75  # scaling.run.PREEMPTED, which is not imported because it loads torch
+# Exit statuses of a rank. They are not imported from scaling.run and scaling.processes, because that loads torch.
+PREEMPTED_STATUS = 75
+LOST_STATUS = 76
+KILLED = {128 + number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGBUS)}
 LAST_LINES = 12
 TAIL_BYTES = 16384
 
@@ -41,17 +44,6 @@ SAID_BY_SLURM = (
     ("preempted", re.compile(r"DUE TO (?:PREEMPTION|JOB REQUEUE)")),
     ("node failure", re.compile(r"DUE TO NODE FAILURE|Node failure on|Communication connection failure")),
 )
-# In the words of torch and Python.
-SAID_BY_A_RANK = (
-    ("out of memory", re.compile(r"OutOfMemoryError|CUDA out of memory|can't allocate memory|MemoryError|bad_alloc")),
-    (
-        "node failure",
-        re.compile(
-            r"Connection (?:reset|closed|refused)|Broken pipe|Timed out waiting|DistNetworkError|DistStoreError"
-            r"|ProcessGroup.*[Tt]imeout|NCCL.*(?:system|remote|unhandled)|CUDA error: (?:uncorrectable|unspecified)"
-        ),
-    ),
-)
 TASK_ENDED = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
 
 
@@ -64,54 +56,50 @@ class Failure:
     last_lines: str = ""
 
 
-def classify_exception(error: BaseException) -> Failure:
-    """Of an exception that ends a rank."""
-    text = f"{type(error).__name__}: {error}"
-    for kind, pattern in SAID_BY_A_RANK:
-        if pattern.search(text):
-            return Failure(kind, text)
-    return Failure("bad config" if type(error).__name__ == "UserError" else "code error", text)
+def report_line(error: Exception) -> str:
+    """What a rank says last, for those that look at its log: it may have ended before it had a record to write to."""
+    from scaling.run import classify  # loads torch
+
+    failure, reason = classify(error)
+    return REPORT + json.dumps({"failure": failure, "reason": reason})
 
 
-def report_line(error: BaseException) -> str:
-    failure = classify_exception(error)
-    return REPORT + json.dumps({"failure": failure.kind, "reason": failure.reason})
-
-
-def classify_attempt(status: int, recorded: Record, batch_log: str, rank_log: Callable[[int], str]) -> Failure:
+def classify_attempt(
+    status: int, recorded: Sequence[Record], batch_log: str, rank_log: Callable[[int], str]
+) -> Failure:
     """What ended an attempt whose srun ended with `status`, not 0.
 
-    recorded: the "failed" event that rank 0 wrote during the attempt, or an empty record
+    recorded: the "failed" events that the ranks wrote during the attempt
     batch_log: what the batch shell's log has of the attempt
     rank_log: the log of a rank, of the attempt
     """
-    if recorded.get("failure") == "diverged":
-        return Failure("diverged", str(recorded.get("reason")))
-    if status == PREEMPTED_STATUS:
-        return Failure(_first_said(batch_log) or "preempted", "the processes were told to stop, and saved")
-    if said := _first_said(batch_log):
-        return Failure(said, _line_with(batch_log, said), _last_lines(batch_log))
     ended = TASK_ENDED.search(batch_log)
     rank = int(re.split("[,-]", ended["ranks"])[0]) if ended else 0
     where = f"rank {rank}" + (f" on {ended['node']}" if ended else "")
     log = rank_log(rank)
-    lines = _last_lines(log)
-    if said := _first_said(log):
-        return Failure(said, f"{where}: {_line_with(log, said)}", lines)
-    if rank == 0 and recorded:
-        return Failure(str(recorded.get("failure")), str(recorded.get("reason")), lines)
+    # A rank that met an error knows best; that another is lost is known by all that are left.
+    own = [event for event in recorded if event.get("failure") != "node failure"]
+    if own:
+        rank = own[0].get("rank", 0)
+        return Failure(str(own[0]["failure"]), f"rank {rank}: {own[0].get('reason')}", _last_lines(rank_log(rank)))
+    for text in (batch_log, log):
+        if said := _first_said(text):
+            if status == PREEMPTED_STATUS and said in ("preempted", "time limit"):
+                break
+            return Failure(said, _line_with(text, said), _last_lines(text))
+    if status == PREEMPTED_STATUS:
+        return Failure(_first_said(batch_log) or "preempted", "the processes were told to stop, and saved")
     reports = [line.partition(REPORT)[2] for line in log.splitlines() if REPORT in line]
     if reports:
         report = json.loads(reports[-1])
-        return Failure(report["failure"], f"{where}: {report['reason']}", lines)
-    if status - 128 in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGBUS):
+        return Failure(report["failure"], f"{where}: {report['reason']}", _last_lines(log))
+    if recorded:
+        return Failure("node failure", str(recorded[0].get("reason")), _last_lines(batch_log + log))
+    if status in KILLED:
         name = signal.Signals(status - 128).name
-        return Failure("node failure", f"{where} was ended by {name} from outside, without a word", lines)
-    for kind, pattern in SAID_BY_A_RANK:
-        if pattern.search(log):
-            return Failure(kind, f"{where}: {lines.splitlines()[-1] if lines else ''}", lines)
+        return Failure("node failure", f"{where} was ended by {name} from outside, without a word", _last_lines(log))
     how = f"{where}: {ended['how']}" if ended else f"{where}: exit status {status}"
-    return Failure("code error", how, lines)
+    return Failure("node failure" if status == LOST_STATUS else "code error", how, _last_lines(log))
 
 
 def classify_silence(log: str) -> Failure | None:

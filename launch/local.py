@@ -22,8 +22,8 @@ import submitit
 
 from launch.config import ClusterConfig
 from launch.task import RunTask
+from scaling.locks import is_locked
 from scaling.plan import RunPlan
-from scaling.run import is_locked
 
 NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
 SECONDS_BETWEEN_LOOKS = 0.5

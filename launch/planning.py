@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
-from omegaconf import DictConfig
 from rich.table import Table
 
-from launch.config import StudyConfig
-from scaling.cli import compose_config, is_group, to_object, with_values
-from scaling.config import DataConfig, RunConfig
+from launch.cells import CellComposer, split, without_axes
+from launch.config import ClusterConfig, StudyConfig
+from launch.costs import Costs, in_hours
+from scaling.cli import compose_config, to_object, with_values
+from scaling.config import DataConfig
 from scaling.errors import UserError
-from scaling.grid import Cell, SweepConfig
-from scaling.plan import RunPlan, plan_run
+from scaling.grid import SweepConfig
+from scaling.plan import DataBudget, RunPlan, plan_run
 from scaling.prepare import open_shards
 from scaling.records import StudyDirectory, write_records
 from scaling.shards import ShardIndex
@@ -21,6 +23,7 @@ from scaling.shards import ShardIndex
 FEWEST_WARMUPS = 3  # of steps, for a run to be more than its warm-up; the analysis leaves the others out
 MOST_PASSES = 500  # over the data: as many as the published recipe makes
 MOST_NAMES = 4
+MOST_ROWS = 200  # of the table of runs
 
 
 def load_study(words: Sequence[str]) -> StudyConfig:
@@ -28,9 +31,10 @@ def load_study(words: Sequence[str]) -> StudyConfig:
     composed = compose_config(StudyConfig, "study", words)
     sweep = to_object(SweepConfig, composed.sweep)
     _refuse_overridden_axes(sweep, words)
-    choices, values = _split(sweep.cells()[0])
-    composed = with_values(compose_config(StudyConfig, "study", [*words, *choices]), values, StudyConfig)
-    config = to_object(StudyConfig, composed)
+    choices, values = split(sweep.cells()[0])
+    composed = compose_config(StudyConfig, "study", [*without_axes(words), *choices])
+    config = to_object(StudyConfig, with_values(composed, values, StudyConfig))
+    config.sweep = sweep
     if config.train.test:  # quick checks stay out of the study they check
         config.study += "-test"
     return config
@@ -44,47 +48,38 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     assert config.sweep is not None
     plans: dict[str, RunPlan] = {}  # by their science, of which a size's name is no part
     indices: dict[str, ShardIndex] = {}
-    composed: dict[tuple[str, ...], DictConfig] = {}  # by the choices of groups; composing is what takes time
+    budgets: dict[tuple[str, float | None, int, bool], DataBudget] = {}
+    costs = Costs(config.cluster)
+    composer = CellComposer(words, config.study)
     for cell in config.sweep.cells():
-        choices, values = _split(cell)
-        if choices not in composed:
-            composed[choices] = compose_config(StudyConfig, "study", [*words, *choices])
-        run = _run_part(with_values(composed[choices], values, StudyConfig), config.study)
-        plan = plan_run(run, _open_once(run.data, indices), cell)
+        run = composer.run(cell)
+        index = _open_once(run.data, indices)
+        data = (run.data.shards, run.data.hours, run.data.order_seed, run.data.train_on_validation)
+        if data not in budgets:
+            budgets[data] = DataBudget.of(run, index)
+        plan = plan_run(run, index, cell, budgets[data])
+        plan = replace(plan, estimated_hours=costs.training_hours(plan))
         if plan.science_hash in plans:
             raise UserError(
                 f"sweep {config.sweep.name}: cells {plans[plan.science_hash].axes} and {cell} are the same run "
                 f"{plan.run_id}: their axes differ in no scientific setting; remove one"
             )
-        hours = config.cluster.training_hours(run.model.num_layers, plan.macs_per_second, plan.audio_seconds_seen)
-        plans[plan.science_hash] = replace(plan, estimated_hours=hours)
+        plans[plan.science_hash] = plan
     return sorted(plans.values(), key=lambda plan: -(plan.estimated_hours or plan.train_macs))
 
 
 def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
-    """Put the plan on record: plan.jsonl of the study, and each run's folder."""
+    """Put the plan on record: plan.jsonl of the study. Each run's folder is made where it is executed."""
     write_records(study.plan, [plan.to_record() for plan in plans])
-    for plan in plans:
-        plan.write()
 
 
-def plan_table(plans: Sequence[RunPlan], states: dict[str, str]) -> Table:
+def plan_table(plans: Sequence[RunPlan], states: dict[str, str], cluster: ClusterConfig) -> Table:
     """The runs with what they cost; `states` says of each run_id what has become of it."""
     table = Table(title=f"{len(plans)} runs", title_justify="left", box=None, pad_edge=False)
-    for name in (
-        "run",
-        "size",
-        "params",
-        "MACs/s",
-        "data (h)",
-        "steps",
-        "audio seen (h)",
-        "passes",
-        "compute",
-        "state",
-    ):
+    columns = ("run", "size", "params", "MACs/s", "data (h)", "steps", "audio seen (h)", "passes", "time", "state")
+    for name in columns:
         table.add_column(name, justify="left" if name in ("run", "size", "state") else "right", no_wrap=name == "run")
-    for plan in plans:
+    for plan in plans[:MOST_ROWS]:
         row = plan.to_record()
         table.add_row(
             plan.run_id,
@@ -95,33 +90,27 @@ def plan_table(plans: Sequence[RunPlan], states: dict[str, str]) -> Table:
             f"{plan.steps:,}",
             f"{row['audio_hours_seen']:.3g}",
             f"{row['audio_hours_seen'] / plan.hours:.2g}",
-            "?" if plan.estimated_hours is None else f"~{_duration(plan.estimated_hours)}",
+            "?" if plan.estimated_hours is None else f"~{in_hours(plan.estimated_hours)}",
             states.get(plan.run_id, ""),
         )
+    said = [Costs(cluster).in_words(plans)]
+    if len(plans) > MOST_ROWS:
+        counts = Counter(states.get(plan.run_id, "") for plan in plans)
+        said.append(f"the first {MOST_ROWS} are shown; in all {', '.join(f'{n} {s}' for s, n in counts.items() if s)}")
+    if unseen := [plan for plan in plans if plan.audio_seconds_seen < plan.hours * 3600]:
+        said.append(f"{len(unseen)} runs end before they have seen all of their data: raise train.budget")
     # Where compute is what cells share, their steps differ: the ends of the range say little about size.
     short = [plan for plan in plans if plan.steps < FEWEST_WARMUPS * plan.config.train.optimiser.warmup_steps]
     exhausted = [plan for plan in plans if plan.audio_seconds_seen > MOST_PASSES * plan.hours * 3600]
-    unseen = [plan for plan in plans if plan.audio_seconds_seen < plan.hours * 3600]
-    if all(plan.estimated_hours is not None for plan in plans):
-        total = sum(plan.estimated_hours or 0 for plan in plans)
-        table.caption = f"about {_duration(total)} of training in all, on one core or GPU"
-    else:
-        table.caption = "compute unknown: set cluster.seconds_per_layer and cluster.seconds_per_gmac as measured"
-    if unseen:
-        table.caption += f"; {len(unseen)} runs end before they have seen all of their data: raise train.budget"
     for cells, told in (
         (short, f"{len(short)} runs have fewer steps than {FEWEST_WARMUPS} warm-ups, mostly warm-up: {_names(short)}"),
         (exhausted, f"{len(exhausted)} runs pass over their data more than {MOST_PASSES} times: {_names(exhausted)}"),
     ):
-        table.caption += f"; {told}" if cells and not plans[0].config.train.test else ""
+        if cells and not plans[0].config.train.test:
+            said.append(told)
+    table.caption = "; ".join(said)
     table.caption_justify = "left"
     return table
-
-
-def _split(cell: Cell) -> tuple[tuple[str, ...], Cell]:
-    """A cell's choices of groups, as Hydra takes them, and its other values."""
-    choices = tuple(f"{axis}={value}" for axis, value in cell.items() if is_group(axis))
-    return choices, {axis: value for axis, value in cell.items() if not is_group(axis)}
 
 
 def _refuse_overridden_axes(sweep: SweepConfig, words: Sequence[str]) -> None:
@@ -136,12 +125,6 @@ def _refuse_overridden_axes(sweep: SweepConfig, words: Sequence[str]) -> None:
                 f"{word}: would give every size of sweep {sweep.name} the same {key}: "
                 f"make a size of its own in conf/model, or an axis sweep.axes.{key}=[...] in place of model"
             )
-
-
-def _run_part(composed: DictConfig, study: str) -> RunConfig:
-    config = to_object(StudyConfig, composed, is_checked=True)
-    parts = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
-    return RunConfig(**parts | {"study": study})
 
 
 def _open_once(data: DataConfig, indices: dict[str, ShardIndex]) -> ShardIndex:
@@ -160,7 +143,3 @@ def _with_unit(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
-
-
-def _duration(hours: float) -> str:
-    return f"{hours * 60:.2g} min" if hours < 1 else f"{hours:.3g} h"

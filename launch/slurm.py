@@ -148,7 +148,7 @@ def shape_record(shape: ClusterConfig) -> Record:
 def _settings(shape: ClusterConfig) -> Settings:
     return Settings(
         num_processes=shape.num_processes,
-        devices=shape.num_processes if shape.gpus_per_node else shape.num_processes * shape.cpus_per_task,
+        devices=shape.num_devices,
         shape=shape_record(shape),
         threads=shape.cpus_per_task,
         throughput=str(Path(shape.throughput).resolve()),

@@ -26,6 +26,7 @@ from types import FrameType
 from rich.console import Console
 
 from launch.config import StudyConfig
+from launch.costs import Costs
 from launch.display import RunsDisplay
 from launch.local import last_log, run_locally
 from launch.planning import load_study, plan_study, plan_table, write_plan
@@ -34,9 +35,9 @@ from launch.slurm import reconcile, require_slurm, submit_to_slurm
 from launch.submission import last_job
 from scaling.cli import CONFIG_FOLDER, run_main
 from scaling.errors import UserError
+from scaling.locks import held_lock, is_held
 from scaling.plan import RunPlan, require_writable
 from scaling.records import StudyDirectory
-from scaling.run import held_lock, is_held
 
 SECONDS_TO_WAIT = 120.0  # for another sweep's submission to SLURM
 
@@ -50,7 +51,7 @@ def main(words: list[str]) -> int:
     study = StudyDirectory(Path(config.study))
     plans = plan_study(config, words)
     Console(width=None if sys.stdout.isatty() else 160).print(
-        plan_table(plans, {plan.run_id: plan.directory.state()[0] for plan in plans})
+        plan_table(plans, {plan.run_id: plan.directory.state()[0] for plan in plans}, config.cluster)
     )
     if config.dry_run:
         return 0
@@ -74,8 +75,9 @@ def _lock_of(study: StudyDirectory, config: StudyConfig) -> Iterator[int]:
 def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfig, lock: int) -> int:
     """Write the plan, bring what is not settled to its end (or submit it), report."""
     _tell_other_runs(study, plans)
-    write_plan(study, plans)
     todo = [plan for plan in plans if not is_settled(plan)]
+    Costs(config.cluster).require_within(todo, config.launch.max_gpu_hours)
+    write_plan(study, plans)
     print(f"{len(plans) - len(todo)} of {len(plans)} runs are settled, {len(todo)} to execute")
     if todo and config.cluster.executor == "slurm":
         return _submit(study, todo, config, lock)
@@ -89,7 +91,9 @@ def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfi
 
 def _spelt_for_hydra(word: str) -> str:
     """Hydra wants a plus before what the configuration does not name yet; a new axis should not need one."""
-    return f"+{word}" if word.startswith("sweep=") else f"++{word}" if word.startswith("sweep.") else word
+    if word.startswith(("sweep.", "cluster.sizes", "cluster.additional_parameters")):
+        return f"++{word}"
+    return f"+{word}" if word.startswith("sweep=") else word
 
 
 def is_settled(plan: RunPlan) -> bool:

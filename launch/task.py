@@ -8,6 +8,7 @@ import signal
 from dataclasses import dataclass, replace
 
 from scaling.plan import RunPlan
+from scaling.stopping import StopFlag
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class RunTask:
     threads: int | None = None  # for the process, unless the run's settings name a number
     micro_batch: int | None = None  # in place of the settings', where memory ran out before
 
-    def __call__(self) -> int:
+    def __call__(self, stop: StopFlag | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {self.plan.run_id} %(levelname)s %(message)s")
         signal.signal(signal.SIGINT, signal.default_int_handler)
         execution = self.plan.config.execution
@@ -30,4 +31,4 @@ class RunTask:
         os.environ["OMP_NUM_THREADS"] = str(execution.threads or os.cpu_count())
         from scaling.run import execute
 
-        return execute(plan)
+        return execute(plan, stop)

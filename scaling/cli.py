@@ -58,13 +58,18 @@ def with_values(config: DictConfig, values: Mapping[str, Any], schema: type) -> 
     """A copy of a composed configuration with settings (dotted key -> value) set; UserError as in `load_config`."""
     copied = copy.deepcopy(config)
     for key, value in values.items():
-        try:
-            OmegaConf.update(copied, key, value)
-        except OmegaConfBaseException as error:
-            raise UserError(_explain(error, schema, ())) from None
-        except AssertionError:
-            raise UserError(f"{key}: sets a part of something that is null here; leave it out") from None
+        set_value(copied, key, value, schema)
     return copied
+
+
+def set_value(config: DictConfig, key: str, value: Any, schema: type) -> None:
+    """Set a setting (dotted key) of a composed configuration in place; UserError as in `load_config`."""
+    try:
+        OmegaConf.update(config, key, value)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, schema, ())) from None
+    except AssertionError:
+        raise UserError(f"{key}: sets a part of something that is null here; leave it out") from None
 
 
 def to_object(schema: type[Config], config: DictConfig | dict[str, Any], is_checked: bool = False) -> Config:

@@ -84,7 +84,8 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device = self.accelerator.device
+        return torch.device("cpu") if device.type == "cpu" else device  # torch.load knows no cpu:0
 
     def optimise(self, batches: Iterator[Any], lr: float, is_asked_to_stop: bool) -> Step:
         """One optimiser step at a learning rate over this rank's share of a global batch."""

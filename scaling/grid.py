@@ -47,13 +47,13 @@ class SweepConfig:
         axes = _flatten(self.axes)
         product = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
         excluded = [_flatten(rule) for rule in self.exclude]
-        cells: list[Cell] = []
+        cells: dict[str, Cell] = {}  # by their text, which has the same number only once
         for cell in [*product, *(_flatten(point) for point in self.points)]:
-            if cell not in cells and not any(rule.items() <= cell.items() for rule in excluded):
-                cells.append(cell)
+            if not any(rule.items() <= cell.items() for rule in excluded):
+                cells.setdefault(repr(sorted(cell.items())), cell)
         if not cells:
             raise UserError(f"sweep {self.name}: sweep.exclude leaves no cell of {len(product)} in the product")
-        return cells
+        return list(cells.values())
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,8 @@ import errno
 import hashlib
 import json
 import os
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,11 @@ class RunPlan:
         hours = f"-{config.data.hours:g}h" if config.data.hours is not None else ""
         return f"{'test-' if config.train.test else ''}{config.model.name}{hours}-seed{config.seed}"
 
-    @property
+    @cached_property
     def science_hash(self) -> str:
         return hashlib.sha256(json.dumps(self.science, sort_keys=True).encode()).hexdigest()[:8]
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         return f"{self.name}-{self.science_hash}"
 
@@ -150,7 +151,7 @@ class RunPlan:
             "train_macs": self.train_macs,
             "estimated_hours": self.estimated_hours,
             "science": self.science,
-            "config": asdict(self.config),
+            "config": _as_plain(self.config),
         }
 
     def check_index(self, index: ShardIndex) -> None:
@@ -184,6 +185,16 @@ class RunPlan:
         return directory
 
 
+def _as_plain(value: Any) -> Any:
+    """A dataclass as a dictionary, as `dataclasses.asdict` but without copying every leaf: plans come in thousands."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_as_plain(entry) for entry in value]
+    entries = value if isinstance(value, dict) else vars(value)
+    return {name: _as_plain(entry) for name, entry in entries.items()}
+
+
 def require_writable(folder: Path) -> None:
     """Make a folder; UserError if that cannot be."""
     try:
@@ -194,15 +205,34 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror}): name another folder with study=DIR") from None
 
 
-def plan_run(config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None = None) -> RunPlan:
-    """Resolve a configuration against the prepared data; UserError if the budget does not fit it."""
-    clips = training_clips(config, index)
+@dataclass(frozen=True)
+class DataBudget:
+    """What a run trains on: the same for all runs with the same hours of the same shards."""
+
+    hours: float
+    num_clips: int
+
+    @classmethod
+    def of(cls, config: RunConfig, index: ShardIndex) -> DataBudget:
+        """UserError if the shards hold less."""
+        clips = training_clips(config, index)
+        return cls(sum(clip.duration for clip in clips) / 3600, len(clips))
+
+
+def plan_run(
+    config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None = None, budget: DataBudget | None = None
+) -> RunPlan:
+    """Resolve a configuration against the prepared data; UserError if the budget does not fit it.
+
+    budget: the data's, if it is known from another run
+    """
+    budget = budget or DataBudget.of(config, index)
     if config.train.test:
         steps = TEST_STEPS
     else:
         train = config.train
         train_macs = TRAINING_PASSES * count_macs(config.model.architecture(None)).total
-        steps = train.budget.resolve_steps(len(clips), train.global_batch, train.crop_seconds, train_macs)
+        steps = train.budget.resolve_steps(budget.num_clips, train.global_batch, train.crop_seconds, train_macs)
         if train.optimiser.warmup_steps >= steps:
             raise UserError(
                 f"train.optimiser.warmup_steps = {train.optimiser.warmup_steps} leaves nothing of the {steps} steps of "
@@ -214,8 +244,8 @@ def plan_run(config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None =
         config=replace(config, data=data, study=str(Path(config.study).resolve())),
         axes=axes or {},
         index_hash=index.index_hash,
-        hours=sum(clip.duration for clip in clips) / 3600,
-        num_clips=len(clips),
+        hours=budget.hours,
+        num_clips=budget.num_clips,
         steps=steps,
     )
 

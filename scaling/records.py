@@ -68,7 +68,10 @@ class RecordError(Exception):
 
 def to_json(record: Record) -> str:
     """One line of strict JSON; a number that is not finite becomes null (JSON has no NaN)."""
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
 
 
 def append_record(path: Path, record: Record) -> None:
@@ -117,6 +120,13 @@ def newest_event(lines: Sequence[bytes], *kinds: str) -> Record:
             except ValueError:  # torn by a crash
                 continue
     return {}
+
+
+def state_of(lines: Sequence[bytes]) -> tuple[str, Record]:
+    """What has become of a run by the lines of its events: see `RunDirectory.state`."""
+    event = newest_event(lines, "finished")  # whatever comes after
+    event = event or newest_event(lines, *(kind for kind, state in EVENTS.items() if state))
+    return (EVENTS[event["event"]] or "", event) if event else ("planned", {})
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -277,10 +287,7 @@ class RunDirectory:
         One of "planned" (nothing has happened), "submitted", "running", "preempted" (interrupted
         from outside; it goes on when it is executed again), "finished", "failed".
         """
-        lines = self.event_lines()
-        event = newest_event(lines, "finished")  # whatever comes after
-        event = event or newest_event(lines, *(kind for kind, state in EVENTS.items() if state))
-        return (EVENTS[event["event"]] or "", event) if event else ("planned", {})
+        return state_of(self.event_lines())
 
     def event_lines(self) -> list[bytes]:
         """The lines of the events' file, for `newest_event`; none if there is no such file."""

@@ -8,14 +8,12 @@ test set when the others have gone.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 
@@ -24,6 +22,7 @@ from bsrnn.modelfile import MODEL_FILE, save_model
 from scaling.allocator import keep_freed_memory
 from scaling.errors import BadDataError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
+from scaling.locks import held_lock
 from scaling.metrics import versions
 from scaling.plan import RunPlan
 from scaling.processes import LOST_STATUS, LostRankError, Processes, join
@@ -189,43 +188,3 @@ def _recorder_of_loss(directory: RunDirectory, rank: int) -> Callable[[str], Non
             directory.log_event("failed", failure="node failure", reason=lost)
 
     return record
-
-
-@contextmanager
-def held_lock(lock: Path, taken: str) -> Iterator[int]:
-    """Hold a lock file for this process; UserError saying what is `taken` if another process holds it.
-
-    Yields the descriptor that holds it: a child process that inherits it holds the lock too.
-    """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise UserError(f"{taken} by process {holder}: wait for it, or stop it first") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def is_locked(directory: RunDirectory) -> bool:
-    """Whether a process of this machine is executing the run."""
-    return is_held(directory.lock)
-
-
-def is_held(lock: Path) -> bool:
-    """Whether a process holds a lock file."""
-    try:
-        descriptor = os.open(lock, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

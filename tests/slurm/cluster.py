@@ -21,10 +21,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 PACKAGES = ("slurm-wlm", "slurmctld", "slurmd", "slurm-client", "slurmdbd", "mariadb-server", "munge")
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
 CPUS_A_NODE = 16  # more than there are: jobs of tests share the machine's cores
-MEMORY_MB = 8000
+MEMORY_MB = 64000  # likewise
 MAX_ARRAY_SIZE = 12
 NODE_DOWN_SECONDS = 10  # without word from a slurmd
 SECONDS_TO_START = 90.0
@@ -170,12 +172,16 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """What a power cut does: slurmd, its job steps' managers and all their processes are gone at once."""
-        family = [int((self.root / "pids" / f"slurmd-{name}").read_text())]
-        family += [pid for pid in _processes() if f"SLURMD_NODENAME={name}" in _environment(pid, self.conf)]
-        managers = [pid for pid in _processes() if _is_step_manager(pid, self.root / "spool" / name)]
-        for pid in [*family[:1], *managers, *family[1:]]:
+        daemon = int((self.root / "pids" / f"slurmd-{name}").read_text())
+        steps = [psutil.Process(pid) for pid in self._processes_on(name)]
+        managers = {each.pid for step in steps for each in step.parents() if each.name() == "slurmstepd"}
+        for pid in [daemon, *managers, *(step.pid for step in steps)]:  # those that would tell of it first
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _processes_on(self, name: str) -> list[int]:
+        """What jobs run on a node of this cluster."""
+        return [pid for pid in _processes() if f"SLURMD_NODENAME={name}" in _environment(pid, self.conf)]
 
     def stop(self) -> None:
         """End every daemon by its pid file, jobs first; returns when they are gone."""
@@ -188,10 +194,9 @@ class Cluster:
                 check=False,
             )
             for name in self.nodes:  # what a killed slurmctld or slurmd would leave behind
-                for pid in _processes():
-                    if f"SLURMD_NODENAME={name}" in _environment(pid, self.conf):
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
+                for pid in self._processes_on(name):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         pids = []
         for path in sorted((self.root / "pids").glob("*"), key=lambda path: -_stop_order(path.name)):
             with contextlib.suppress(OSError, ValueError):
@@ -298,17 +303,6 @@ def _environment(pid: int, conf: Path) -> list[str]:
     except OSError:
         return []
     return entries if f"SLURM_CONF={conf}" in entries else []
-
-
-def _is_step_manager(pid: int, spool: Path) -> bool:
-    """Whether a process is a slurmstepd of the node with this spool folder."""
-    try:
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-        return name == "slurmstepd" and any(
-            str(spool) in os.readlink(entry) for entry in (Path(f"/proc/{pid}/cwd"), *Path(f"/proc/{pid}/fd").iterdir())
-        )
-    except OSError:
-        return False
 
 
 def _is_alive(pid: int) -> bool:

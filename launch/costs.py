@@ -1,0 +1,94 @@
+"""What a sweep costs, before anything is queued.
+
+From measured speeds of the same model on the same shape of job (launch.throughput: preflights and
+earlier runs); where there is none, from the cluster's two figures of compute time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.config import ClusterConfig
+from launch.slurm import shape_record
+from launch.throughput import Throughput
+from scaling.errors import UserError
+from scaling.plan import RunPlan
+from scaling.records import Record
+
+
+class Costs:
+    """Of runs on a cluster."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self.cluster = cluster
+        self.measured = Throughput(Path(cluster.throughput))
+        self.shapes: dict[str, tuple[ClusterConfig, Record]] = {}
+        self.speeds: dict[tuple[str, str, int, int], float | None] = {}
+
+    def shape(self, size: str) -> ClusterConfig:
+        return self._shape(size)[0]
+
+    def training_hours(self, plan: RunPlan) -> float | None:
+        """Hours of training from start to end; None if nothing is known of this model on this cluster.
+
+        UserError if the run's batch cannot be shared out to the processes of its job.
+        """
+        config, (shape, record) = plan.config, self._shape(plan.config.model.name)
+        if shape.num_processes > 1:
+            config.micro_batches(shape.num_processes)
+        if self.cluster.executor == "slurm":
+            model = config.model
+            key = (model.name, config.train.precision, model.num_channels, model.num_layers)
+            if key not in self.speeds:
+                self.speeds[key] = self.measured.speed(plan.science, record)
+            if speed := self.speeds[key]:
+                return plan.audio_seconds_seen / speed / 3600
+        alone = shape.training_hours(config.model.num_layers, plan.macs_per_second, plan.audio_seconds_seen)
+        return None if alone is None else alone / shape.num_processes
+
+    def device_hours(self, plan: RunPlan) -> float | None:
+        """Hours of GPUs that the run takes, or of cores where there are none."""
+        shape = self.shape(plan.config.model.name)
+        return None if plan.estimated_hours is None else plan.estimated_hours * shape.num_devices
+
+    def in_words(self, plans: Sequence[RunPlan]) -> str:
+        hours = [self.device_hours(plan) for plan in plans]
+        known = sum(each for each in hours if each is not None)
+        if None not in hours:
+            return f"about {in_hours(known)} of training in all, on one {self._device}"
+        unknown = sorted({plan.config.model.name for plan, each in zip(plans, hours, strict=True) if each is None})
+        measure = (
+            "measure them with python -m launch.preflight, or set"
+            if self.cluster.executor == "slurm"
+            else "set, as measured,"
+        )
+        return f"time of {', '.join(unknown)} unknown: {measure} cluster.seconds_per_layer and cluster.seconds_per_gmac"
+
+    def require_within(self, plans: Sequence[RunPlan], max_hours: float | None) -> None:
+        """UserError if runs cost more than they may, or if what they cost is not known."""
+        if max_hours is None:
+            return
+        hours = [self.device_hours(plan) for plan in plans]
+        if None in hours:
+            raise UserError(f"launch.max_gpu_hours = {max_hours:g}, and {self.in_words(plans)}")
+        total = sum(each or 0.0 for each in hours)
+        if total > max_hours:
+            raise UserError(
+                f"the {len(plans)} runs to submit would take about {total:.3g} {self._device}-hours, above "
+                f"launch.max_gpu_hours = {max_hours:g}: take fewer or smaller cells, or raise it"
+            )
+
+    @property
+    def _device(self) -> str:
+        return "GPU" if self.cluster.gpus_per_node else "core" if self.cluster.executor == "slurm" else "core or GPU"
+
+    def _shape(self, size: str) -> tuple[ClusterConfig, Record]:
+        if size not in self.shapes:
+            shape = self.cluster.for_size(size)
+            self.shapes[size] = (shape, shape_record(shape))
+        return self.shapes[size]
+
+
+def in_hours(hours: float) -> str:
+    return f"{hours * 60:.2g} min" if hours < 1 else f"{hours:.3g} h"

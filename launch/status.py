@@ -1,0 +1,112 @@
+"""How the runs of a study are: one table, from their records and one look at SLURM's queue.
+
+    python -m launch.status                         of the study that was swept last, below studies/
+    python -m launch.status study=DIR
+    python -m launch.status study=DIR --watch       stays, and looks again every ten seconds
+    python -m launch.status study=DIR all=true      every run, however many there are
+
+Exit status: 0; 1 if a run failed or was lost; 2 for a folder that holds no study.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+from launch.command import parsed, run_command
+from launch.queue import QueuedJob, read_queue
+from launch.state import STATES, RunState, look
+from launch.submission import submissions
+from scaling.errors import UserError
+from scaling.records import Record, StudyDirectory
+
+SECONDS_BETWEEN_LOOKS = 10.0
+MOST_ROWS = 100  # of a table for people
+STYLES = {"finished": "green", "failed": "red", "lost": "red", "running": "bold", "evaluating": "bold"}
+GOING = ("queued", "requeued", "starting", "running", "evaluating", "ending")
+
+
+def main(words: Sequence[str]) -> int:
+    given = parsed(words, {"study": "the study's folder", "all": "true for every run"}, flags=("--watch",))
+    study = StudyDirectory(Path(given["study"])) if "study" in given else newest_study()
+    plan = study.read_plan()
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    states = study_states(study, plan)
+    if "--watch" in given:
+        with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+            live.update(status_table(study, plan, states), refresh=True)
+            while any(state.state in GOING for state in states):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                states = study_states(study, plan)
+                live.update(status_table(study, plan, states), refresh=True)
+    else:
+        console.print(status_table(study, plan, states, given.get("all") == "true"))
+    return 1 if any(state.state in ("failed", "lost") for state in states) else 0
+
+
+def study_states(study: StudyDirectory, plan: Sequence[Record]) -> list[RunState]:
+    """The state of every planned run; SLURM is asked once, and only if the study was submitted to it."""
+    queue: dict[str, QueuedJob] | None = read_queue() if any(submissions(study)) else None
+    return [look(study.run(row["run_id"]), row["steps"], row["audio_hours_seen"] * 3600, queue) for row in plan]
+
+
+def status_table(
+    study: StudyDirectory, plan: Sequence[Record], states: Sequence[RunState], is_whole: bool = False
+) -> RenderableType:
+    """One row a run; of many runs those about which there is something to know, and the counts of all."""
+    counts = Counter(state.state for state in states)
+    summary = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+    table = Table(title=f"{study.path}: {len(states)} runs: {summary}", title_justify="left", box=None, pad_edge=False)
+    for name in ("run", "state", "step", "loss", "audio s/s", "left", "job", "nodes", "last event", ""):
+        is_number = name in ("step", "loss", "audio s/s", "left")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=name == "run")
+    shown = list(zip(states, plan, strict=True))
+    if len(shown) > MOST_ROWS and not is_whole:
+        telling = [pair for pair in shown if pair[0].state not in ("planned", "queued", "finished")]
+        shown = (telling or shown)[:MOST_ROWS]
+    now = time.time()
+    for state, row in shown:
+        table.add_row(
+            state.run_id,
+            state.state,
+            f"{state.step}/{row['steps']}" if state.step else "",
+            f"{state.loss:.4f}" if state.loss is not None else "",
+            f"{state.speed:.0f}" if state.speed else "",
+            duration(state.seconds_left) if state.seconds_left is not None else "",
+            state.job,
+            state.nodes,
+            f"{state.last_event}, {duration(now - state.last_time)} ago" if state.last_time else "",
+            " ".join(state.why.split())[:160],
+            style=STYLES.get(state.state, "dim" if state.state in ("planned", "queued") else ""),
+        )
+    if len(shown) == len(states):
+        return table
+    return Group(table, f"{len(states) - len(shown)} more runs are not shown: all=true shows them")
+
+
+def newest_study() -> StudyDirectory:
+    """The study below studies/ whose plan is the newest."""
+    plans = sorted(Path("studies").glob("*/plan.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not plans:
+        raise UserError("no study below studies/ here: name one with study=DIR")
+    return StudyDirectory(plans[-1].parent)
+
+
+def duration(seconds: float) -> str:
+    seconds = max(0, round(seconds))
+    if seconds < 120:
+        return f"{seconds} s"
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    return f"{days} d {hours} h" if days else f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+if __name__ == "__main__":
+    run_command(main, __doc__ or "")

@@ -1,0 +1,56 @@
+"""Lock files: one process at a time trains a run, one sweep at a time works on a study.
+
+The kernel lets go of a lock when the last process that holds it ends, however it ends. The file
+names the process, for messages.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scaling.errors import UserError
+from scaling.records import RunDirectory
+
+
+@contextmanager
+def held_lock(lock: Path, taken: str) -> Iterator[int]:
+    """Hold a lock file for this process; UserError saying what is `taken` if another process holds it.
+
+    Yields the descriptor that holds it: a child process that inherits it holds the lock too.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            raise UserError(f"{taken} by process {holder}: wait for it, or stop it first") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(directory: RunDirectory) -> bool:
+    """Whether a process of this machine is executing the run."""
+    return is_held(directory.lock)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
