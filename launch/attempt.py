@@ -2,6 +2,7 @@
 
     python -m launch.attempt begin SUBMISSION < NODES       prints shell exports, or nothing: don't run
     python -m launch.attempt end SUBMISSION STATUS < JOB    prints "requeue", or nothing
+    python -m launch.attempt meet SUBMISSION                of a preflight: prints where its processes meet
 
 `begin` puts the attempt on record; refuses what is settled, was submitted again elsewhere, or has
 failed too often without getting on; and names the address and a fresh port at which the processes meet.
@@ -34,6 +35,10 @@ SECONDS_FOR_THE_LOCK = 60.0
 
 def main(words: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if words[0] == "meet":
+        address, port = _meeting_place()
+        print(f"export MASTER_ADDR={address} MASTER_PORT={port}")
+        return 0
     attempt = Attempt(Submission(Path(words[1])), sys.stdin.read())
     if words[0] == "begin":
         for name, value in attempt.begin().items():

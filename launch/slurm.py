@@ -29,7 +29,7 @@ from scaling.records import Record, StudyDirectory
 
 # What the shell of a job does around the processes of its run. It outlives the signals that
 # tell those to stop, in order to say what became of them; srun ends with the first that fails.
-SCRIPT = """\
+HEAD = """\
 #!/bin/bash
 {options}
 
@@ -37,16 +37,13 @@ SCRIPT = """\
 export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}
 attempt=${{SLURM_RESTART_COUNT:-0}}
 trap : TERM USR1 USR2
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-if ! getent hosts "$first" > /dev/null; then  # then by the address that SLURM itself reaches it at
-    LAUNCH_NODE_ADDRESS=$(scontrol show node "$first" --oneliner | grep -oP 'NodeAddr=\\K\\S+')
-    export LAUNCH_NODE_ADDRESS
-else
-    export LAUNCH_NODE_ADDRESS=$first
+LAUNCH_NODE_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+if ! getent hosts "$LAUNCH_NODE_ADDRESS" > /dev/null; then  # then by the address that SLURM itself reaches it at
+    LAUNCH_NODE_ADDRESS=$(scontrol show node "$LAUNCH_NODE_ADDRESS" --oneliner | grep -oP 'NodeAddr=\\K\\S+')
 fi
-where=$(sinfo --Node --noheader --states=down,fail,drain,no_respond --format='%N %T' | sort -u \\
-    | {python} -m launch.attempt begin {folder}) || exit 1
-[ -n "$where" ] || exit 0
+export LAUNCH_NODE_ADDRESS
+"""
+PROCESSES = """\
 eval "$where"
 srun --kill-on-bad-exit=1 --unbuffered --cpus-per-task={cpus} \\
     --output={folder}/$SLURM_ARRAY_TASK_ID.$attempt.%t.log {srun_args} \\
@@ -56,8 +53,22 @@ wait $processes
 while kill -0 $processes 2> /dev/null; do wait $processes; done
 wait $processes
 status=$?
+"""
+BEGIN = """\
+where=$(sinfo --Node --noheader --states=down,fail,drain,no_respond --format='%N %T' | sort -u \\
+    | {python} -m launch.attempt begin {folder}) || exit 1
+[ -n "$where" ] || exit 0
+"""
+END = """\
 treatment=$(scontrol show job --oneliner "$SLURM_JOB_ID" | {python} -m launch.attempt end {folder} $status)
 [ "$treatment" != requeue ] || exec scontrol requeue "$SLURM_JOB_ID"
+exit $status
+"""
+MEET = """\
+where=$({python} -m launch.attempt meet {folder}) || exit 1
+"""
+TELL = """\
+echo $status > {folder}/status
 exit $status
 """
 
@@ -76,18 +87,18 @@ def submit_to_slurm(
     for shape, _ in arrays:
         if shape not in tried:
             tried.append(shape)
-            _try_shape(study, shape, code)
+            try_shape(study, shape, code)
     caps = _shares(cluster.max_parallel, [len(part) for _, part in arrays])
     done: list[Submission] = []
     lanes = cluster.max_parallel or len(arrays)
     for number, ((shape, part), cap) in enumerate(zip(arrays, caps, strict=True)):
-        submission = Submission.create(study, [plan.to_record() for plan in part], _settings(shape))
+        submission = Submission.create(study, [plan.to_record() for plan in part], settings_of(shape))
         options = {"array": f"0-{len(part) - 1}%{cap}", "comment": submission.token, "job-name": study.path.name}
-        options |= {"output": f"{submission.path}/%a.log"}
+        options |= {"output": f"{submission.path}/%a.log", "requeue": ""}
         if number >= lanes:  # more arrays than runs at once: each waits for one before it
             options["dependency"] = f"afterany:{done[number - lanes].job}"
         submission.script.write_text(batch_script(shape, options, code, submission.path))
-        job = _sbatch(submission.script, lock).strip().split(";")[0]
+        job = sbatch(submission.script, lock)
         submission.record_job(job)
         done.append(submission)
     return done
@@ -107,19 +118,27 @@ def reconcile(study: StudyDirectory, queue: Mapping[str, QueuedJob]) -> None:
                 shutil.rmtree(submission.path)
 
 
-def batch_script(
-    shape: ClusterConfig, options: Mapping[str, str], code: Path, folder: Path, module: str = "launch.rank"
+def batch_script(shape: ClusterConfig, options: Mapping[str, str], code: Path, folder: Path) -> str:
+    """The script of an array of runs; `options` for sbatch beside what the shape asks for."""
+    return _filled(HEAD + BEGIN + PROCESSES + END, "launch.rank", shape, options, code, folder)
+
+
+def preflight_script(shape: ClusterConfig, code: Path, submission: Submission) -> str:
+    """The script of a job that checks a shape, and does not come back when it fails."""
+    options = {"array": "0-0", "output": str(submission.batch_log(0)), "job-name": "preflight", "no-requeue": ""}
+    return _filled(HEAD + MEET + PROCESSES + TELL, "launch.preflight_rank", shape, options, code, submission.path)
+
+
+def _filled(
+    script: str, module: str, shape: ClusterConfig, options: Mapping[str, str], code: Path, folder: Path
 ) -> str:
-    """The script of an array: `options` for sbatch beside what the shape asks for, `module` what each process runs."""
     asked = {**_resources(shape), **options, **shape.additional_parameters}
     lines = [f"module load {name}" for name in shape.modules] + shape.setup
     python = f"{shape.container} " if shape.container else ""
     python += f"{shape.python or shlex.quote(sys.executable)} -P"
-    return SCRIPT.format(
-        options="\n".join(
-            f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else "")
-            for name, value in asked.items()
-        ),
+    said = [f"{name}={shlex.quote(value)}" if value else name for name, value in asked.items()]
+    return script.format(
+        options="\n".join(f"#SBATCH --{option}" for option in said),
         lines="\n".join(lines),
         code=shlex.quote(str(code)),
         folder=shlex.quote(str(folder)),
@@ -145,7 +164,7 @@ def shape_record(shape: ClusterConfig) -> Record:
     return {name: getattr(shape, name) for name in names} | {"tasks_per_node": shape.tasks_per_node}
 
 
-def _settings(shape: ClusterConfig) -> Settings:
+def settings_of(shape: ClusterConfig) -> Settings:
     return Settings(
         num_processes=shape.num_processes,
         devices=shape.num_devices,
@@ -171,7 +190,7 @@ def _resources(shape: ClusterConfig) -> dict[str, str]:
         "signal": f"USR1@{shape.signal_seconds}",
         "open-mode": "append",
     }
-    return {name: str(value) for name, value in asked.items() if value is not None} | {"requeue": ""}
+    return {name: str(value) for name, value in asked.items() if value is not None}
 
 
 def _arrays(plans: Sequence[RunPlan], cluster: ClusterConfig) -> list[tuple[ClusterConfig, list[RunPlan]]]:
@@ -205,7 +224,7 @@ def _shares(total: int | None, sizes: Sequence[int]) -> list[int]:
     ]
 
 
-def _try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
+def try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
     """UserError in one line if SLURM would not take a job of this shape."""
     script = batch_script(shape, {"array": "0-0", "output": "/dev/null"}, code, study.path)
     done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
@@ -214,19 +233,20 @@ def _try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
         raise UserError(f"SLURM refuses a job with {asked}: {_said(done.stderr)}: check cluster's settings")
 
 
-def _sbatch(script: Path, lock: int) -> str:
+def sbatch(script: Path, lock: int | None = None) -> str:
+    """Submit a script: the array's id; UserError if SLURM refuses it."""
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
-        pass_fds=(lock,),
+        pass_fds=() if lock is None else (lock,),
         start_new_session=True,  # an interrupt from the terminal reaches this process, not a submission under way
     )
     if done.returncode:
         raise UserError(f"sbatch refused an array ({_said(done.stderr)}): what was submitted before it stays so")
-    return done.stdout
+    return done.stdout.strip().split(";")[0]
 
 
 def _ask(command: Sequence[str]) -> str:

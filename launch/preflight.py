@@ -1,0 +1,106 @@
+"""Whether a cluster can do what a study will ask of it, in minutes and before the study.
+
+    python -m launch.preflight cluster=slurm model=xl data=vbd train=fastenhancer cluster.nodes=2
+    python -m launch.preflight                       this machine
+
+On the shape of job that the model size asks for: the processes meet, sum 64 MiB once and time it,
+take a few training steps of the real recipe on the real shards, and write a checkpoint. Prints one line
+a check, and puts the speed on record for the costs of sweeps.
+
+Exit status: 0 all passed, 1 a check failed (which, and the evidence), 2 a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+from launch.config import ClusterConfig, StudyConfig
+from launch.failures import classify_attempt, read_tail
+from launch.queue import read_queue
+from launch.slurm import preflight_script, require_slurm, sbatch, settings_of, shape_record, try_shape
+from launch.snapshot import take_snapshot
+from launch.submission import Submission
+from launch.throughput import add_measurement
+from scaling.cli import load_config, run_main
+from scaling.config import RunConfig
+from scaling.plan import RunPlan, plan_run, require_writable
+from scaling.prepare import open_shards
+from scaling.records import StudyDirectory, read_records
+
+CHECKS = ("rendezvous", "all-reduce", "training step", "checkpoint")
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def main(words: list[str]) -> int:
+    study = next((word.partition("=")[2] for word in words if word.startswith("study=")), "studies/preflight")
+    config = load_config(
+        StudyConfig, "study", [*(word for word in words if not word.startswith("study=")), f"study={study}"]
+    )
+    shape = config.cluster.for_size(config.model.name)
+    run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
+    if shape.num_processes > 1:
+        run.micro_batches(shape.num_processes)
+    plan = plan_run(replace(run, study=f"{study}/{time.strftime('%y%m%d-%H%M%S')}"), open_shards(run.data))
+    folder = StudyDirectory(Path(plan.config.study))
+    require_writable(folder.path)
+    print(
+        f"{plan.config.model.name} on {shape.nodes} node{'s' if shape.nodes > 1 else ''}, "
+        f"{shape.num_processes} process{'es' if shape.num_processes > 1 else ''}, in {folder.path}",
+        flush=True,
+    )
+    if shape.executor == "slurm":
+        require_slurm()
+        submission, status = _run_on_slurm(folder, plan, shape)
+        evidence = (read_tail(submission.batch_log(0)), lambda rank: read_tail(submission.rank_log(0, 0, rank)))
+    else:
+        from launch.preflight_rank import check
+
+        submission, status = Submission.create(folder, [plan.to_record()], settings_of(shape)), 0
+        evidence = ("", lambda rank: "")
+        check(submission, 0)
+    results = {str(record["check"]): record for record in read_records(submission.path / "checks.jsonl")}
+    for name in CHECKS:
+        if name not in results:
+            failure = classify_attempt(status or 1, [], *evidence)
+            print(f"FAILED  {name}: {failure.kind}: {failure.reason}")
+            print(failure.last_lines)
+            print(f"logs: {submission.path}")
+            return 1
+        print(f"passed  {name}: {results[name]['said']}")
+    speed = results["training step"]["audio_seconds_per_second"]
+    if shape.executor == "slurm":
+        add_measurement(
+            Path(shape.throughput), plan.to_record(), shape_record(shape), speed, f"preflight {folder.path.name}"
+        )
+    hours = plan.audio_seconds_seen / speed / 3600
+    print(f"pass: a run of {plan.steps:,} steps would train for about {hours:.3g} h on this shape")
+    return 0
+
+
+def _run_on_slurm(folder: StudyDirectory, plan: RunPlan, shape: ClusterConfig) -> tuple[Submission, int]:
+    """Submit the checks as a job and wait until it is over: (its files, srun's status)."""
+    code = take_snapshot(folder)
+    try_shape(folder, shape, code)
+    submission = Submission.create(folder, [plan.to_record()], settings_of(shape))
+    submission.script.write_text(preflight_script(shape, code, submission))
+    job = sbatch(submission.script)
+    print(f"job {job}: waiting for it", flush=True)
+    said = ""
+    try:
+        while (entry := read_queue().get(f"{job}_0")) is not None and entry.is_live:
+            if entry.state == "PENDING" and entry.reason not in ("None", said):
+                said = entry.reason
+                print(f"it waits for {said}", flush=True)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    except BaseException:
+        subprocess.run(["scancel", job], check=False, capture_output=True)
+        raise
+    status = submission.path / "status"
+    return submission, int(status.read_text()) if status.exists() else 1
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__ or "")
