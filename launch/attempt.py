@@ -23,7 +23,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from launch.failures import PREEMPTED_STATUS, TREATMENT, Failure, classify_attempt, classify_silence, read_tail
+from launch.failures import TREATMENT, Failure, classify_attempt, classify_silence, read_tail
 from launch.submission import Settings, Submission
 from launch.throughput import record_run
 from scaling.records import Record, RunDirectory, newest_event, to_json, write_whole
@@ -146,12 +146,12 @@ class Attempt:
         recorded = [
             event
             for event in directory.read_events()
-            if event.get("event") == "failed" and event.get("time", 0) >= launched.get("time", 0)
+            if event.get("event") in ("failed", "preempted") and event.get("time", 0) >= launched.get("time", 0)
         ]
         batch_log = read_tail(self.submission.batch_log(self.index), launched.get("batch_log_bytes", 0))
         failure = classify_attempt(status, recorded, batch_log, self._rank_log)
         is_going, restarts = self._scheduler_view()
-        if status == PREEMPTED_STATUS and is_going and self._seconds_left() < 0:
+        if failure.kind == "preempted" and is_going and self._seconds_left() < 0:
             failure = Failure("time limit", "the processes were told to stop before the time limit, and saved")
         self._record_end(launched, status, failure)
         if failure.kind == "diverged":

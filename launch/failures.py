@@ -18,6 +18,7 @@ from scaling.records import Record
 # Exit statuses of a rank. They are not imported from scaling.run and scaling.processes, because that loads torch.
 PREEMPTED_STATUS = 75
 LOST_STATUS = 76
+STOPS = ("preempted", "time limit")
 KILLED = {128 + number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGBUS)}
 LAST_LINES = 12
 TAIL_BYTES = 16384
@@ -69,7 +70,7 @@ def classify_attempt(
 ) -> Failure:
     """What ended an attempt whose srun ended with `status`, not 0.
 
-    recorded: the "failed" events that the ranks wrote during the attempt
+    recorded: the "failed" and "preempted" events that the ranks wrote during the attempt
     batch_log: what the batch shell's log has of the attempt
     rank_log: the log of a rank, of the attempt
     """
@@ -78,28 +79,28 @@ def classify_attempt(
     where = f"rank {rank}" + (f" on {ended['node']}" if ended else "")
     log = rank_log(rank)
     # A rank that met an error knows best; that another is lost is known by all that are left.
-    own = [event for event in recorded if event.get("failure") != "node failure"]
+    failed = [event for event in recorded if event.get("event") == "failed"]
+    own = [event for event in failed if event["failure"] != "node failure" and not _is_broken(str(event["reason"]))]
     if own:
         rank = own[0].get("rank", 0)
-        return Failure(str(own[0]["failure"]), f"rank {rank}: {own[0].get('reason')}", _last_lines(rank_log(rank)))
+        return Failure(str(own[0]["failure"]), f"rank {rank}: {own[0]['reason']}", _last_lines(rank_log(rank)))
+    was_killed = ended is not None and "Killed" in ended["how"]
+    was_stopped = not was_killed and len(recorded) > len(failed)
     for text in (batch_log, log):
-        if said := _first_said(text):
-            if status == PREEMPTED_STATUS and said in ("preempted", "time limit"):
-                break
+        if (said := _first_said(text)) and not (said in STOPS and (was_stopped or status == PREEMPTED_STATUS)):
             return Failure(said, _line_with(text, said), _last_lines(text))
-    if status == PREEMPTED_STATUS:
+    if was_stopped or status == PREEMPTED_STATUS:
         return Failure(_first_said(batch_log) or "preempted", "the processes were told to stop, and saved")
-    reports = [line.partition(REPORT)[2] for line in log.splitlines() if REPORT in line]
-    if reports:
-        report = json.loads(reports[-1])
-        return Failure(report["failure"], f"{where}: {report['reason']}", _last_lines(log))
-    if recorded:
-        return Failure("node failure", str(recorded[0].get("reason")), _last_lines(batch_log + log))
+    reports = [json.loads(line.partition(REPORT)[2]) for line in log.splitlines() if REPORT in line]
+    if reports and not _is_broken(reports[-1]["reason"]):
+        return Failure(reports[-1]["failure"], f"{where}: {reports[-1]['reason']}", _last_lines(log))
+    if failed:
+        return Failure("node failure", str(failed[0].get("reason")), _last_lines(batch_log + log))
     if status in KILLED:
         name = signal.Signals(status - 128).name
         return Failure("node failure", f"{where} was ended by {name} from outside, without a word", _last_lines(log))
     how = f"{where}: {ended['how']}" if ended else f"{where}: exit status {status}"
-    return Failure("node failure" if status == LOST_STATUS else "code error", how, _last_lines(log))
+    return Failure("node failure" if status == LOST_STATUS or reports else "code error", how, _last_lines(log))
 
 
 def classify_silence(log: str) -> Failure | None:
@@ -121,6 +122,11 @@ def read_tail(path: Path, since: int = 0) -> str:
             return file.read().decode(errors="replace")
     except OSError:
         return ""
+
+
+def _is_broken(reason: str) -> bool:
+    """Whether an error says no more than that another process is gone."""
+    return bool(re.search(r"Connection (?:closed|reset) by peer|Broken pipe|Connection refused", reason))
 
 
 def _first_said(log: str) -> str | None:

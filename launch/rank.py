@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import sys
 
-from scaling.stopping import StopFlag, StoppedError
+from scaling.stopping import StopFlag, StoppedError, ignore_stop_signals
 
 
 def main(words: list[str]) -> int:
-    # Before anything slow is loaded: a signal that finds no handler ends the process.
+    # Before anything slow is loaded: a signal that finds no handler ends the process. And after the run none is
+    # wanted: srun, when the first rank is gone with a status that is not 0, sends one to those on their way out.
+    ignore_stop_signals()
     with StopFlag() as stop:
         try:
             return _execute(words[0], stop)

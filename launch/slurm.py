@@ -29,6 +29,7 @@ from scaling.records import Record, StudyDirectory
 
 # What the shell of a job does around the processes of its run. It outlives the signals that
 # tell those to stop, in order to say what became of them; srun ends with the first that fails.
+OURS = ("signal", "open-mode")  # options that are not a site's matter
 HEAD = """\
 #!/bin/bash
 {options}
@@ -229,7 +230,7 @@ def try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
     script = batch_script(shape, {"array": "0-0", "output": "/dev/null"}, code, study.path)
     done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
     if done.returncode:
-        asked = ", ".join(f"{name}={value}" for name, value in _resources(shape).items() if value)
+        asked = ", ".join(f"{name}={value}" for name, value in _resources(shape).items() if name not in OURS)
         raise UserError(f"SLURM refuses a job with {asked}: {_said(done.stderr)}: check cluster's settings")
 
 

@@ -65,6 +65,7 @@ KillWait=20
 SlurmdTimeout={node_down}
 MessageTimeout=10
 MaxArraySize={max_array_size}
+MaxJobCount=50000
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=9
@@ -95,8 +96,10 @@ class MissingError(Exception):
 class Cluster:
     """Daemons of a cluster whose files are in `root`; the commands find it by `environment`."""
 
-    def __init__(self, root: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3")) -> None:
-        self.root, self.nodes = root.resolve(), nodes
+    def __init__(
+        self, root: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3"), max_array_size: int = MAX_ARRAY_SIZE
+    ) -> None:
+        self.root, self.nodes, self.max_array_size = root.resolve(), nodes, max_array_size
         self.conf = self.root / "slurm.conf"
 
     @property
@@ -114,7 +117,7 @@ class Cluster:
             (self.root / "spool" / name).mkdir(exist_ok=True)
         self.root.chmod(0o755)
         values = {"root": self.root, "host": host, "ports": ports}
-        text = SLURM_CONF.format(**values, max_array_size=MAX_ARRAY_SIZE, node_down=NODE_DOWN_SECONDS)
+        text = SLURM_CONF.format(**values, max_array_size=self.max_array_size, node_down=NODE_DOWN_SECONDS)
         for name in self.nodes:
             text += NODE_LINE.format(name=name, host=host, port=ports[name], cpus=CPUS_A_NODE, mb=MEMORY_MB)
         self.conf.write_text(text)

@@ -49,6 +49,8 @@ def cluster() -> Iterator[Cluster]:
     finally:
         os.environ.pop("SLURM_CONF", None)
         cluster.stop()
+        if logs := os.environ.get("SLURM_TEST_LOGS"):  # a folder to keep the daemons' logs in
+            shutil.copytree(root / "logs", logs, dirs_exist_ok=True)
         shutil.rmtree(root, ignore_errors=True)
 
 

@@ -1,0 +1,94 @@
+"""One table says how every run is, from one question to SLURM; runs can be stopped by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import job_of, launch, runs_of, wait_for
+from tests.slurm.test_submission import LATER
+
+
+@pytest.fixture(scope="module")
+def waiting(slurm_words: list[str], tmp_path_factory) -> Path:
+    """A study of four runs that wait in the queue."""
+    study = tmp_path_factory.mktemp("waiting") / "study"
+    launch("sweep", *slurm_words, LATER, f"study={study}", "sweep.axes.seed=[0,1,2,3]")
+    return study
+
+
+def test_status_asks_slurm_once_and_accounting_never(waiting: Path, tmp_path: Path):
+    calls = tmp_path / "calls"
+    for name in ("squeue", "sacct", "scontrol", "sinfo"):
+        script = f'#!/bin/bash\necho {name} >> {calls}\nexec {shutil.which(name)} "$@"\n'
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    done = launch("status", f"study={waiting}", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "4 runs: 4 queued" in done.stdout
+    assert "waits for BeginTime" in done.stdout
+    assert calls.read_text().split() == ["squeue"]
+
+
+def test_what_is_cancelled_is_told_apart_by_whoever_did_it(waiting: Path):
+    first, second, *_ = runs_of(waiting)
+    nothing = launch("logs", first.run_id, f"study={waiting}", check=False)
+    assert nothing.returncode == 1
+    assert "has no log yet" in nothing.stderr
+    done = launch("cancel", first.run_id, f"study={waiting}")
+    assert "told 1 run to stop" in done.stdout
+    subprocess.run(["scancel", job_of(second)], check=True)
+    wait_for(
+        lambda: "2 queued, 2 cancelled" in launch("status", f"study={waiting}").stdout, "two are cancelled", seconds=30
+    )
+    assert "told 2 runs to stop" in launch("cancel", f"study={waiting}").stdout
+    assert "told 0 runs to stop" in launch("cancel", f"study={waiting}").stdout
+
+
+def test_mistakes_are_one_line(waiting: Path, tmp_path: Path):
+    for module, words, said in (
+        ("status", [f"study={tmp_path}"], "error: no study at"),
+        ("status", ["study"], "error: study: not understood; what can be said: study=..."),
+        ("cancel", ["nobody", f"study={waiting}"], "is called nobody: python -m launch.status"),
+        ("logs", [f"study={waiting}"], "error: which run?"),
+        ("logs", ["xxt", f"study={waiting}"], "error: xxt begins 4 runs"),
+    ):
+        done = launch(module, *words, check=False)
+        assert done.returncode == 2, done.stdout + done.stderr
+        (line,) = done.stderr.strip().splitlines()
+        assert said in line
+
+
+def test_a_preflight_passes_and_its_speed_prices_the_next_sweep(slurm_words: list[str], tmp_path: Path):
+    words = [word for word in slurm_words if not word.startswith(("+sweep", "sweep."))]
+    throughput = f"cluster.throughput={tmp_path / 'throughput.jsonl'}"
+    done = launch("preflight", *words, "model=xxt", throughput, f"study={tmp_path / 'preflight'}")
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("passed")] == [
+        "passed  rendezvous",
+        "passed  all-reduce",
+        "passed  training step",
+        "passed  checkpoint",
+    ]
+    assert "2 on n" in done.stdout
+    assert "GB/s" in done.stdout
+    before = launch("sweep", *slurm_words, f"study={tmp_path / 'study'}", "dry_run=true", f"{throughput}.other")
+    assert "time of xxt unknown" in before.stdout
+    after = launch("sweep", *slurm_words, f"study={tmp_path / 'study'}", "dry_run=true", throughput)
+    assert "of training in all, on one core" in after.stdout
+
+    failed = launch(
+        "preflight",
+        *words,
+        "model=xxt",
+        throughput,
+        f"study={tmp_path / 'preflight'}",
+        'cluster.setup=["export MASTER_ADDR=nowhere.invalid"]',
+        check=False,
+    )
+    assert failed.returncode == 1
+    assert "FAILED  rendezvous: bad config: " in failed.stdout
+    assert "nowhere.invalid" in failed.stdout
