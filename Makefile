@@ -2,9 +2,11 @@
 # make reliability, make benchmarks: the full counts and the speeds; they rewrite the figures of docs/.
 PYTHON ?= python3
 VENV ?= .venv
+# munge's user must be able to enter it, which rules out most home folders.
+CLUSTER ?= /var/tmp/slurm-cluster
 RUN = $(VENV)/bin/python
 
-.PHONY: setup sweep test lint reliability benchmarks
+.PHONY: setup sweep test lint reliability benchmarks cluster cluster-stop
 
 sweep: setup
 	$(RUN) -m launch.sweep +sweep=sizes
@@ -13,10 +15,17 @@ test: setup lint
 	$(RUN) -m pytest
 
 reliability: setup
-	$(RUN) -m pytest tests/reliability --reliability=full
+	$(RUN) -m pytest tests/reliability tests/slurm --reliability=full
 
 benchmarks: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/benchmarks -o python_files='bench_*.py'
+
+# A SLURM cluster of three nodes on this machine, to try things on: docs/cluster.md.
+cluster: setup
+	$(RUN) -m tests.slurm.cluster start $(CLUSTER)
+
+cluster-stop:
+	$(RUN) -m tests.slurm.cluster stop $(CLUSTER)
 
 lint: setup
 	$(VENV)/bin/ruff check .

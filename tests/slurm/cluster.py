@@ -5,7 +5,7 @@
 
 Debian's packages, nothing replaced: munged, mariadbd and slurmdbd for accounting, slurmctld and a
 slurmd a node, all of them on 127.0.0.1 with ports of their own; sockets, state and logs in DIR.
-Needs root (slurmd does). Where packages are missing, root has apt install them if told to.
+Needs root (slurmd does), and a DIR that munge's user may enter.
 """
 
 from __future__ import annotations
