@@ -58,15 +58,8 @@ CASES = {
         (f'{LOCAL}"export MASTER_ADDR=nowhere.invalid"]',), 1, "bad config", "nowhere.invalid"
     ),
     "diverged": Case((*ALONE, "train.optimiser.learning_rate=1e30"), 1, "diverged", "the loss of step"),
-    "deepspeed's plugin is not there": Case(
-        (
-            *ALONE,
-            "deepspeed=zero2",
-            f'{LOCAL}"export PATH=/usr/bin:/bin CXX=/nonexistent TORCH_EXTENSIONS_DIR=/dev/null/x"]',
-        ),
-        1,
-        "code error",
-        "",
+    "ended by what nobody foresaw": Case(
+        (*ALONE, f'{LOCAL}"ulimit -t 2"]'), 1, "code error", "CPU time limit exceeded"
     ),
 }
 
