@@ -134,6 +134,9 @@ def _on_slurm(
     ending = JOB_ENDINGS.get(job.state) if job is not None else None
     if ending is not None:
         return ending[0], ": ".join(part for part in (ending[1], f"SLURM says {job.state if job else ''}") if part)
+    launched = newest_event(lines, "launched").get("time", 0) > submitted.get("time", 0)
+    if not launched and not Path(str(submitted.get("log", ""))).exists():
+        return "cancelled", "its job left the queue before it began"  # SLURM forgets such an element at once
     silence = classify_silence(read_tail(Path(str(submitted.get("log", "")))))
     if silence is not None:
         cancelled = silence.reason == "its job was cancelled"

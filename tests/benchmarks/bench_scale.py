@@ -1,6 +1,6 @@
 """10,080 planned runs: to plan them, to submit them, to decide that nothing is to be submitted, to say how they are.
 
-`make benchmarks`, or: python -m pytest tests/benchmarks/test_scale.py -m benchmark -s
+`make benchmarks`, or: python -m pytest tests/benchmarks/bench_scale.py
 The runs are made and not trained: they wait in the queue of a real SLURM, with the events and metrics of a
 training of hours on record for one in two.
 """
@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 
 from scaling.records import RunDirectory, StudyDirectory, append_record
+from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
 from tests.slurm.cluster import Cluster
-
-pytestmark = pytest.mark.benchmark
 
 SECONDS = 10.0  # CPU time that each may take
 AXES = (
@@ -82,9 +81,10 @@ def test_ten_thousand_runs(cluster: Cluster, tiny_data: list[str], tiny_settings
         trained(directory.run(row["run_id"]))
     rows.append(("decide that nothing is missing", *timed("launch.sweep", *words)))
     rows.append(("status", *timed("launch.status", f"study={study}")))
-    print(f"\n{len(plan):,} runs")
-    for name, wall, cpu, _ in rows:
-        print(f"{name:32} {wall:6.1f} s  {cpu:6.1f} s of CPU")
+    lines = [f"| {name} | {wall:.1f} | {cpu:.1f} |" for name, wall, cpu, _ in rows]
+    head = [f"| {len(plan):,} runs: command | seconds | CPU seconds |", "| --- | --: | --: |"]
+    note = f"`python -m pytest tests/benchmarks/bench_scale.py`, {measured_on('hydra-core')}, a real SLURM's queue."
+    write_block(PERFORMANCE, "ten-thousand-runs", "\n".join([*head, *lines, "", note]))
     assert f"{len(plan)} runs wait or run already" in rows[2][3]
     assert f"{len(plan)} runs: " in rows[3][3]
     for name, _, cpu, _ in rows:
