@@ -137,7 +137,7 @@ def _record_silent_end(job: LocalJob) -> None:
     last_line = _last_line(job.log) if job.log is not None else ""
     directory.log_event(
         "failed",
-        failure="killed",
+        failure="node failure",
         reason="its process ended without a word: killed from outside, or out of memory"
         + (f"; its log ends: {last_line}" if last_line else ""),
         **({"log": str(job.log)} if job.log is not None else {}),

@@ -11,6 +11,7 @@ jobs that find nothing to run; counts time limits and not progress; and reuses t
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -228,7 +229,9 @@ def _shares(total: int | None, sizes: Sequence[int]) -> list[int]:
 def try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
     """UserError in one line if SLURM would not take a job of this shape."""
     script = batch_script(shape, {"array": "0-0", "output": "/dev/null"}, code, study.path)
-    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sbatch", "--test-only"], input=script, env=_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         asked = ", ".join(f"{name}={value}" for name, value in _resources(shape).items() if name not in OURS)
         raise UserError(f"SLURM refuses a job with {asked}: {_said(done.stderr)}: check cluster's settings")
@@ -239,6 +242,7 @@ def sbatch(script: Path, lock: int | None = None) -> str:
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)],
         stdin=subprocess.DEVNULL,
+        env=_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -248,6 +252,17 @@ def sbatch(script: Path, lock: int | None = None) -> str:
     if done.returncode:
         raise UserError(f"sbatch refused an array ({_said(done.stderr)}): what was submitted before it stays so")
     return done.stdout.strip().split(";")[0]
+
+
+def _environment() -> dict[str, str]:
+    """Without what a job around this process has set: sbatch would take it for options, its jobs for their own."""
+    inherited = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "LAUNCH_", "MASTER_")
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or (not name.startswith(inherited) and name not in ranks)
+    }
 
 
 def _ask(command: Sequence[str]) -> str:

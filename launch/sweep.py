@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -35,7 +35,7 @@ from launch.slurm import reconcile, require_slurm, submit_to_slurm
 from launch.submission import last_job
 from scaling.cli import CONFIG_FOLDER, run_main
 from scaling.errors import UserError
-from scaling.locks import held_lock, is_held
+from scaling.locks import held_lock
 from scaling.plan import RunPlan, require_writable
 from scaling.records import StudyDirectory
 
@@ -66,9 +66,14 @@ def main(words: list[str]) -> int:
 def _lock_of(study: StudyDirectory, config: StudyConfig) -> Iterator[int]:
     """One sweep at a time; a submission is over in moments, so another waits for it."""
     deadline = time.monotonic() + (SECONDS_TO_WAIT if config.cluster.executor == "slurm" else 0)
-    while is_held(study.lock) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    with held_lock(study.lock, f"study {study.path} is being swept") as lock:
+    with ExitStack() as stack:
+        while True:
+            try:
+                lock = stack.enter_context(held_lock(study.lock, f"study {study.path} is being swept"))
+                break
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
         yield lock
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from scaling.errors import UserError
 from scaling.records import RunDirectory
+
+LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.05
 
 
 @contextmanager
@@ -25,7 +28,7 @@ def held_lock(lock: Path, taken: str) -> Iterator[int]:
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
             raise UserError(f"{taken} by process {holder}: wait for it, or stop it first") from None
@@ -34,6 +37,16 @@ def held_lock(lock: Path, taken: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> None:
+    """Who only looks (`is_held`) has the lock for a moment too: BlockingIOError if it is taken for longer."""
+    for _ in range(LOOKS):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_locked(directory: RunDirectory) -> bool:

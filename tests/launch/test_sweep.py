@@ -104,7 +104,7 @@ def test_a_cell_whose_process_is_killed_is_told_and_goes_on_at_the_next_call(
     os.kill(int(victim.lock.read_text()), signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "killed: its process ended without a word" in errors
+    assert "node failure: its process ended without a word" in errors
     states = {row["run_id"]: study.run(row["run_id"]).state()[0] for row in study.read_plan()}
     assert sorted(states.values()) == ["failed", "finished"]
     assert states[victim.run_id] == "failed"

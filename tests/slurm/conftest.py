@@ -82,7 +82,7 @@ def runs_of(study: Path) -> list[RunDirectory]:
     return [RunDirectory(path) for path in sorted(StudyDirectory(study).runs.iterdir())]
 
 
-def wait_for(holds: Callable[[], object], what: str, seconds: float = 240) -> None:
+def wait_for(holds: Callable[[], object], what: str, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain until {what}"
