@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -73,8 +72,8 @@ def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
     write_records(study.plan, [plan.to_record() for plan in plans])
 
 
-def plan_table(plans: Sequence[RunPlan], states: dict[str, str], cluster: ClusterConfig) -> Table:
-    """The runs with what they cost; `states` says of each run_id what has become of it."""
+def plan_table(plans: Sequence[RunPlan], cluster: ClusterConfig) -> Table:
+    """The runs with what they cost and what has become of them."""
     table = Table(title=f"{len(plans)} runs", title_justify="left", box=None, pad_edge=False)
     columns = ("run", "size", "params", "MACs/s", "data (h)", "steps", "audio seen (h)", "passes", "time", "state")
     for name in columns:
@@ -91,12 +90,11 @@ def plan_table(plans: Sequence[RunPlan], states: dict[str, str], cluster: Cluste
             f"{row['audio_hours_seen']:.3g}",
             f"{row['audio_hours_seen'] / plan.hours:.2g}",
             "?" if plan.estimated_hours is None else f"~{in_hours(plan.estimated_hours)}",
-            states.get(plan.run_id, ""),
+            plan.directory.state()[0],
         )
     said = [Costs(cluster).in_words(plans)]
     if len(plans) > MOST_ROWS:
-        counts = Counter(states.get(plan.run_id, "") for plan in plans)
-        said.append(f"the first {MOST_ROWS} are shown; in all {', '.join(f'{n} {s}' for s, n in counts.items() if s)}")
+        said.append(f"the first {MOST_ROWS} are shown")
     if unseen := [plan for plan in plans if plan.audio_seconds_seen < plan.hours * 3600]:
         said.append(f"{len(unseen)} runs end before they have seen all of their data: raise train.budget")
     # Where compute is what cells share, their steps differ: the ends of the range say little about size.

@@ -37,7 +37,7 @@ from scaling.cli import CONFIG_FOLDER, run_main
 from scaling.errors import UserError
 from scaling.locks import held_lock
 from scaling.plan import RunPlan, require_writable
-from scaling.records import StudyDirectory
+from scaling.records import Record, StudyDirectory
 
 SECONDS_TO_WAIT = 120.0  # for another sweep's submission to SLURM
 
@@ -50,9 +50,7 @@ def main(words: list[str]) -> int:
     config = load_study(words)
     study = StudyDirectory(Path(config.study))
     plans = plan_study(config, words)
-    Console(width=None if sys.stdout.isatty() else 160).print(
-        plan_table(plans, {plan.run_id: plan.directory.state()[0] for plan in plans}, config.cluster)
-    )
+    Console(width=None if sys.stdout.isatty() else 160).print(plan_table(plans, config.cluster))
     if config.dry_run:
         return 0
     if config.cluster.executor == "slurm":
@@ -80,7 +78,7 @@ def _lock_of(study: StudyDirectory, config: StudyConfig) -> Iterator[int]:
 def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfig, lock: int) -> int:
     """Write the plan, bring what is not settled to its end (or submit it), report."""
     _tell_other_runs(study, plans)
-    todo = [plan for plan in plans if not is_settled(plan)]
+    todo = [plan for plan in plans if not is_settled(*plan.directory.state())]
     Costs(config.cluster).require_within(todo, config.launch.max_gpu_hours)
     write_plan(study, plans)
     print(f"{len(plans) - len(todo)} of {len(plans)} runs are settled, {len(todo)} to execute")
@@ -101,9 +99,8 @@ def _spelt_for_hydra(word: str) -> str:
     return f"+{word}" if word.startswith("sweep=") else word
 
 
-def is_settled(plan: RunPlan) -> bool:
-    """Whether executing the run again would change nothing: it finished, or diverged."""
-    state, event = plan.directory.state()
+def is_settled(state: str, event: Record) -> bool:
+    """Whether executing a run again would change nothing: it finished, or diverged."""
     return state == "finished" or (state == "failed" and event.get("failure") == "diverged")
 
 

@@ -112,9 +112,9 @@ def read_records(path: Path) -> Iterator[Record]:
 
 def newest_event(lines: Sequence[bytes], *kinds: str) -> Record:
     """The last event of one of the kinds, or an empty record; only that line is parsed, since studies are large."""
-    marks = [f'{{"event": "{kind}",'.encode() for kind in kinds]
+    marks = tuple(f'{{"event": "{kind}",'.encode() for kind in kinds)
     for line in reversed(lines):
-        if any(line.startswith(mark) for mark in marks):
+        if line.startswith(marks):
             try:
                 return dict(json.loads(line))
             except ValueError:  # torn by a crash
