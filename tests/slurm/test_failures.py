@@ -26,16 +26,17 @@ class Case:
 ALONE = ("cluster.nodes=1", "cluster.processes_per_node=1")
 LOCAL = 'cluster.setup=["export GLOO_SOCKET_IFNAME=lo",'
 CASES = {
-    # 16 crops of 4 seconds take about 2.0 GiB, 8 take 1.4: SLURM ends what goes beyond 1.7.
+    # 32 crops of 4 seconds take about 3.5 GiB, 16 take 2, and the scoring less: SLURM ends what goes beyond 2.9.
     "memory ran out": Case(
         (
             *ALONE,
-            "cluster.mem_gb=1.7",
-            "train.global_batch=16",
+            "cluster.mem_gb=2.9",
+            "train.global_batch=32",
             "train.norm_batch=4",
-            "execution.micro_batch=16",
+            "execution.micro_batch=32",
             "train.crop_seconds=4",
-            "train.budget.steps=3",
+            "train.budget.steps=2",
+            "train.optimiser.warmup_steps=1",
             "execution.scoring_processes=1",
         ),
         2,
@@ -104,10 +105,10 @@ def test_memory_that_ran_out_is_answered_with_half_the_micro_batch_and_the_same_
     assert first["failure"] == "out of memory"
     assert first["last_lines"]
     (requeued,) = events_of(run, "requeued")
-    assert (requeued["treatment"], requeued["micro_batch"]) == ("halve", 8)
-    assert [event["micro_batch"] for event in events_of(run, "launched")] == [None, 8]
-    assert events_of(run, "started")[-1]["micro_batch"] == 8
-    assert run.read_plan()["global_batch"] == 16
+    assert (requeued["treatment"], requeued["micro_batch"]) == ("halve", 16)
+    assert [event["micro_batch"] for event in events_of(run, "launched")] == [None, 16]
+    assert events_of(run, "started")[-1]["micro_batch"] == 16
+    assert run.read_plan()["global_batch"] == 32
 
 
 def test_the_logs_of_a_run_are_one_command_away(runs):
