@@ -12,8 +12,9 @@ fsspec opens) is read through a folder of this machine, the cache:
 1. Whoever needs a shard looks for its file; if it is there it is whole, because only a rename
    gives it that name.
 2. Otherwise it takes the shard's lock. A second process waits there and then finds the file.
-   The lock dies with its process: whoever takes it next removes what a killed fetch left.
-3. Room is made: the shards used longest ago go until the new one fits into `cache_bytes`.
+   The lock dies with its process.
+3. Room is made: what killed fetches left goes, whose locks are free, and then the shards used
+   longest ago, until the new one fits into `cache_bytes`.
    One that a process is reading stays readable for it, as the file lives on until it is closed.
 4. It is read in parts, each with a time limit and a number of attempts, and hashed on the way.
    A wrong SHA-256 is fetched a second time; if the source is at fault, it is kept as damaged and
@@ -147,6 +148,10 @@ class RemoteRoot:
         with _locked(self.cache / "lock"):
             held = []
             for path in self.cache.iterdir():
+                if path.suffix == ".tmp":
+                    with _locked(self.cache / f"{path.name.split('.')[1]}.lock", wait=False) as of_no_process:
+                        if of_no_process:
+                            path.unlink(missing_ok=True)
                 if path.suffix in (".tar", ".damaged", ".tmp"):
                     try:
                         status = path.stat()

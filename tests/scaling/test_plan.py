@@ -15,10 +15,12 @@ from scaling.records import RecordError
 from scaling.shards import ShardIndex
 
 EXECUTION = ("execution.num_workers=3", "execution.threads=2", "execution.compile=true", "execution.micro_batch=2",
-             "execution.checkpoint_every=7", "execution.num_validations=9", "study=elsewhere")  # fmt: skip
-SCIENCE = ("model=xt", "seed=1", "data.hours=0.02", "data.order_seed=1", "train.budget.steps=9", "train.global_batch=8",
-           "train.norm_batch=4", "train.crop_seconds=1.0", "train.precision=bf16", "train.losses.waveform=0.5",
-           "train.optimiser.learning_rate=0.001", "train.optimiser.max_gradient_norm=5.0")  # fmt: skip
+             "execution.checkpoint_every=7", "execution.num_validations=9", "study=elsewhere",
+             "data.cache_gb=1", "data.max_damaged_share=0.5")  # fmt: skip
+SCIENCE = ("model=xt", "seed=1", "data.hours=0.02", "data.order_seed=1", "data.block_shards=1",
+           "train.budget.steps=9", "train.global_batch=8", "train.norm_batch=4", "train.crop_seconds=1.0",
+           "train.precision=bf16", "train.losses.waveform=0.5", "train.optimiser.learning_rate=0.001",
+           "train.optimiser.max_gradient_norm=5.0")  # fmt: skip
 
 
 @pytest.fixture
