@@ -38,7 +38,7 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     root = tmp_path_factory.mktemp("corpus")
-    words = [f"data.root={root / 'corpus'}", f"data.shards={root / 'shards'}", "data.demo.hours=0.3"]
+    words = [f"data.root={root / 'corpus'}", f"data.shards={root / 'shards'}", "data.demo.hours=0.15"]
     return open_shards(load_config(RunConfig, "run", words).data)
 
 
