@@ -169,8 +169,8 @@ def test_committed_steps_take_every_clip_of_every_epoch_exactly_once(index: Shar
     assert seen["workers"]
     report(
         "ledger",
-        f"{seen['schedules']:,} schedules made by Hypothesis (1 to 12 processes, 0 to 2 workers, 1 to 120 clips, blocks "
-        f"of shards or none, 3 to 10 kills and resumptions, in {seen['several']:,} several within an epoch): "
+        f"{seen['schedules']:,} schedules made by Hypothesis (1 to 12 processes, 0 to 2 workers, 1 to 120 clips, "
+        f"blocks of shards or none, 3 to 10 kills and resumptions, in {seen['several']:,} several within an epoch): "
         f"{seen['samples']:,} samples of committed steps, {seen['epochs']:,} whole epochs, {seen['resumptions']:,} "
         "resumptions: **0 missing, 0 twice**, all processes took the same number of steps, and the global batches were "
         "those of one process never stopped. Samples are identified by the bytes that the loaders delivered.",
