@@ -56,10 +56,11 @@ def read_block(page: Path, name: str) -> str:
 
 
 def measured_on(*packages: str) -> str:
-    """Where a figure comes from: processor, cores, Python and the versions of packages, in one line."""
+    """Where a figure comes from: processor, cores, their load, Python and the versions of packages, in one line."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     cores = len(os.sched_getaffinity(0))
-    return f"{_processor()}, {cores} cores, Python {platform.python_version()}{', ' if versions else ''}{versions}"
+    machine = f"{_processor()}, {cores} cores, load {os.getloadavg()[1]:.0f}"  # above the cores: others were at work
+    return f"{machine}, Python {platform.python_version()}{', ' if versions else ''}{versions}"
 
 
 def _processor() -> str:
