@@ -172,7 +172,7 @@ def test_a_killed_fetch_leaves_nothing_that_is_taken_for_a_shard(
     store: Store, upload: Upload, local: ShardIndex, tmp_path: Path, times, report
 ):
     url, cache, rng, unfinished = upload(), tmp_path / "cache", random.Random(2), 0
-    kills = times(2, 40)
+    kills = times(2, 20)
     for _ in range(kills):
         store.plan_faults(*[0.2] * 4)
         before = sum(store.downloads().values())
