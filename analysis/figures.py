@@ -32,6 +32,7 @@ LEAST_SPAN = 0.2
 CURVE_POINTS = 400
 # Of more runs so many, evenly spaced over the plan, are drawn.
 MOST_LINES = 200
+MOST_NAMES = 8  # in the legend of a row of panels
 
 
 def scaling_figure(table: ScalingTable) -> Figure | None:
@@ -223,7 +224,11 @@ def _handles(series: pd.Series) -> list[Line2D]:
 
 def _row_legend(ax: Axes, series: pd.Series, title: str) -> None:
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-    ax.legend(handles=_handles(series), title=title or None, frameon=False, **beside)
+    handles = _handles(series)
+    if len(handles) > MOST_NAMES:  # more names than a row has room for
+        rest = Line2D([], [], linestyle="", label=f"and {len(handles) - MOST_NAMES} more")
+        handles = [*handles[: MOST_NAMES - 1], rest, handles[-1]]
+    ax.legend(handles=handles, title=title or None, frameon=False, **beside)
 
 
 # --- training curves -----------------------------------------------------------------------

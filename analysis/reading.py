@@ -58,7 +58,9 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
         if hardware := _hardware(events):
             provenance |= flatten({"hardware": hardware})
     outcome = {**_outcome(run, curve, steps), **_validation(curve), **_execution(events, curve), **_means(scores)}
-    return RunRecords(outcome, _thinned(curve, curve_points), about, scores, refusals, provenance)
+    # Means are of double precision; what is kept of each utterance has the seven digits of single.
+    single = {name: values if values.dtype == bool else values.astype(np.float32) for name, values in scores.items()}
+    return RunRecords(outcome, _thinned(curve, curve_points), about, single, refusals, provenance)
 
 
 # --- metrics -------------------------------------------------------------------------------
