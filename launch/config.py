@@ -28,7 +28,7 @@ PER_SIZE = (
 
 @dataclass
 class ClusterConfig:
-    """A place to run (conf/cluster). Fields from `nodes` on are for SLURM: what the job of one run asks for."""
+    """A place to run (conf/cluster). Fields from `gpus_per_node` on are for SLURM: what the job of one run asks for."""
 
     executor: str
     max_parallel: int | None = None  # runs at once; local: null fills the machine, slurm: null is no limit
@@ -65,6 +65,11 @@ class ClusterConfig:
         for name in ("nodes", "timeout_min", "cpus_per_task", "signal_seconds", "max_fruitless_attempts"):
             if getattr(self, name) < 1:
                 raise UserError(f"cluster.{name} = {getattr(self, name)}: expected at least 1")
+        if self.executor == "local" and self.nodes > 1:
+            raise UserError(
+                f"cluster.nodes = {self.nodes}: this machine is one node: take cluster=slurm, or several processes on "
+                "it with cluster.processes_per_node"
+            )
         if self.gpus_per_node < 0:
             raise UserError(f"cluster.gpus_per_node = {self.gpus_per_node}: expected at least 0")
         if self.mem_gb is not None and not self.mem_gb > 0:
@@ -94,18 +99,24 @@ class ClusterConfig:
     @property
     def num_processes(self) -> int:
         """Of one run: its world size."""
-        return self.nodes * self.tasks_per_node if self.executor == "slurm" else 1
+        return self.nodes * self.tasks_per_node
 
     @property
     def num_devices(self) -> int:
         """What a run's cost is counted in: its GPUs, or its cores where it has none."""
         if self.executor != "slurm":
-            return 1
+            return self.num_processes
         return self.num_processes if self.gpus_per_node else self.num_processes * self.cpus_per_task
 
-    def for_size(self, size: str) -> ClusterConfig:
-        """What the job of a run of this model size asks for."""
-        changed = self.sizes.get(size)
+    @staticmethod
+    def key_of_run(size: str, axes: dict[str, Any]) -> str:
+        """The same for runs whose jobs ask for the same."""
+        return size + "".join(f" {axis}={value}" for axis, value in axes.items() if axis.startswith("cluster."))
+
+    def for_run(self, size: str, axes: dict[str, Any]) -> ClusterConfig:
+        """What the job of a run of this model size, at these coordinates of a sweep, asks for."""
+        of_axes = {axis.removeprefix("cluster."): value for axis, value in axes.items() if axis.startswith("cluster.")}
+        changed = self.sizes.get(size, {}) | of_axes
         return to_object(ClusterConfig, asdict(self) | {"sizes": {}} | changed) if changed else self
 
     def training_hours(self, num_layers: int, macs_per_second: float, audio_seconds: float) -> float | None:

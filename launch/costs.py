@@ -23,23 +23,23 @@ class Costs:
     def __init__(self, cluster: ClusterConfig) -> None:
         self.cluster = cluster
         self.measured = Throughput(Path(cluster.throughput))
-        self.shapes: dict[str, tuple[ClusterConfig, Record]] = {}
+        self.shapes: dict[str, tuple[ClusterConfig, Record]] = {}  # by model size and axes of the cluster
         self.speeds: dict[tuple[str, str, int, int], float | None] = {}
 
-    def shape(self, size: str) -> ClusterConfig:
-        return self._shape(size)[0]
+    def shape(self, plan: RunPlan) -> ClusterConfig:
+        return self._shape(plan)[0]
 
     def training_hours(self, plan: RunPlan) -> float | None:
         """Hours of training from start to end; None if nothing is known of this model on this cluster.
 
         UserError if the run's batch cannot be shared out to the processes of its job.
         """
-        config, (shape, record) = plan.config, self._shape(plan.config.model.name)
+        config, (shape, record) = plan.config, self._shape(plan)
         if shape.num_processes > 1:
             config.micro_batches(shape.num_processes)
         if self.cluster.executor == "slurm":
             model = config.model
-            key = (model.name, config.train.precision, model.num_channels, model.num_layers)
+            key = (repr(record), config.train.precision, model.num_channels, model.num_layers)
             if key not in self.speeds:
                 self.speeds[key] = self.measured.speed(plan.science, record)
             if speed := self.speeds[key]:
@@ -49,7 +49,7 @@ class Costs:
 
     def device_hours(self, plan: RunPlan) -> float | None:
         """Hours of GPUs that the run takes, or of cores where there are none."""
-        shape = self.shape(plan.config.model.name)
+        shape = self.shape(plan)
         return None if plan.estimated_hours is None else plan.estimated_hours * shape.num_devices
 
     def in_words(self, plans: Sequence[RunPlan]) -> str:
@@ -83,11 +83,12 @@ class Costs:
     def _device(self) -> str:
         return "GPU" if self.cluster.gpus_per_node else "core" if self.cluster.executor == "slurm" else "core or GPU"
 
-    def _shape(self, size: str) -> tuple[ClusterConfig, Record]:
-        if size not in self.shapes:
-            shape = self.cluster.for_size(size)
-            self.shapes[size] = (shape, shape_record(shape))
-        return self.shapes[size]
+    def _shape(self, plan: RunPlan) -> tuple[ClusterConfig, Record]:
+        key = self.cluster.key_of_run(plan.config.model.name, plan.axes)
+        if key not in self.shapes:
+            shape = self.cluster.for_run(plan.config.model.name, plan.axes)
+            self.shapes[key] = (shape, shape_record(shape))
+        return self.shapes[key]
 
 
 def in_hours(hours: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections import deque
@@ -71,7 +72,9 @@ def run_locally(plans: Sequence[RunPlan], num_planned: int, cluster: ClusterConf
     An interrupt ends the runs too; they go on from their checkpoints at the next call.
     """
     gpus = _visible_gpus()
-    num_slots = cluster.max_parallel or max(1, len(gpus) or min(num_planned, _num_cpus()))
+    sizes = {plan.run_id: cluster.for_run(plan.config.model.name, plan.axes).num_processes for plan in plans}
+    most = max(sizes.values(), default=1)
+    num_slots = cluster.max_parallel or max(1, (len(gpus) or min(num_planned * most, _num_cpus())) // most)
     threads = max(1, _num_cpus() // min(num_slots, num_planned))
     adopted = [plan for plan in plans if is_alive(plan)]
     waiting = deque(plan for plan in plans if plan not in adopted)
@@ -80,7 +83,10 @@ def run_locally(plans: Sequence[RunPlan], num_planned: int, cluster: ClusterConf
         while waiting or running:
             while waiting and len(running) < num_slots:
                 slot = next(slot for slot in range(num_slots) if slot not in {job.slot for job in running})
-                running.append(_submit(waiting.popleft(), slot, threads, gpus))
+                plan = waiting.popleft()
+                size = sizes[plan.run_id]
+                own = [gpus[(slot * most + rank) % len(gpus)] for rank in range(size)] if gpus else []
+                running.append(_submit(plan, slot, max(1, threads // size), size, own))
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.is_done()]:
                 running.remove(job)
@@ -91,12 +97,14 @@ def run_locally(plans: Sequence[RunPlan], num_planned: int, cluster: ClusterConf
         raise
 
 
-def _submit(plan: RunPlan, slot: int, threads: int, gpus: Sequence[int]) -> LocalJob:
+def _submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: Sequence[int]) -> LocalJob:
+    """Start a run's processes, each with so many threads, and with the GPUs that are theirs."""
     executor = submitit.LocalExecutor(folder=plan.directory.jobs)
     executor.update_parameters(
         timeout_min=NO_TIME_LIMIT_MINUTES,
-        gpus_per_node=1 if gpus else 0,
-        visible_gpus=(gpus[slot % len(gpus)],) if gpus else (),
+        tasks_per_node=num_processes,
+        gpus_per_node=len(gpus),
+        visible_gpus=tuple(gpus),
     )
     # Read by the OpenMP runtime when the job starts: cores are shared out, not fought for.
     os.environ["OMP_NUM_THREADS"] = str(plan.config.execution.threads or threads)
@@ -104,11 +112,17 @@ def _submit(plan: RunPlan, slot: int, threads: int, gpus: Sequence[int]) -> Loca
     # processes, and it would answer with a traceback. The run itself listens again (see RunTask).
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        job = executor.submit(RunTask(plan, threads))
+        job = executor.submit(RunTask(plan, threads, port=_free_port() if num_processes > 1 else None))
     finally:
         signal.signal(signal.SIGINT, handler)
     plan.directory.log_event("submitted", job=job.job_id, executor="local", log=str(job.paths.stderr))
     return LocalJob(plan, slot, job)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _stop(jobs: Sequence[LocalJob]) -> None:

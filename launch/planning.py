@@ -13,7 +13,7 @@ from launch.costs import Costs, in_hours
 from scaling.cli import compose_config, to_object, with_values
 from scaling.config import DataConfig
 from scaling.errors import UserError
-from scaling.grid import SweepConfig
+from scaling.grid import Cell, SweepConfig
 from scaling.plan import DataBudget, RunPlan, plan_run
 from scaling.prepare import open_shards
 from scaling.records import StudyDirectory, write_records
@@ -45,7 +45,7 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     words: the command line's overrides, which every cell starts from
     """
     assert config.sweep is not None
-    plans: dict[str, RunPlan] = {}  # by their science, of which a size's name is no part
+    plans: dict[str, RunPlan] = {}  # by their science, of which a size's name is no part, and label
     indices: dict[str, ShardIndex] = {}
     budgets: dict[tuple[str, float | None, int, bool], DataBudget] = {}
     costs = Costs(config.cluster)
@@ -57,14 +57,26 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
         if data not in budgets:
             budgets[data] = DataBudget.of(run, index)
         plan = plan_run(run, index, cell, budgets[data])
-        plan = replace(plan, estimated_hours=costs.training_hours(plan))
-        if plan.science_hash in plans:
+        label = _execution_label(cell) if config.sweep.compares_execution else ""
+        plan = replace(plan, estimated_hours=costs.training_hours(plan), label=label)
+        same = plan.science_hash + label
+        if same in plans:
             raise UserError(
-                f"sweep {config.sweep.name}: cells {plans[plan.science_hash].axes} and {cell} are the same run "
-                f"{plan.run_id}: their axes differ in no scientific setting; remove one"
+                f"sweep {config.sweep.name}: cells {plans[same].axes} and {cell} are the same run "
+                f"{plan.run_id}: their axes differ in no scientific setting; remove one, or, where execution is what "
+                "is studied, set sweep.compares_execution=true"
             )
-        plans[plan.science_hash] = plan
+        plans[same] = plan
     return sorted(plans.values(), key=lambda plan: -(plan.estimated_hours or plan.train_macs))
+
+
+def _execution_label(cell: Cell) -> str:
+    """Of a cell's axes, what does not decide the result: -nodes2."""
+    return "".join(
+        f"-{axis.rpartition('.')[2]}{value}"
+        for axis, value in cell.items()
+        if axis.startswith(("cluster.", "execution."))
+    )
 
 
 def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:

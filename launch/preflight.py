@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
     config = load_config(
         StudyConfig, "study", [*(word for word in words if not word.startswith("study=")), f"study={study}"]
     )
-    shape = config.cluster.for_size(config.model.name)
+    shape = config.cluster.for_run(config.model.name, {})
     run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
     if shape.num_processes > 1:
         run.micro_batches(shape.num_processes)

@@ -201,9 +201,10 @@ def _resources(shape: ClusterConfig) -> dict[str, str]:
 def _arrays(plans: Sequence[RunPlan], cluster: ClusterConfig) -> list[tuple[ClusterConfig, list[RunPlan]]]:
     """The runs by what they ask for, in order, at most as many to an array as the site lets in one."""
     groups: list[tuple[ClusterConfig, list[RunPlan]]] = []
-    shapes = {name: cluster.for_size(name) for name in {plan.config.model.name for plan in plans}}
+    shapes: dict[str, ClusterConfig] = {}
     for plan in plans:
-        shape = shapes[plan.config.model.name]
+        key = cluster.key_of_run(plan.config.model.name, plan.axes)
+        shape = shapes[key] = shapes.get(key) or cluster.for_run(plan.config.model.name, plan.axes)
         part = next((part for known, part in groups if known == shape), None)
         if part is None:
             groups.append((shape, part := []))

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -87,7 +88,10 @@ def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfi
     if todo:
         signal.signal(signal.SIGTERM, _interrupt)
         with RunsDisplay(todo) as display:
-            run_locally(todo, len(plans), config.cluster, display.show)
+            assert config.sweep is not None
+            # Where speed is what is studied, runs side by side would slow one another.
+            cluster = replace(config.cluster, max_parallel=1) if config.sweep.compares_execution else config.cluster
+            run_locally(todo, len(plans), cluster, display.show)
     is_reported = _report(study)
     return max(_tell_failures(plans), 0 if is_reported else 1)
 

@@ -18,6 +18,7 @@ class RunTask:
     plan: RunPlan
     threads: int | None = None  # for the process, unless the run's settings name a number
     micro_batch: int | None = None  # in place of the settings', where memory ran out before
+    port: int | None = None  # at which several processes of this machine meet
 
     def __call__(self, stop: StopFlag | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {self.plan.run_id} %(levelname)s %(message)s")
@@ -28,7 +29,22 @@ class RunTask:
         if self.micro_batch is not None:
             execution = replace(execution, micro_batch=self.micro_batch)
         plan = replace(self.plan, config=replace(self.plan.config, execution=execution))
+        if self.port is not None:
+            export_local_ranks(self.port)
         os.environ["OMP_NUM_THREADS"] = str(execution.threads or os.cpu_count())
         from scaling.run import execute
 
         return execute(plan, stop)
+
+
+def export_local_ranks(port: int) -> None:
+    """Put this process's place among those of its local job where process groups look for it."""
+    size = os.environ["SUBMITIT_LOCAL_NTASKS"]
+    os.environ |= {
+        "RANK": os.environ["SUBMITIT_LOCAL_GLOBALID"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": os.environ["SUBMITIT_LOCAL_LOCALID"],
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

@@ -28,6 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from bsrnn import BSRNN
 from bsrnn.losses import enhancement_loss
@@ -94,6 +95,13 @@ class Engine:
     def evaluation_model(self) -> BSRNN:
         """The model as it stands, whole, on every rank: to validate and to score."""
         return self.model
+
+    def communication_seconds(self) -> float | None:
+        """Of a step, from the first gradient's departure to the last's arrival, less what backward computes meanwhile.
+
+        A mean over the steps that torch sampled; None where there is no communication, or none was measured.
+        """
+        return None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which the evaluation model computes in the training's precision."""
@@ -224,6 +232,14 @@ class DataParallel(Engine):
         means = torch.stack([total, *terms.values(), total.new_tensor(float(is_asked_to_stop))])
         total, *values, stops = (self.processes.sum_(means) / self.processes.world_size).unbind()
         return total, dict(zip(terms, values, strict=True)), stops.item() > 0
+
+    def communication_seconds(self) -> float | None:
+        if not isinstance(self.network, DistributedDataParallel):
+            return None
+        sampled = self.network._get_ddp_logging_data()
+        nanoseconds = sampled.get("avg_backward_comm_time", 0)
+        overlap = sampled.get("avg_backward_compute_comm_overlap_time", 0)
+        return (nanoseconds - overlap) / 1e9 if nanoseconds else None
 
     def _set_statistics_aside(self) -> list[Tensor]:
         """The running statistics before a step; during it they gather from zero what this rank's batches add."""

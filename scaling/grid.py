@@ -24,6 +24,8 @@ class SweepConfig:
     axes: dict[str, Any] = field(default_factory=dict)  # axis -> list of values
     points: list[Any] = field(default_factory=list)  # cells beside the product, each axis -> value
     exclude: list[Any] = field(default_factory=list)  # drops the cells in which all of axis -> value hold
+    # whether cells that differ in execution alone are runs of their own, as where speed is what is studied
+    compares_execution: bool = False
 
     def __post_init__(self) -> None:
         for name, rules in (("points", self.points), ("exclude", self.exclude)):

@@ -68,13 +68,14 @@ class RunPlan:
     num_clips: int
     steps: int
     estimated_hours: float | None = None  # on one core or GPU, from the cluster's throughput
+    label: str = ""  # of the name: how the run is executed, in a sweep that compares that
     folder: str | None = None  # where the run lies, if not in its study under its id
 
     @property
     def name(self) -> str:
         config = self.config
         hours = f"-{config.data.hours:g}h" if config.data.hours is not None else ""
-        return f"{'test-' if config.train.test else ''}{config.model.name}{hours}-seed{config.seed}"
+        return f"{'test-' if config.train.test else ''}{config.model.name}{hours}-seed{config.seed}{self.label}"
 
     @cached_property
     def science_hash(self) -> str:
@@ -130,6 +131,7 @@ class RunPlan:
             "run_id": self.run_id,
             "name": self.name,
             "axes": self.axes,
+            "label": self.label,
             "seed": self.config.seed,
             "size": {
                 "name": self.config.model.name,
@@ -280,4 +282,5 @@ def from_record(record: Record, study: Path) -> RunPlan:
         num_clips=record["data"]["num_clips"],
         steps=record["steps"],
         estimated_hours=record["estimated_hours"],
+        label=record["label"],
     )

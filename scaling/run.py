@@ -28,6 +28,7 @@ from scaling.plan import RunPlan
 from scaling.processes import LOST_STATUS, LostRankError, Processes, join
 from scaling.provenance import hardware
 from scaling.records import RunDirectory
+from scaling.remote import UnreachableError
 from scaling.shards import ShardIndex
 from scaling.stopping import StopFlag, StoppedError
 from scaling.trainer import DivergedError, Trainer
@@ -164,6 +165,8 @@ def classify(error: Exception) -> tuple[str, str]:
     """The kind of failure (of `scaling.records.FAILURES`) that an exception shows, and its reason in a line."""
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    if isinstance(error, UnreachableError):
+        return "node failure", str(error)
     if isinstance(error, BadDataError):
         return "bad data", str(error)
     if isinstance(error, UserError):

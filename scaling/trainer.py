@@ -113,6 +113,7 @@ class Trainer:
                     )
                 if self.step % config.execution.log_every == 0 or self.step in (1, plan.steps):
                     now = time.perf_counter()
+                    communication = self.engine.communication_seconds()
                     self._log(
                         board,
                         "train",
@@ -125,7 +126,8 @@ class Trainer:
                             "step_seconds": (now - since) / steps_since,
                             "memory_gib": _memory_gib(),
                             "replaced_crops": self.quarantine.num_replaced(self.step * config.train.global_batch),
-                        },
+                        }
+                        | ({} if communication is None else {"communication_seconds": communication}),
                     )
                     since, steps_since = now, 0
                 if self.step in validate_at:
