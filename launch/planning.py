@@ -50,14 +50,16 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     budgets: dict[tuple[str, float | None, int, bool], DataBudget] = {}
     costs = Costs(config.cluster)
     composer = CellComposer(words, config.study)
-    for cell in config.sweep.cells():
+    cells = config.sweep.cells()
+    compared = _compared_execution(config.sweep, cells)
+    for cell in cells:
         run = composer.run(cell)
         index = _open_once(run.data, indices)
         data = (run.data.shards, run.data.hours, run.data.order_seed, run.data.train_on_validation)
         if data not in budgets:
             budgets[data] = DataBudget.of(run, index)
         plan = plan_run(run, index, cell, budgets[data])
-        label = _execution_label(cell) if config.sweep.compares_execution else ""
+        label = "".join(f"-{axis.rpartition('.')[2]}{cell[axis]}" for axis in compared if axis in cell)
         plan = replace(plan, estimated_hours=costs.training_hours(plan), label=label)
         same = plan.science_hash + label
         if same in plans:
@@ -70,13 +72,11 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     return sorted(plans.values(), key=lambda plan: -(plan.estimated_hours or plan.train_macs))
 
 
-def _execution_label(cell: Cell) -> str:
-    """Of a cell's axes, what does not decide the result: -nodes2."""
-    return "".join(
-        f"-{axis.rpartition('.')[2]}{value}"
-        for axis, value in cell.items()
-        if axis.startswith(("cluster.", "execution."))
-    )
+def _compared_execution(sweep: SweepConfig, cells: Sequence[Cell]) -> list[str]:
+    """The axes that do not decide a result and differ between cells, where execution is what is studied."""
+    axes = [axis for axis in sweep.axis_names if axis.startswith(("cluster.", "execution."))]
+    differing = [axis for axis in axes if len({repr(cell.get(axis)) for cell in cells}) > 1]
+    return differing if sweep.compares_execution else []
 
 
 def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
