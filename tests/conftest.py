@@ -16,7 +16,7 @@ from scaling.config import RunConfig
 from scaling.prepare import open_shards
 from scaling.shards import ShardIndex
 
-# One thread: where other work shares the cores, the threads of an LSTM wait for one another ten times longer than they compute.
+# One thread: where other work shares the cores, the threads of an LSTM wait for one another longer than they compute.
 torch.set_num_threads(1)
 
 # Small enough for a laptop's seconds; everything else is as users have it.
