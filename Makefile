@@ -12,7 +12,7 @@ sweep: setup
 	$(RUN) -m launch.sweep +sweep=sizes
 
 test: setup lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 
 reliability: setup
 	$(RUN) -m pytest tests/reliability tests/slurm --reliability=full

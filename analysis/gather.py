@@ -79,6 +79,8 @@ class Study:
         METRIC_scored, METRIC_refused: how many have an enhanced value, and how many have not.
         noisiest_si_sdr_gain: the gain over the noisiest quarter (see `noisiest_quarter`).
         training_hours: of compute, hours times processes, over all sessions, evaluation left out;
+        attempts: jobs of a cluster that executed it; device_hours: what those took in all, of GPUs, or of cores
+        where they had none (loading, validation, scoring and what was cut off included); NaN where it was no job;
         world_size, nodes: processes and nodes of the last session, NaN where not on record;
         audio_seconds_per_second, step_seconds, communication_seconds: medians over training.
     scores: one row a run and utterance.

@@ -217,18 +217,27 @@ def efficiency_table(study: Study, found: Claims) -> PaperTable:
             "Estimated hours": f"{estimated:.3g}" if np.isfinite(estimated) else MISSING,
             "Actual hours": f"{actual:.3g}" if np.isfinite(actual) else MISSING,
             "Actual / estimated": f"{actual / estimated:.2f}" if estimated > 0 and np.isfinite(actual) else MISSING,
+            "Jobs": _mean_text(cell["attempts"]),
+            "Device-hours": _mean_text(cell["device_hours"]),
             "Loss removed": f"{gained:.1%}" if np.isfinite(gained) else MISSING,
         }
         rows.append({name: (text, ids) for name, text in row.items()})
         numbers.append(
             {"size": first["size"], "audio_hours_seen": first["audio_hours_seen"], "train_macs": first["train_macs"]}
             | {"estimated_hours": estimated, "training_hours": actual, "loss_removed": gained, "run_ids": ids}
+            | {name: float(cell[name].astype(float).mean()) for name in ("attempts", "device_hours")}
         )
     caption = (
         "Hours are of one process (estimated: one core or GPU as the plan has it; actual: wall hours times processes, "
-        "all sessions of a run, evaluation left out), a mean over seeds. Loss removed: of the unprocessed input's."
+        "all sessions of a run, evaluation left out), a mean over seeds. Jobs and device-hours: of a cluster, all "
+        "included that a run's jobs took. Loss removed: of the unprocessed input's."
     )
     return _table("efficiency_table", "What it cost, and what it bought", caption, rows, numbers)
+
+
+def _mean_text(values: pd.Series) -> str:
+    mean = float(values.astype(float).mean())
+    return f"{mean:.3g}" if np.isfinite(mean) else MISSING
 
 
 def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> PaperTable:

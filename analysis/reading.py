@@ -198,8 +198,11 @@ def _execution(events: Sequence[Record], curve: Columns) -> dict[str, Any]:
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else np.nan
 
+    ends = [event for event in events if event.get("event") == "ended"]
     return {
         "training_hours": hours if sizes else np.nan,
+        "attempts": len(ends) or np.nan,
+        "device_hours": sum(float(end.get("device_hours", np.nan)) for end in ends) if ends else np.nan,
         "world_size": sizes[-1] if sizes else np.nan,
         "nodes": nodes[-1] if nodes else np.nan,
         "audio_seconds_per_second": median("audio_seconds_per_second"),

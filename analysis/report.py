@@ -28,7 +28,6 @@ from rich.console import Console
 
 from analysis import html, style
 from analysis.claims import Claims, claims
-from analysis.cost import cost_table
 from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import IsoFlop, isoflop
@@ -209,9 +208,6 @@ def _report_text(study: Study, table: ScalingTable, said: Sequence[str], figures
         parts.append(f"No {name} figure: {why}." if figure is None else f"![{name}]({name}.png)\n\n{caption}")
     parts += ["## Which runs each row comes from", markdown_table(_sources(table))]
     parts.append("Every planned run with its numbers: [runs.csv](runs.csv).")
-    costs = cost_table(study)
-    if len(costs):
-        parts += ["## Cost", markdown_table(costs), "Hours are means over the finished runs of a size."]
     parts += ["## Provenance", _provenance_text(study)]
     return "\n\n".join(parts) + "\n"
 

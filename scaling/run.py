@@ -137,6 +137,7 @@ def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: St
             step=trainer.step,
             hardware=hardware(),
             world_size=processes.world_size,
+            nodes=processes.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             hosts=sorted(set(hosts)),
             micro_batch=trainer.engine.micro_batch,
             zero_stage=execution.zero_stage,

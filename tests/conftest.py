@@ -39,6 +39,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", choices=("quick", "full"), default="quick", help=counts)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes of pytest a file's tests share one, as those of the cluster do, which go first."""
+    slurm = Path(__file__).parent / "slurm"
+    for item in items:
+        is_of_cluster = item.path.is_relative_to(slurm)
+        item.add_marker(pytest.mark.xdist_group("slurm" if is_of_cluster else str(item.path)))
+    items.sort(key=lambda item: not item.path.is_relative_to(slurm))
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that name a demo corpus of about two and a half minutes, its shards made."""

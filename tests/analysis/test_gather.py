@@ -139,3 +139,15 @@ def test_a_plan_without_a_needed_entry_is_refused_by_name(write_study: WriteStud
     write_records(study.plan, [])
     with pytest.raises(RecordError, match="holds no planned run"):
         gather(study.path)
+
+
+def test_a_run_costs_what_all_its_jobs_took(write_study: WriteStudy):
+    plan = [plan_row(seed=0), plan_row(seed=1)]
+    study = write_study(plan, skip=[row["run_id"] for row in plan])
+    run = study.run(plan[0]["run_id"])
+    run.log_event("started")
+    for seconds in (3600.0, 1800.0):
+        run.log_event("ended", seconds=seconds, device_hours=seconds * 4 / 3600)
+    runs = gather(study.path).runs.set_index("run_id")
+    assert tuple(runs.loc[plan[0]["run_id"], ["attempts", "device_hours"]]) == (2, 6.0)
+    assert runs.loc[plan[1]["run_id"], ["attempts", "device_hours"]].isna().all()
