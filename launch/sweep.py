@@ -80,11 +80,11 @@ def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfi
     """Write the plan, bring what is not settled to its end (or submit it), report."""
     _tell_other_runs(study, plans)
     todo = [plan for plan in plans if not is_settled(*plan.directory.state())]
-    Costs(config.cluster).require_within(todo, config.launch.max_gpu_hours)
-    write_plan(study, plans)
     print(f"{len(plans) - len(todo)} of {len(plans)} runs are settled, {len(todo)} to execute")
     if todo and config.cluster.executor == "slurm":
-        return _submit(study, todo, config, lock)
+        return _submit(study, plans, todo, config, lock)
+    Costs(config.cluster).require_within(todo, config.launch.max_gpu_hours)
+    write_plan(study, plans)
     if todo:
         signal.signal(signal.SIGTERM, _interrupt)
         with RunsDisplay(todo) as display:
@@ -108,10 +108,15 @@ def is_settled(state: str, event: Record) -> bool:
     return state == "finished" or (state == "failed" and event.get("failure") == "diverged")
 
 
-def _submit(study: StudyDirectory, todo: Sequence[RunPlan], config: StudyConfig, lock: int) -> int:
+def _submit(
+    study: StudyDirectory, plans: Sequence[RunPlan], todo: Sequence[RunPlan], config: StudyConfig, lock: int
+) -> int:
     queue = read_queue()
     reconcile(study, queue)
     missing = [plan for plan in todo if not _is_live(plan, queue)]
+    Costs(config.cluster).require_within(missing, config.launch.max_gpu_hours)
+    if missing or not _is_on_record(study, plans):
+        write_plan(study, plans)
     if missing:
         for submission in submit_to_slurm(study, missing, config.cluster, lock):
             count = len(submission.run_ids())
@@ -123,6 +128,12 @@ def _submit(study: StudyDirectory, todo: Sequence[RunPlan], config: StudyConfig,
     print(f"to stop them:    python -m launch.cancel study={study.path}")
     print("the same sweep command again submits what was lost, nothing twice, and when all is done makes the report")
     return 0
+
+
+def _is_on_record(study: StudyDirectory, plans: Sequence[RunPlan]) -> bool:
+    if not study.plan.exists():
+        return False
+    return [row["run_id"] for row in study.read_plan()] == [plan.run_id for plan in plans]
 
 
 def _is_live(plan: RunPlan, queue: Mapping[str, QueuedJob]) -> bool:
