@@ -14,6 +14,7 @@ Exit status: 0 all runs finished (or were submitted), 1 a run failed, 2 a mistak
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -50,7 +51,10 @@ def main(words: list[str]) -> int:
         raise UserError(f"no sweep named: give +sweep=NAME, one of {', '.join(sweeps)} (the files of conf/sweep)")
     config = load_study(words)
     study = StudyDirectory(Path(config.study))
+    gc.disable()  # plans are no garbage: looking for some among thousands of them takes a quarter of the time
     plans = plan_study(config, words)
+    gc.freeze()
+    gc.enable()
     Console(width=None if sys.stdout.isatty() else 160).print(plan_table(plans, config.cluster))
     if config.dry_run:
         return 0
