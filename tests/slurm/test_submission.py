@@ -78,7 +78,7 @@ def test_cells_of_one_shape_share_arrays_within_the_sites_limit_and_the_cap(slur
 def test_a_shape_that_slurm_refuses_is_one_line_before_anything_is_queued(slurm_words: list[str], study: Path):
     for words, said in (
         (["cluster.partition=nowhere"], "partition=nowhere: invalid partition"),
-        (["cluster.sizes={xt:{nodes:99}}"], "nodes=99"),
+        (["cluster.sizes={xt:{mem_gb:900}}"], "mem=921600M"),
         (["cluster.timeout_min=5000"], "time=5000"),
     ):
         done = launch("sweep", *slurm_words, f"study={study}", "sweep.axes.model=[xxt,xt]", *words, check=False)
