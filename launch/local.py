@@ -75,7 +75,7 @@ def run_locally(plans: Sequence[RunPlan], num_planned: int, cluster: ClusterConf
     sizes = {plan.run_id: cluster.for_run(plan.config.model.name, plan.axes).num_processes for plan in plans}
     most = max(sizes.values(), default=1)
     num_slots = cluster.max_parallel or max(1, (len(gpus) or min(num_planned * most, _num_cpus())) // most)
-    threads = max(1, _num_cpus() // min(num_slots, num_planned))
+    threads = max(1, _num_cpus() // (min(num_slots, num_planned) * most))  # of each process, in all runs the same
     adopted = [plan for plan in plans if is_alive(plan)]
     waiting = deque(plan for plan in plans if plan not in adopted)
     running = [LocalJob(plan, slot, None) for slot, plan in enumerate(adopted)]
@@ -86,7 +86,7 @@ def run_locally(plans: Sequence[RunPlan], num_planned: int, cluster: ClusterConf
                 plan = waiting.popleft()
                 size = sizes[plan.run_id]
                 own = [gpus[(slot * most + rank) % len(gpus)] for rank in range(size)] if gpus else []
-                running.append(_submit(plan, slot, max(1, threads // size), size, own))
+                running.append(_submit(plan, slot, threads, size, own))
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.is_done()]:
                 running.remove(job)
