@@ -230,8 +230,36 @@ def _shares(total: int | None, sizes: Sequence[int]) -> list[int]:
     ]
 
 
+def _refuse_beyond_limits(shape: ClusterConfig) -> None:
+    """UserError for what sbatch takes and the partition never runs: most sites don't enforce limits at submission."""
+    for line in _ask(["scontrol", "show", "partition", "--oneliner"]).splitlines():
+        limits = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if shape.partition not in (None, limits.get("PartitionName")):
+            continue
+        if shape.partition is None and limits.get("Default") != "YES":
+            continue
+        time_limit, most_nodes = _minutes(limits.get("MaxTime", "")), limits.get("MaxNodes", "")
+        if time_limit is not None and shape.timeout_min > time_limit:
+            raise UserError(
+                f"cluster.timeout_min = {shape.timeout_min} is beyond partition {limits['PartitionName']}'s limit of "
+                f"{time_limit} minutes: the job would wait for ever; lower it or take another partition"
+            )
+        if most_nodes.isdigit() and shape.nodes > int(most_nodes):
+            raise UserError(
+                f"cluster.nodes = {shape.nodes} is beyond partition {limits['PartitionName']}'s limit of {most_nodes}: "
+                "the job would wait for ever; lower it or take another partition"
+            )
+
+
+def _minutes(limit: str) -> int | None:
+    """SLURM's days-hours:minutes:seconds in minutes; None where there is no limit."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
+    return (int(found[1] or 0) * 24 + int(found[2])) * 60 + int(found[3]) if found else None
+
+
 def try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
-    """UserError in one line if SLURM would not take a job of this shape."""
+    """UserError in one line if SLURM would not take, or never run, a job of this shape."""
+    _refuse_beyond_limits(shape)
     script = batch_script(shape, {"array": "0-0", "output": "/dev/null"}, code, study.path)
     done = subprocess.run(
         ["sbatch", "--test-only"], input=script, env=_environment(), capture_output=True, text=True, check=False
