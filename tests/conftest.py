@@ -18,6 +18,7 @@ from scaling.shards import ShardIndex
 
 # One thread: where other work shares the cores, the threads of an LSTM wait for one another longer than they compute.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes that tests start
 
 # Small enough for a laptop's seconds; everything else is as users have it.
 TINY_RUN = (

@@ -21,7 +21,7 @@ AXES = ("sweep.axes.model=[xxt,xt]", "sweep.axes.seed=[0,1]")
 def sweep_words(tiny_run: list[str]) -> list[str]:
     return [
         "+sweep=sizes",
-        *(w for w in tiny_run if not w.startswith(("model=", "seed=", "execution.threads="))),
+        *(w for w in tiny_run if not w.startswith(("model=", "seed="))),
         *AXES,
     ]
 
@@ -36,6 +36,7 @@ def started(study: StudyDirectory) -> dict[str, int]:
 
 def test_a_sweep_trains_every_cell_once_and_ends_with_a_report(sweep_words: list[str], tmp_path: Path, command):
     study = StudyDirectory(tmp_path / "study")
+    sweep_words.remove("execution.threads=1")
 
     dry = command("launch.sweep", *sweep_words, "dry_run=true")
     assert dry.returncode == 0, dry.stderr
@@ -133,14 +134,14 @@ def test_a_killed_sweeps_runs_are_found_by_the_next_call_and_not_doubled(
 
 
 def test_a_second_sweep_on_the_same_study_is_refused_by_name(sweep_words: list[str], tmp_path: Path, command):
-    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=100"]
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=60"]
     process = subprocess.Popen([sys.executable, "-m", "launch.sweep", *words], cwd=tmp_path, stdout=-3, stderr=-3)
     study = StudyDirectory(tmp_path / "study")
     wait_for_running(study, process)
     second = command("launch.sweep", *words)
     assert second.returncode == 2
     assert f"is being swept by process {process.pid}: wait for it, or stop it first" in second.stderr
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert set(started(study).values()) == {1}
 
 
@@ -244,3 +245,47 @@ def wait_for_running(study: StudyDirectory, process: subprocess.Popen) -> RunDir
                 return RunDirectory(path)
         time.sleep(0.02)
     raise AssertionError("no run started")
+
+
+def test_speed_against_processes_is_a_sweep_whose_runs_differ_in_nothing_else(
+    tiny_run: list[str], tmp_path: Path, command
+):
+    words = ["+sweep=processes", *(word for word in tiny_run if not word.startswith(("model=", "execution.threads=")))]
+    words = [word for word in words if not word.startswith(("train.", "execution.num_validations"))]
+    words += [
+        "sweep.axes.train.global_batch=[4]",
+        "sweep.axes.train.norm_batch=[2]",
+        "sweep.axes.train.budget.steps=[12]",
+    ]
+    words += ["train.crop_seconds=0.5"]
+    done = command("launch.sweep", *words)
+    assert done.returncode == 0, done.stderr
+    study = StudyDirectory(tmp_path / "study")
+    plan = study.read_plan()
+    assert {row["run_id"].rpartition("-")[0] for row in plan} == {
+        "xxt-seed0-processes_per_node1",
+        "xxt-seed0-processes_per_node2",
+    }
+    assert plan[0]["science"] == plan[1]["science"]
+    losses = {}
+    for row in plan:
+        size = row["axes"]["cluster.processes_per_node"]
+        directory = study.run(row["run_id"])
+        assert directory.state()[0] == "finished"
+        started = directory.read_events()[1]
+        assert (started["event"], started["world_size"], started["nodes"]) == ("started", size, 1)
+        rows = directory.read_metrics()
+        losses[size] = [metrics["loss"] for metrics in rows]
+        assert all(
+            ("communication_seconds" in metrics) == (size == 2) for metrics in rows if metrics["kind"] == "train"
+        )
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+    table = (study.report / "tables" / "node_scaling.md").read_text()
+    assert table.count("| xxt | strong |") == 2
+
+
+def test_cells_that_differ_in_execution_alone_are_the_same_run(sweep_words: list[str], command):
+    words = [word for word in sweep_words if not word.startswith("sweep.axes")]
+    refused = command("launch.sweep", *words, "sweep.axes.model=[xxt]", "sweep.axes.execution.num_workers=[0,1]")
+    assert refused.returncode == 2
+    assert "their axes differ in no scientific setting; remove one, or" in refused.stderr
