@@ -100,14 +100,8 @@ def enhance_blocks(
         return
     if down is not None:
         yield finished(take(down.resample_chunk(np.zeros((0, num_channels), np.float32), last=True)))
-    # Silence up to a whole hop, so that two frames reach the last sample as they reach every other (with one, its
-    # window's end divides by nearly nothing), and at least as much as the model needs.
-    hop = model.config.hop_length
-    missing = max(stream.min_samples - stream.num_samples, 0)
-    missing += -(stream.num_samples + missing) % hop
-    if up is not None:
-        missing += hop  # what rounding the lengths of two resamplings may lack
-    yield finished(take(np.zeros((missing, num_channels), np.float32)))
+        silence = np.zeros((model.config.hop_length, num_channels), np.float32)
+        yield finished(take(silence))  # what rounding the lengths of two resamplings may lack
     yield finished(stream.flush(), is_last=True)
     if num_out < num_in:
         yield np.zeros((num_in - num_out, num_channels), np.float32)

@@ -271,7 +271,7 @@ class BSRNN(nn.Module):
         return other.train(self.training)
 
     def forward(self, noisy: Float[Tensor, "batch sample"]) -> Enhanced:
-        """Enhance a batch of whole waveforms of at least n_fft / 2 + 1 samples, full scale ±1."""
+        """Enhance a batch of whole waveforms of at least one sample, full scale ±1."""
         spectrum, _ = self.enhance_spectrum(self.stft(noisy))
         return Enhanced(self.stft.inverse(spectrum, noisy.shape[-1]), spectrum)
 

@@ -4,7 +4,8 @@
 
 The step takes one STFT frame and the network's states and gives the enhanced frame and the states
 renewed; every normalisation is folded. The frame is that of bsrnn/streaming.py (Hann window, hop of
-half a window at the sizes of this project): what runs the step does the FFT and adds the overlapping halves.
+half a window at the sizes of this project): what runs the step adds silence up to a whole hop, mirrors half a
+window at either end, does the FFT and adds the overlapping halves.
 
     spectrum (streams, bins, 2)    real and imaginary parts, not compressed   → enhanced, the same
     hidden   (layers, streams · bands, 2C)   zeros before the first frame     → hidden_renewed

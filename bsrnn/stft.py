@@ -1,7 +1,9 @@
 """Waveform to compressed spectrum and back.
 
-Frames are centred, as torch.stft does by default: frame t looks at samples
-[t·hop - n_fft/2, t·hop + n_fft/2), and a signal of N samples has N // hop + 1 frames.
+Silence is added to a signal's end up to a whole number of hops. Without that the last samples of a ragged one
+would lie under the end of one window alone, whose square, nearly 0, the inverse divides by. Then frames are
+centred, as torch.stft does by default: frame t looks at samples [t·hop - n_fft/2, t·hop + n_fft/2), and a
+signal of N samples has ceil(N / hop) + 1 frames.
 Compression raises the magnitude to a power and keeps the phase, |X|^p · X/|X|.
 Everything here is computed in 32 bits whatever the training's precision is:
 a bfloat16 STFT does not exist on CPU and is too coarse on GPU.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Below this magnitude the input's compression is linear, so that silence has a finite gain.
 MAGNITUDE_FLOOR = 1e-5
@@ -34,6 +37,11 @@ def decompress(spectrum: Complex[Tensor, "*shape"], exponent: float) -> Complex[
     return spectrum * magnitude.pow(1 / exponent - 1)
 
 
+def whole_hops(num_samples: int, n_fft: int, hop_length: int) -> int:
+    """The samples of a signal with the silence at its end: hops that hold it and can be mirrored at both ends."""
+    return -(-max(num_samples, n_fft // 2 + 1) // hop_length) * hop_length
+
+
 class CompressedSTFT(nn.Module):
     """The Hann-windowed STFT, times `gain`, with compressed magnitude, and its inverse."""
 
@@ -48,10 +56,16 @@ class CompressedSTFT(nn.Module):
         self.register_buffer("window", gain * torch.hann_window(n_fft), persistent=False)
 
     def forward(self, waveform: Float[Tensor, "batch sample"]) -> Complex[Tensor, "batch bin frame"]:
-        """The compressed spectrum of a waveform of more than n_fft / 2 samples."""
+        """The compressed spectrum of a waveform of at least one sample."""
+        num_samples = waveform.shape[-1]
+        padding = whole_hops(num_samples, self.n_fft, self.hop_length) - num_samples
         with torch.autocast(waveform.device.type, enabled=False):
             spectrum = torch.stft(
-                waveform.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True
+                F.pad(waveform.float(), (0, padding)),
+                self.n_fft,
+                self.hop_length,
+                window=self.window,
+                return_complex=True,
             )  # (B, F, T)
             return compress(spectrum, self.exponent)
 

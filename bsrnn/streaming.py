@@ -9,7 +9,7 @@ A stream gives, sample for sample, what `BSRNN.forward` gives for the whole sign
    goes through torch as one batch of frames, which shares each weight's way through memory.
 3. Frames are windowed, overlapped and added. A sample is final, and returned, once the last frame that
    reaches it is in: at most n_fft samples after it came.
-4. `flush` mirrors the end, as torch.stft does, and returns what is left.
+4. `flush` adds silence up to a whole hop, mirrors that end, as bsrnn/stft.py does, and returns what is left.
 
 Several streams of equal length run as a batch, each with states of its own.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from bsrnn.folding import fold
 from bsrnn.kernel import FrameKernel
 from bsrnn.model import BSRNN, BlockState
-from bsrnn.stft import compress, decompress
+from bsrnn.stft import compress, decompress, whole_hops
 
 # Over the square of the channels: the longest chunk, in frames, for which the kernel frame by frame is faster than
 # torch's batched products (measured: about 100 frames at 16 channels, 28 at 32, 9 at 64, 4 at 128).
@@ -74,11 +74,6 @@ class Stream:
         """Samples that come in after a sample before its enhanced one is returned, at most."""
         return self.config.n_fft
 
-    @property
-    def min_samples(self) -> int:
-        """The shortest signal that can be mirrored at its ends."""
-        return self.config.n_fft // 2 + 1
-
     def reset(self) -> None:
         """Forget everything: the next sample is the first of a new signal."""
         n_fft, hop = self.config.n_fft, self.config.hop_length
@@ -111,19 +106,15 @@ class Stream:
 
     @torch.inference_mode()
     def flush(self) -> Float[Tensor, "stream enhanced"]:
-        """End the signal: the enhanced samples that are left. The next sample begins a new signal.
-
-        ValueError if the whole signal was shorter than `min_samples`.
-        """
-        half = self.config.n_fft // 2
-        if self.num_samples <= half:
-            raise ValueError(f"a signal of {self.num_samples} samples: expected at least {self.min_samples}")
+        """End the signal: the enhanced samples that are left. The next sample begins a new signal."""
+        half, num_left = self.config.n_fft // 2, self.num_samples - self._num_returned
+        silence = whole_hops(self.num_samples, self.config.n_fft, self.config.hop_length) - self.num_samples
+        before = self.process(self._window.new_zeros(self.num_streams, silence))
         self._pending = torch.cat([self._pending, self._pending[:, -half - 1 : -1].flip(1)], dim=1)
-        num_left = self.num_samples - self._num_returned
         finished = self._advance()
         rest = self._overlap[:, self._to_drop :] / self._envelope[self._to_drop :]
         self.reset()
-        return torch.cat([finished, rest], dim=1)[:, :num_left]
+        return torch.cat([before, finished, rest], dim=1)[:, :num_left]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a stream has to remember, as tensors, lists and numbers; torch.save keeps it."""

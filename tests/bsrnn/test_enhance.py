@@ -52,7 +52,7 @@ def run(*words: object) -> int:
 
 
 def test_a_file_is_enhanced_as_the_model_enhances_the_whole_signal(folder: Path, tmp_path: Path):
-    signal = music(256 * 60, 16_000, 1)
+    signal = music(256 * 60 - 1, 16_000, 1)
     soundfile.write(tmp_path / "in.wav", signal, 16_000, subtype="FLOAT")
     assert run(folder, tmp_path / "in.wav", tmp_path / "out.wav") == 0  # the folder stands for a run's directory
     enhanced, rate = soundfile.read(tmp_path / "out.wav", dtype="float32")
@@ -84,7 +84,7 @@ def test_channels_are_enhanced_each_by_itself_after_resampling(folder: Path, tmp
     soundfile.write(tmp_path / "in.wav", signal, 48_000, subtype="FLOAT")
     run(folder / "model.pt", tmp_path / "in.wav", tmp_path / "out.wav")
     enhanced, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
-    at_model_rate = np.pad(soxr.resample(signal, 48_000, 16_000, "VHQ"), ((0, 640), (0, 0)))
+    at_model_rate = np.pad(soxr.resample(signal, 48_000, 16_000, "VHQ"), ((0, 256), (0, 0)))
     with torch.inference_mode():
         whole = load_model(folder / "model.pt")(torch.from_numpy(np.ascontiguousarray(at_model_rate.T))).waveform
     expected = soxr.resample(whole.numpy().T, 16_000, 48_000, "VHQ")[:48_000]
