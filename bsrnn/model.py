@@ -81,6 +81,14 @@ class BSRNNConfig:
         """Whether frames can be enhanced one by one, as they come."""
         return self.causal and self.norm != "group"
 
+    def check_streams(self) -> None:
+        """ValueError if frames cannot be enhanced one by one."""
+        if not self.streams:
+            raise ValueError(
+                f"norm = {self.norm}, causal = {self.causal}: enhances whole recordings alone; "
+                "frames can be taken one by one with causal = True and norm = batch or cumulative"
+            )
+
     def at_sample_rate(self, sample_rate: int) -> BSRNNConfig:
         """The same network for audio of another rate: window and hop keep their length in seconds.
 
@@ -283,11 +291,8 @@ class BSRNN(nn.Module):
         States are one tuple of tensors a block, and where the norms carry something a last one for the norms
         of the band split and the mask decoder; streams lie along axis 1. ValueError if this model does not stream.
         """
-        if states is not None and not self.config.streams:
-            raise ValueError(
-                f"norm = {self.config.norm}, causal = {self.config.causal}: enhances whole recordings alone; "
-                "frames can be taken one by one with causal = True and norm = batch or cumulative"
-            )
+        if states is not None:
+            self.config.check_streams()
         states = states or ()
         ends = states[-1] if len(states) > len(self.blocks) else ()
         x = torch.view_as_real(noisy.permute(2, 0, 1)).flatten(2)  # (T, B, 2F)

@@ -46,7 +46,7 @@ class FrameStep(Protocol):
 class Stream:
     """One or several streams of audio on their way through a model.
 
-    model: trained and not folded; it is folded here and stays as it is
+    model: trained and not folded; it is folded here and stays as it is; ValueError if it does not stream
     use_kernel: False takes torch for every frame; True demands the kernel, ValueError where there
         is none; None takes it where it is to be had
     step: what enhances single frames instead of the kernel
@@ -56,6 +56,7 @@ class Stream:
         self, model: BSRNN, num_streams: int = 1, use_kernel: bool | None = None, step: FrameStep | None = None
     ) -> None:
         self.config = model.config
+        self.config.check_streams()
         self._model = fold(model).requires_grad_(False)
         self.num_streams = num_streams
         self._window = self._model.stft.window

@@ -99,6 +99,13 @@ def test_a_state_of_other_streams_is_refused_by_name(model: BSRNN):
         Stream(model, 1).load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize(("norm", "causal"), [("group", True), ("group", False), ("batch", False)])
+def test_a_model_that_does_not_stream_is_refused_before_it_hears_anything(norm: str, causal: bool):
+    model = BSRNN(BSRNNConfig(16, 1, norm=norm, causal=causal))
+    with pytest.raises(ValueError, match=f"norm = {norm}, causal = {causal}: enhances whole recordings"):
+        Stream(model)
+
+
 def test_streams_of_a_batch_do_not_hear_each_other(model: BSRNN):
     signal = noise(3, 4_000)
     batch = Stream(model, 3)
