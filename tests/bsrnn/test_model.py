@@ -60,9 +60,11 @@ def test_every_size_has_the_tables_parameters_and_macs(size: str):
 
 def test_a_configured_size_exists_for_every_row_of_the_table():
     variants = {"music_v7", *(path.stem for path in CONF.glob("ses_*.yaml"))}  # tests/bsrnn/test_variants.py
-    assert {path.stem for path in CONF.glob("*.yaml")} - variants == set(TABLE)
-    for size in TABLE:
+    between = {f"c{width}": BSRNNConfig(width, 6) for width in (8, 24, 48)}  # not published: for +sweep=isoflop
+    assert {path.stem for path in CONF.glob("*.yaml")} - variants - set(between) == set(TABLE)
+    for size in [*TABLE, *between]:
         assert yaml.safe_load((CONF / f"{size}.yaml").read_text())["name"] == size
+    assert {size: config_of(size) for size in between} == between
 
 
 @pytest.mark.parametrize(("channels", "layers", "decoder"), [(16, 2, 201_096), (32, 6, 527_112), (64, 6, 1_560_072)])
