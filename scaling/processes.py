@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, distributed
 
 from scaling.errors import UserError
+from scaling.records import RecordError
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +76,15 @@ class Processes:
         return values  # type: ignore[return-value]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, on every rank; where it raises UserError, all others exit with status 2."""
+        """What `make` gives on rank 0, on every rank; where it raises UserError or RecordError, others exit with 2."""
         if self.world_size == 1:
             return make()
-        error: UserError | None = None
+        error: UserError | RecordError | None = None
         made: tuple[bool, T | None] = (False, None)
         if self.is_first:
             try:
                 made = (True, make())
-            except UserError as raised:
+            except (UserError, RecordError) as raised:
                 error = raised
         with self.naming_the_lost():
             shared = [made]

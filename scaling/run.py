@@ -27,7 +27,7 @@ from scaling.metrics import versions
 from scaling.plan import RunPlan
 from scaling.processes import LOST_STATUS, LostRankError, Processes, join
 from scaling.provenance import hardware
-from scaling.records import RunDirectory
+from scaling.records import RecordError, RunDirectory
 from scaling.remote import UnreachableError
 from scaling.shards import ShardIndex
 from scaling.stopping import StopFlag, StoppedError
@@ -38,15 +38,16 @@ log = logging.getLogger(__name__)
 PREEMPTED = 75  # exit status of a run that was asked to stop and has saved: execute it again to go on
 
 
-def execute(plan: RunPlan, stop: StopFlag | None = None) -> int:
+def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) -> int:
     """Bring a planned run to its end from wherever it stands; the exit status.
 
     stop: hears the signals that ask the run to stop, if the caller has opened one already
+    force: delete the run of other scientific settings that the folder may hold
 
     0: finished, now or before; 1: diverged; 75 (PREEMPTED): a signal asked it to stop, and all ranks
     have saved; 76 (LOST_STATUS): another process of the run is lost. Whatever else ends it is put
-    on record and raised. UserError if the run's processes do not find together, or others
-    are executing it.
+    on record and raised. UserError if the run's processes do not find together, if others
+    are executing it, or if the folder holds another run.
     """
     execution = plan.config.execution
     with ExitStack() as stack:
@@ -62,12 +63,12 @@ def execute(plan: RunPlan, stop: StopFlag | None = None) -> int:
         except StoppedError:
             return PREEMPTED
         try:
-            return _execute(plan, processes, stop, stack)
+            return _execute(plan, processes, stop, stack, force)
         finally:
             processes.leave(wait=False)
 
 
-def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitStack) -> int:
+def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitStack, force: bool) -> int:
     directory = plan.directory
     sciences = processes.gather(plan.science_hash)
     if len(set(sciences)) > 1:
@@ -77,6 +78,12 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
         """Whether there is anything to do."""
         directory.path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(held_lock(directory.lock, f"run {directory.path} is being trained"))
+        try:
+            plan.check_folder()
+        except (UserError, RecordError):
+            if not force:
+                raise
+            directory.clear()
         if plan.config.train.test:  # a quick check starts anew every time
             directory.clear()
         plan.write()

@@ -13,7 +13,6 @@ Settings: docs/configuration.md. With run=DIR alone, `execution` may be set besi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,11 +21,10 @@ from omegaconf import OmegaConf
 
 from scaling.cli import compose_config, load_config, run_main, to_object, with_values
 from scaling.config import RunConfig
-from scaling.errors import UserError
 from scaling.plan import RunPlan, plan_run, read_planned, require_writable
 from scaling.prepare import open_shards
 from scaling.records import RunDirectory
-from scaling.run import execute, held_lock
+from scaling.run import execute
 
 
 @dataclass
@@ -40,10 +38,8 @@ class TrainCommandConfig(RunConfig):
 def main(words: list[str]) -> int:
     config, plan = _plan(words)
     require_writable(plan.directory.path)
-    if os.environ.get("RANK", "0") == "0":
-        _claim_folder(plan, config.force)
     print(f"run {plan.run_id}: {plan.steps} steps, in {plan.directory.path}", flush=True)
-    return execute(plan)
+    return execute(plan, force=config.force)
 
 
 def _plan(words: Sequence[str]) -> tuple[TrainCommandConfig, RunPlan]:
@@ -65,16 +61,6 @@ def _planned(folder: Path, words: Sequence[str]) -> RunPlan:
     values = {key: OmegaConf.select(composed, key) for key in keys}
     stored = OmegaConf.create(asdict(plan.config))
     return replace(plan, config=to_object(RunConfig, with_values(stored, values, RunConfig)))
-
-
-def _claim_folder(plan: RunPlan, force: bool) -> None:
-    try:
-        plan.check_folder()
-    except UserError:
-        if not force:
-            raise
-        with held_lock(plan.directory.lock, f"run {plan.directory.path} is being trained"):
-            plan.directory.clear()
 
 
 if __name__ == "__main__":

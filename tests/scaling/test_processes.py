@@ -142,6 +142,27 @@ def test_processes_with_different_settings_are_refused(tiny_run: list[str], tmp_
     assert "were started with different settings" in first.said
 
 
+def test_a_folder_with_another_run_is_refused_to_all_ranks_and_cleared_before_any_reads_it(
+    tiny_run: list[str], tmp_path: Path
+):
+    run = RunDirectory(tmp_path / "mine")
+    words = [*tiny_run, "train.budget.steps=3", "execution.metrics=[si_sdr]", f"run={run.path}"]
+    ranks = start_ranks(words, tmp_path, 2, command="execute")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    records = run.metrics.read_bytes()
+    ranks = start_ranks([*words, "seed=1"], tmp_path, 2, command="execute")
+    assert [rank.wait(60) for rank in ranks] == [2, 2]
+    assert ranks[0].said.count("error: ") == 1
+    assert "mine holds another run (seed = 0 there and 1 here)" in ranks[0].said
+    assert "Traceback" not in ranks[0].said + ranks[1].said
+    assert run.metrics.read_bytes() == records
+    ranks = start_ranks([*words, "seed=1", "force=true"], tmp_path, 2, command="execute")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    assert run.read_plan()["seed"] == 1
+    assert [event["event"] for event in run.read_events()] == ["started", "checkpointed", "evaluating", "finished"]
+    assert [row["step"] for row in run.read_metrics() if row["kind"] == "train"] == [1, 2, 3]
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused_by_name(tiny_run: list[str], tmp_path: Path):
     ranks = start_ranks([*tiny_run, "execution.micro_batch=2"], tmp_path, 4, command="execute")
     assert {rank.wait() for rank in ranks} == {2}
