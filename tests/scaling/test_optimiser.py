@@ -41,6 +41,9 @@ def test_adamp_tries_rows_first_and_then_the_whole_tensor():
     # each row is orthogonal to its gradient: projected row by row
     rows = one_step([[4.0, 3.0], [1.0, 0.0]], [[3.0, -4.0], [0.0, 2.0]])
     torch.testing.assert_close(rows, torch.tensor([[3.916, 3.112], [1.0, -0.1]], dtype=torch.float64))
+    # one row alone is: the tensor is taken as a whole, whose gradient is not orthogonal, so AdamW's step it is
+    mixed = one_step([[4.0, 3.0], [1.0, 0.0]], [[3.0, -4.0], [8.0, 0.0]])
+    torch.testing.assert_close(mixed, torch.tensor([[3.9, 3.1], [0.9, 0.0]], dtype=torch.float64))
     # no row is, but the sum cancels: unit weight (0.5, ...), update (1, 1, -1, -1), radial part 0
     whole = one_step([[1.0, 1.0], [1.0, 1.0]], [[2.0, 2.0], [-2.0, -2.0]], weight_decay=1.0)
     expected = [[0.99 - 0.1, 0.99 - 0.1], [0.99 + 0.1, 0.99 + 0.1]]

@@ -252,7 +252,7 @@ def test_a_second_process_on_the_same_run_is_refused_by_name(tiny_run: list[str]
         process.wait()
 
 
-def test_several_processes_for_one_run_are_refused_before_anything_is_written(tiny_run: list[str], tmp_path: Path):
+def test_an_incomplete_environment_is_refused_before_anything_is_written(tiny_run: list[str], tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "scaling.train", *tiny_run],
         env=os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
@@ -261,7 +261,8 @@ def test_several_processes_for_one_run_are_refused_before_anything_is_written(ti
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: 2 processes were started for one run (WORLD_SIZE)")
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: WORLD_SIZE = 2 but MASTER_ADDR, MASTER_PORT not set: start all processes with ")
     assert not list(tmp_path.glob("study/runs/*/plan.json"))
 
 
