@@ -5,7 +5,7 @@ manifest of their sizes and SHA-256. It is written under a temporary name, every
 is flushed to disk, the ranks vote that all of them succeeded, and the rename commits it: a crash
 at any point leaves the one before. Two are kept; the older goes only after the newer is
 committed. Loading takes the newest that its manifest confirms and passes over a damaged one
-with a warning.
+with a warning; the next to be committed takes the place of those that were passed over.
 """
 
 from __future__ import annotations
@@ -141,7 +141,13 @@ def save_checkpoint(
         write_part,
         commit if by_first else None,
     ):
-        errors = processes.gather(_attempt(action))
+        error = _attempt(action)
+        if error is not None and layout is not None and action is write_part:
+            # The ranks write their parts together: others may wait for this one in there, not at the vote.
+            errors: list[str | None] = [None] * processes.world_size
+            errors[processes.rank] = error
+        else:
+            errors = processes.gather(error)
         if any(errors):
             if by_first:
                 shutil.rmtree(temporary.path, ignore_errors=True)
@@ -153,12 +159,14 @@ def save_checkpoint(
                 "the checkpoint before it is whole"
             )
     if processes.is_first:
-        _let_go(folder)
+        _let_go(folder, step)
     return final
 
 
 def _make_room(folder: Path, temporary: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        sync_folder(folder.parent)
     for stale in folder.glob(".writing-*"):  # of processes that were killed; the run's lock makes us the only writers
         shutil.rmtree(stale)
     temporary.mkdir()
@@ -173,11 +181,16 @@ def _attempt(action: Callable[[], None] | None) -> str | None:
     except OSError as error:
         return f"{error.strerror or error}"
     except RuntimeError as error:
-        # torch's zip writer tells of a failed write as a RuntimeError
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+        if not is_failed_write(error):
             raise
         return str(error).splitlines()[0]
     return None
+
+
+def is_failed_write(error: Exception) -> bool:
+    """Whether an error is how torch's zip writer tells that the disk took no more."""
+    words = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _free_space(folder: Path) -> str:
@@ -187,9 +200,13 @@ def _free_space(folder: Path) -> str:
         return f"free space unknown: {error.strerror}"
 
 
-def _let_go(folder: Path) -> None:
-    for old in list_checkpoints(folder)[:-NUM_KEPT]:
-        shutil.rmtree(old.path, ignore_errors=True)
+def _let_go(folder: Path, step: int) -> None:
+    """Keep the newest two up to the committed step: later ones were damaged when the run took up an earlier one."""
+    checkpoints = list_checkpoints(folder)
+    kept = [checkpoint for checkpoint in checkpoints if checkpoint.step <= step][-NUM_KEPT:]
+    for checkpoint in checkpoints:
+        if checkpoint not in kept:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def newest_whole(folder: Path) -> Checkpoint | None:

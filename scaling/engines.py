@@ -401,6 +401,7 @@ class ZeRO(DataParallel):
         model = self.evaluation_model()
         if self.processes.is_first:
             torch.save({"model": model.state_dict(), **extra}, folder / "state.pt")
+        (folder / "zero").mkdir(exist_ok=True)  # DeepSpeed does not say where it cannot
         with self.processes.naming_the_lost():
             self.network.save_checkpoint(str(folder), tag="zero")
 

@@ -42,6 +42,7 @@ T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_BETWEEN_SIGNS = 2.0
 SECONDS_TO_NAME_THE_LOST = 12.0  # after a collective has broken
+SECONDS_TO_BE_HEARD = 3 * SECONDS_BETWEEN_SIGNS  # within which whoever lives has read a last word
 LOST_STATUS = 76  # exit status of a rank that ends because another is lost
 
 
@@ -126,12 +127,15 @@ class Processes:
             self.watch.phase = phase
 
     @contextmanager
-    def naming_the_lost(self) -> Iterator[None]:
-        """A context in which a broken collective becomes LostRankError, which names the rank that broke it."""
+    def naming_the_lost(self, whatever_fails: bool = True) -> Iterator[None]:
+        """A context in which a broken collective becomes LostRankError, which names the rank that broke it.
+
+        whatever_fails: take every RuntimeError for one, not only those that say so
+        """
         try:
             yield
         except RuntimeError as error:
-            if self.watch is None:
+            if self.watch is None or not (whatever_fails or _is_of_a_collective(error)):
                 raise
             lost = self.watch.find_lost(SECONDS_TO_NAME_THE_LOST)
             if lost is None and "timed out" in str(error).lower():
@@ -143,7 +147,12 @@ class Processes:
     def tell_failure(self, reason: str) -> None:
         """Let the other ranks know that this rank ends, and why."""
         if self.watch is not None:
-            self.watch.tell(f"failed {reason}")
+            self.watch.tell_and_be_heard(f"failed {reason}")
+
+    def tell_loss(self, lost: str) -> None:
+        """Let the other ranks know that this rank ends because another is lost, in the words that name that one."""
+        if self.watch is not None:
+            self.watch.tell_and_be_heard(f"lost {lost}")
 
     def leave(self, wait: bool = True) -> None:
         """Part from the group; with `wait` in good order, together. This process may go on alone."""
@@ -188,12 +197,22 @@ class Deadline:
         while not self._is_closed.wait(0.5):
             since = self._since
             if since is not None and time.monotonic() - since > self.seconds:
-                children = psutil.Process().children(recursive=True)
-                frozen = [str(child.pid) for child in children if child.status() == psutil.STATUS_STOPPED]
-                self.on_expiry(f"worker process {', '.join(frozen)} is frozen" if frozen else "no worker is frozen")
-                for child in children:
-                    child.kill()
-                os._exit(LOST_STATUS)
+                try:
+                    children = psutil.Process().children(recursive=True)
+                    frozen = [str(child.pid) for child in children if _is_stopped(child)]
+                    self.on_expiry(f"worker process {', '.join(frozen)} is frozen" if frozen else "no worker is frozen")
+                    for child in children:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            child.kill()
+                finally:  # whatever the last words met
+                    os._exit(LOST_STATUS)
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def join(
@@ -313,6 +332,12 @@ def _is_there(store: distributed.Store, key: str, deadline: float) -> bool:
     return True
 
 
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether an error comes from the exchange with other processes, by what it says."""
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "socket")
+    return isinstance(error, distributed.DistError) or any(word in str(error).lower() for word in words)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
@@ -344,9 +369,12 @@ class Watch(threading.Thread):
             if self._lost is None and silent > self.silence_timeout:
                 self._lost = f"rank 0, which keeps the store of the run, has given no answer for {silent:.0f} s"
             if self._lost is not None and not self._is_closed.is_set():
-                self.on_loss(self._lost)
-                # The main thread may sit in a collective that never returns: no exception would reach it.
-                os._exit(LOST_STATUS)
+                try:
+                    self.on_loss(self._lost)
+                    self.tell_and_be_heard(f"lost {self._lost}")
+                finally:
+                    # The main thread may sit in a collective that never returns: no exception would reach it.
+                    os._exit(LOST_STATUS)
 
     def _keep_looking(self) -> None:
         while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS) and self._lost is None:
@@ -358,8 +386,31 @@ class Watch(threading.Thread):
         if self._is_closed.is_set():
             return
         self._is_closed.set()
+        saying = threading.Thread(target=self._say, args=(word,), daemon=True, name="last word")
+        saying.start()
+        saying.join(SECONDS_TO_BE_HEARD)  # where rank 0 is frozen there is nobody to tell
+
+    def _say(self, word: str) -> None:
         with contextlib.suppress(RuntimeError), self._lock:
             self.store.set(str(self.rank), f"{self._where}\t{word}")
+
+    def tell_and_be_heard(self, word: str) -> None:
+        """Leave a last word; rank 0, with whom the store goes, stays until the others have read it."""
+        self.tell(word)
+        deadline = time.monotonic() + SECONDS_TO_BE_HEARD
+        with contextlib.suppress(RuntimeError):
+            while self.rank == 0 and time.monotonic() < deadline and self._is_anyone_there():
+                time.sleep(0.1)
+
+    def _is_anyone_there(self) -> bool:
+        """Whether a rank beside this one lives and has not left."""
+        with self._lock:
+            self._look_at_signs()
+        now = time.monotonic()
+        return any(
+            not sign.partition("\t")[2].startswith(("left", "failed ", "lost ")) and now - since < SECONDS_TO_BE_HEARD
+            for sign, since in self._seen.values()
+        )
 
     def close(self) -> None:
         self.tell("left")
@@ -390,23 +441,27 @@ class Watch(threading.Thread):
             try:
                 if not self._is_closed.is_set():
                     self._sign()
-                signs = {
-                    rank: self.store.get(str(rank)).decode() for rank in range(self.world_size) if rank != self.rank
-                }
+                self._look_at_signs()
             except RuntimeError as error:
                 return f"rank 0, which keeps the store of the run, is gone ({_first_line(error)})"
             now = time.monotonic()
-            for rank, sign in signs.items():
+            for rank, (sign, since) in self._seen.items():
                 where, _, word = sign.partition("\t")
                 if word.startswith("failed "):
                     return f"rank {rank} {where} failed: {word.removeprefix('failed ')}"
-                before, since = self._seen.get(rank, ("", now))
-                if sign != before:
-                    self._seen[rank] = (sign, now)
-                elif word != "left" and now - since > patience:
+                if word.startswith("lost "):
+                    return word.removeprefix("lost ")
+                if word != "left" and now - since > patience:
                     phase = word.partition("\t")[2]
                     return (
                         f"rank {rank} {where} has given no sign of life for {now - since:.0f} s, last seen at {phase}: "
                         "it was killed, is frozen, or its node is gone"
                     )
         return None
+
+    def _look_at_signs(self) -> None:
+        for rank in range(self.world_size):
+            if rank != self.rank:
+                sign = self.store.get(str(rank)).decode()
+                if sign != self._seen.get(rank, ("", 0.0))[0]:
+                    self._seen[rank] = (sign, time.monotonic())

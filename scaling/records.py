@@ -86,7 +86,9 @@ def append_record(path: Path, record: Record) -> None:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = "\n" + line
-        os.write(descriptor, line.encode())
+        written = os.write(descriptor, line.encode())
+        if written < len(line.encode()):  # the disk is full: to be told, not passed over
+            os.write(descriptor, line.encode()[written:])
     finally:
         os.close(descriptor)
 

@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -20,6 +22,7 @@ import torch
 from bsrnn import BSRNN
 from bsrnn.modelfile import MODEL_FILE, save_model
 from scaling.allocator import keep_freed_memory
+from scaling.checkpoint import is_failed_write
 from scaling.errors import BadDataError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.locks import held_lock
@@ -34,6 +37,9 @@ from scaling.stopping import StopFlag, StoppedError
 from scaling.trainer import DivergedError, Trainer
 
 log = logging.getLogger(__name__)
+
+# A disk's, not a program's: full, over its quota, a file over the limit on its size, read only, broken.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 PREEMPTED = 75  # exit status of a run that was asked to stop and has saved: execute it again to go on
 
@@ -64,6 +70,10 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
             return PREEMPTED
         try:
             return _execute(plan, processes, stop, stack, force)
+        except (OSError, RuntimeError) as error:
+            if getattr(error, "errno", None) not in DISK_ERRORS and not is_failed_write(error):
+                raise
+            raise _of_the_disk(error, plan.directory) from error
         finally:
             processes.leave(wait=False)
 
@@ -76,52 +86,62 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
 
     def take_up() -> bool:
         """Whether there is anything to do."""
-        directory.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(held_lock(directory.lock, f"run {directory.path} is being trained"))
         try:
-            plan.check_folder()
-        except (UserError, RecordError):
-            if not force:
-                raise
-            directory.clear()
-        if plan.config.train.test:  # a quick check starts anew every time
-            directory.clear()
-        plan.write()
+            directory.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held_lock(directory.lock, f"run {directory.path} is being trained"))
+            try:
+                plan.check_folder()
+            except (UserError, RecordError):
+                if not force:
+                    raise
+                directory.clear()
+            if plan.config.train.test:  # a quick check starts anew every time
+                directory.clear()
+            plan.write()
+        except OSError as error:  # as a user's error it reaches the other ranks too
+            raise _of_the_disk(error, directory) from error
         return directory.state()[0] != "finished"
 
     if not processes.from_first(take_up):
         if processes.is_first:
             log.info("run %s is finished already: %s", directory.run_id, directory.path)
+        processes.leave()
         return 0
+    record_loss = _recorder_of_loss(directory, processes.rank)
     if processes.watch is not None:
-        processes.watch.on_loss = _recorder_of_loss(directory, processes.rank)
+        processes.watch.on_loss = record_loss
     try:
-        model, step = train(plan, directory, processes, stop)
+        with processes.naming_the_lost(whatever_fails=False):
+            model, step = train(plan, directory, processes, stop)
         processes.leave()
         if processes.is_first:
             if stop.signal is not None:
                 raise StoppedError(stop.signal)
             _evaluate(plan, directory, model, step)
     except StoppedError as stopped:
-        if processes.is_first:
-            directory.log_event("preempted", reason=str(stopped))
+        if processes.is_first or not (stopped.by_all or directory.state()[0] == "preempted"):
+            _log_event(directory, "preempted", reason=str(stopped))
             log.warning("run %s stops for %s; the same command goes on from its checkpoint", directory.run_id, stopped)
+        if not stopped.by_all:
+            processes.tell_failure(f"preempted: {stopped}")
         return PREEMPTED
     except DivergedError as error:
         if processes.is_first:
-            directory.log_event("failed", failure="diverged", reason=str(error))
+            _log_event(directory, "failed", failure="diverged", reason=str(error))
             log.error("run %s diverged: %s", directory.run_id, error)
         return 1
     except KeyboardInterrupt:
         if processes.is_first:
-            directory.log_event("preempted", reason="interrupt")
+            _log_event(directory, "preempted", reason="interrupt")
         raise
     except LostRankError as error:
-        _recorder_of_loss(directory, processes.rank)(str(error))
+        record_loss(str(error))
+        processes.tell_loss(str(error))
         return LOST_STATUS
     except Exception as error:
         failure, reason = classify(error)
-        directory.log_event("failed", failure=failure, reason=reason, rank=processes.rank, host=socket.gethostname())
+        where = {"rank": processes.rank, "host": socket.gethostname()}
+        _log_event(directory, "failed", failure=failure, reason=reason, **where)
         processes.tell_failure(f"{failure}: {reason}")
         raise
     return 0
@@ -179,6 +199,8 @@ def classify(error: Exception) -> tuple[str, str]:
         return "bad data", str(error)
     if isinstance(error, UserError):
         return "bad config", str(error)
+    if getattr(error, "errno", None) in set(DISK_ERRORS) - {errno.EIO} or is_failed_write(error):
+        return "bad config", reason
     out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in out_of_memory):
         return "out of memory", reason
@@ -188,14 +210,39 @@ def classify(error: Exception) -> tuple[str, str]:
     return "code error", reason
 
 
+def _of_the_disk(error: Exception, directory: RunDirectory) -> UserError:
+    what, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+    return UserError(
+        f"run {directory.path}: {what or 'a file'} could not be written ({why or error}): make the disk "
+        "writable and free some space, and run the same command again; it goes on from its newest checkpoint"
+    )
+
+
+def _log_event(directory: RunDirectory, event: str, **details: object) -> None:
+    """Put on record how the run ends, where that can be: what it ends of may be the disk that the record is for."""
+    try:
+        directory.log_event(event, **details)
+    except OSError as error:
+        log.error("%s could not be put on record in %s (%s): %s", event, directory.events, error.strerror, details)
+
+
 def _recorder_of_loss(directory: RunDirectory, rank: int) -> Callable[[str], None]:
-    """Puts a lost rank on record; one of the ranks that live does, not all of them."""
+    """Puts a lost rank on record, once; one of the ranks that live does, not all of them."""
+    lock = threading.Lock()
+    said: list[str] = []
 
     def record(lost: str) -> None:
-        log.critical("%s; this rank %d ends too", lost, rank)
-        if "failed: " in lost:  # the rank that failed has said so itself
-            return
-        if rank == 0 or (rank == 1 and lost.startswith("rank 0")):
-            directory.log_event("failed", failure="node failure", reason=lost)
+        with lock:  # the watch and the main thread may both come to know
+            if said:
+                return
+            said.append(lost)
+            log.critical("%s; this rank %d ends too", lost, rank)
+            if "failed: " in lost:  # the rank that failed has said so itself
+                return
+            if (rank == 0) == lost.startswith("rank 0"):  # rank 0 will, but for its own loss
+                return
+            time.sleep(0.5 * min(max(rank - 1, 0), 20))  # without rank 0 the first of the others
+            if rank <= 1 or directory.state()[0] != "failed":
+                _log_event(directory, "failed", failure="node failure", reason=lost)
 
     return record

@@ -8,7 +8,11 @@ run trains, the handler sets a flag, and the ranks agree on it at a step's end. 
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +23,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StoppedError(BaseException):
-    """The run was asked to stop from outside, and has; not an error, hence no Exception."""
+    """The run was asked to stop from outside, and has; not an error, hence no Exception.
+
+    by_all: whether all ranks have agreed on it and stop together
+    """
+
+    def __init__(self, reason: str, by_all: bool = False) -> None:
+        super().__init__(reason)
+        self.by_all = by_all
 
 
 class StopFlag:
@@ -58,3 +69,17 @@ def ignore_stop_signals() -> None:
     """In a worker process: a signal to the whole job is for the run's main process to answer."""
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """In a forked worker process: the kernel kills it when its parent ends, even where it is frozen.
+
+    It holds the parent's open files, and with them the run's lock, and would keep it from being gone on with.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it has ended already
+        os._exit(1)

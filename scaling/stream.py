@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from scaling.errors import BadDataError, UserError
 from scaling.remote import RemoteRoot, Root
 from scaling.shards import Clip, DamagedClipError, ShardReader
-from scaling.stopping import ignore_stop_signals
+from scaling.stopping import end_with_parent, ignore_stop_signals
 
 # Keeps the draws of order, crops and replacements apart from all other uses of a run's seed.
 _ORDER, _CROPS, _REPLACEMENTS = 1, 2, 3
@@ -318,6 +318,7 @@ def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_worker
 
 def _start_worker(number: int) -> None:
     ignore_stop_signals()
+    end_with_parent()
 
 
 def _as_it_is(batch: CropBatch) -> CropBatch:
