@@ -51,6 +51,17 @@ def test_a_flipped_byte_anywhere_is_found_and_the_one_before_is_taken(tmp_path: 
     assert load_newest(tmp_path)[0].step == 1
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_those_that_are_written_after_it(tmp_path: Path):
+    for step in (15, 20):
+        save(tmp_path, step)
+        (tmp_path / f"step-{step:08d}" / "state.pt").write_bytes(b"damaged")
+    for step in (5, 10):
+        assert load_newest(tmp_path) is None or load_newest(tmp_path)[0].step == 5
+        save(tmp_path, step)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [5, 10]
+    assert load_newest(tmp_path)[0].step == 10
+
+
 def test_kills_during_saves_never_cost_more_than_the_save_itself(tmp_path: Path):
     """A process that does nothing but save is killed at random moments; what it had committed is there."""
     program = (
