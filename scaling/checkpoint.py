@@ -142,14 +142,15 @@ def save_checkpoint(
         commit if by_first else None,
     ):
         error = _attempt(action)
-        if error is not None and layout is not None and action is write_part:
+        is_alone = error is not None and layout is not None and action is write_part and processes.world_size > 1
+        if is_alone:
             # The ranks write their parts together: others may wait for this one in there, not at the vote.
             errors: list[str | None] = [None] * processes.world_size
             errors[processes.rank] = error
         else:
             errors = processes.gather(error)
         if any(errors):
-            if by_first:
+            if by_first and not is_alone:  # others may still write there: the next save clears it away
                 shutil.rmtree(temporary.path, ignore_errors=True)
             alone = processes.world_size == 1
             what = "; ".join(error if alone else f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)

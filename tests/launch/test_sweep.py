@@ -182,7 +182,10 @@ def test_an_interrupt_ends_the_runs_and_the_next_call_goes_on(sweep_words: list[
 def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path, command):
     for words, expected in (
         ([], "error: no sweep named: give +sweep=NAME, one of budgets, grid, isoflop, nodes, processes, sizes"),
-        (["+sweep=size"], "error: sweep=size: no such sweep; expected one of budgets, grid, isoflop, nodes, processes, sizes"),
+        (
+            ["+sweep=size"],
+            "error: sweep=size: no such sweep; expected one of budgets, grid, isoflop, nodes, processes, sizes",
+        ),
         ([*sweep_words, "model=xt"], "error: model=xt: model is an axis of sweep sizes: set sweep.axes.model=[xt]"),
         ([*sweep_words, "sweep.axes.model=[xxt,huge]"], "error: model=huge: no such model"),
         ([*sweep_words, "sweep.axes.execution.num_workers=[1,2]"], "error: sweep sizes: cells {'model': 'xxt', 'seed'"),

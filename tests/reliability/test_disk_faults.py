@@ -57,7 +57,10 @@ def test_a_fault_at_any_call_of_a_save_leaves_the_checkpoint_before_and_says_so(
         assert (whole["fails"], whole["said"], whole["newest"]) == (0, None, 2)
         assert len(broken) >= whole["calls"] // every > 3
         for row in broken:
-            assert row["said"] is not None, f"{row['failed']} failed and nothing was said"
+            if row["said"] is None:  # the second making of a folder that is there, which costs nothing
+                assert row["failed"].startswith("mkdir "), f"{row['failed']} failed and nothing was said"
+                assert (row["before"], row["newest"]) == (None, 2)
+                continue
             assert "step-00000002 could not be written (" in row["said"]
             assert "the checkpoint before it is whole" in row["said"]
             assert row["before"] is None
@@ -72,7 +75,9 @@ def test_a_fault_at_any_call_of_a_save_leaves_the_checkpoint_before_and_says_so(
         f"disk saves {'zero2' if more else 'plain'}",
         f"A save {'by ZeRO stage 2' if more else 'of one process'} makes {whole['calls']} calls that write, create, "
         f"flush or rename; each failed in turn with {', '.join(ERRORS.values())}: of {len(found) - len(ERRORS)} broken "
-        "saves 0 harmed the checkpoint before, 0 went unsaid, 0 left anything half-written.",
+        "saves 0 harmed the checkpoint before, 0 left anything half-written, and all but "
+        f"{sum(row['said'] is None for row in found) - len(ERRORS)} (a folder made a second time: the save went through "
+        "whole) were told in one line.",
     )
 
 
