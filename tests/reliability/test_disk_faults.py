@@ -76,8 +76,8 @@ def test_a_fault_at_any_call_of_a_save_leaves_the_checkpoint_before_and_says_so(
         f"A save {'by ZeRO stage 2' if more else 'of one process'} makes {whole['calls']} calls that write, create, "
         f"flush or rename; each failed in turn with {', '.join(ERRORS.values())}: of {len(found) - len(ERRORS)} broken "
         "saves 0 harmed the checkpoint before, 0 left anything half-written, and all but "
-        f"{sum(row['said'] is None for row in found) - len(ERRORS)} (a folder made a second time: the save went through "
-        "whole) were told in one line.",
+        f"{sum(row['said'] is None for row in found) - len(ERRORS)} (a folder made a second time: the save went "
+        "through whole) were told in one line.",
     )
 
 
