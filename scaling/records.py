@@ -100,7 +100,7 @@ def read_records(path: Path) -> Iterator[Record]:
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     try:  # as one array: a quarter faster, and most files are whole
         records = json.loads(f"[{','.join(lines)}]")
@@ -295,7 +295,7 @@ class RunDirectory:
         """The lines of the events' file, for `newest_event`; none if there is no such file."""
         try:
             return self.events.read_bytes().split(b"\n")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
 
