@@ -26,6 +26,7 @@ from pathlib import Path
 from launch.failures import TREATMENT, Failure, classify_attempt, classify_silence, read_tail
 from launch.submission import Settings, Submission
 from launch.throughput import record_run
+from scaling.ports import free_port
 from scaling.records import Record, RunDirectory, newest_event, to_json, write_whole
 
 log = logging.getLogger("launch.attempt")
@@ -269,9 +270,7 @@ def _halved(row: Record, settings: Settings, halvings: int) -> int | None:
 def _meeting_place() -> tuple[str, int]:
     """Address of this node, as the others reach it, and a port that is free now (another one in every attempt)."""
     address = os.environ.get("MASTER_ADDR") or os.environ.get("LAUNCH_NODE_ADDRESS") or socket.gethostname()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return address, int(probe.getsockname()[1])
+    return address, free_port()
 
 
 def _size(path: Path) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from launch.config import ClusterConfig
 from launch.task import RunTask
 from scaling.locks import is_locked
 from scaling.plan import RunPlan
+from scaling.ports import free_port
 
 NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -112,17 +112,11 @@ def _submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: Se
     # processes, and it would answer with a traceback. The run itself listens again (see RunTask).
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        job = executor.submit(RunTask(plan, threads, port=_free_port() if num_processes > 1 else None))
+        job = executor.submit(RunTask(plan, threads, port=free_port("127.0.0.1") if num_processes > 1 else None))
     finally:
         signal.signal(signal.SIGINT, handler)
     plan.directory.log_event("submitted", job=job.job_id, executor="local", log=str(job.paths.stderr))
     return LocalJob(plan, slot, job)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _stop(jobs: Sequence[LocalJob]) -> None:

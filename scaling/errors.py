@@ -13,3 +13,7 @@ class UserError(Exception):
 
 class BadDataError(UserError):
     """Shards, or a share of their clips, that are not what their index promises."""
+
+
+class MeetingError(UserError):
+    """The processes of a run did not all meet: not found to be the settings' fault, so a scheduler may try again."""

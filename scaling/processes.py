@@ -32,7 +32,8 @@ import psutil
 import torch
 from torch import Tensor, distributed
 
-from scaling.errors import UserError
+from scaling.errors import MeetingError, UserError
+from scaling.ports import free_port
 from scaling.records import RecordError
 
 log = logging.getLogger(__name__)
@@ -225,8 +226,8 @@ def join(
     step_timeout: seconds that a rank may take between two collectives
     needs_group: make a process group even for one process (DeepSpeed wants one)
 
-    UserError if the environment is incomplete, MASTER_ADDR does not resolve or cannot be reached,
-    or a rank does not come in time.
+    UserError if the environment is incomplete or MASTER_ADDR does not resolve; MeetingError if it cannot
+    be reached, its port is taken, or a rank does not come in time.
     """
     world_size = _whole_number("WORLD_SIZE", 1)
     if world_size == 1 and not needs_group:
@@ -234,10 +235,8 @@ def join(
             os.environ.pop(name, None)
         return Processes()
     if world_size == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= dict(zip(VARIABLES, ("0", "1", "0", "127.0.0.1", str(port)), strict=True))
+        values = ("0", "1", "0", "127.0.0.1", str(free_port("127.0.0.1")))
+        os.environ |= dict(zip(VARIABLES, values, strict=True))
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
         raise UserError(
@@ -293,8 +292,9 @@ def _meet(host: str, port: int, rank: int, world_size: int, timeout: float) -> d
         store.set(f"here/{rank}", f"{socket.gethostname()} (process {os.getpid()})")
     except RuntimeError as error:
         if keeps_store:
-            raise UserError(f"{here} cannot listen on {host}:{port} ({_first_line(error)}): set another port") from None
-        raise UserError(
+            reason = f"{here} cannot listen on {host}:{port} ({_first_line(error)}): set another port"
+            raise MeetingError(reason) from None
+        raise MeetingError(
             f"{here} did not reach rank 0 at {host}:{port} within {timeout:g} s: "
             "it has not started, or a firewall is between"
         ) from None
@@ -309,12 +309,12 @@ def _meet(host: str, port: int, rank: int, world_size: int, timeout: float) -> d
                 _is_there(store, f"heard/{other}", time.monotonic() + 5)
     else:
         if not _is_there(store, "verdict", time.monotonic() + timeout + 30):
-            raise UserError(f"{here}: rank 0 at {host}:{port} said nothing within {timeout:g} s: see its log")
+            raise MeetingError(f"{here}: rank 0 at {host}:{port} said nothing within {timeout:g} s: see its log")
         verdict = store.get("verdict").decode().removeprefix("go")
         if verdict:
             store.set(f"heard/{rank}", "")
     if verdict:
-        raise UserError(f"{verdict}: see that rank's log; execution.rendezvous_timeout is how long to wait")
+        raise MeetingError(f"{verdict}: see that rank's log; execution.rendezvous_timeout is how long to wait")
     return store
 
 

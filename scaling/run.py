@@ -23,7 +23,7 @@ from bsrnn import BSRNN
 from bsrnn.modelfile import MODEL_FILE, save_model
 from scaling.allocator import keep_freed_memory
 from scaling.checkpoint import is_failed_write
-from scaling.errors import BadDataError, UserError
+from scaling.errors import BadDataError, MeetingError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.locks import held_lock
 from scaling.metrics import versions
@@ -193,7 +193,7 @@ def classify(error: Exception) -> tuple[str, str]:
     """The kind of failure (of `scaling.records.FAILURES`) that an exception shows, and its reason in a line."""
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-    if isinstance(error, UnreachableError):
+    if isinstance(error, UnreachableError | MeetingError):
         return "node failure", str(error)
     if isinstance(error, BadDataError):
         return "bad data", str(error)

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
+
+from scaling.ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["scaling.run", "torch.utils.tensorboard", "deepspeed", "tests.ranks"])
@@ -51,12 +52,6 @@ class Rank:
     @property
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_ranks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scaling.errors import MeetingError
+from scaling.ports import free_port
+from scaling.processes import VARIABLES, join
 from scaling.records import RunDirectory
+from scaling.run import classify
 from scaling.shards import ShardIndex
-from tests.ranks import Rank, end_all, free_port, run_ranks, start_ranks
+from tests.ranks import Rank, end_all, run_ranks, start_ranks
 
 STEPS = "train.budget.steps=8"
 
@@ -132,6 +137,18 @@ def test_an_address_that_does_not_resolve_or_answer_is_said_in_a_line(tiny_run: 
     assert silent.wait(90) == 2
     assert "did not reach rank 0 at 127.0.0.1:" in silent.said
     assert "Traceback" not in nowhere.said + silent.said
+
+
+def test_a_port_that_another_has_taken_is_no_fault_of_the_settings(monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in zip(VARIABLES, ("0", "2", "0", "127.0.0.1", str(port)), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(MeetingError, match=f"cannot listen on 127.0.0.1:{port}") as raised:
+            join(rendezvous_timeout=5, silence_timeout=5, step_timeout=5)
+    assert classify(raised.value)[0] == "node failure", "it is tried again, at another port"
 
 
 def test_processes_with_different_settings_are_refused(tiny_run: list[str], tmp_path: Path):

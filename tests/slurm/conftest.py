@@ -82,10 +82,12 @@ def runs_of(study: Path) -> list[RunDirectory]:
     return [RunDirectory(path) for path in sorted(StudyDirectory(study).runs.iterdir())]
 
 
-def wait_for(holds: Callable[[], object], what: str, seconds: float = 400) -> None:
+def wait_for(holds: Callable[[], object], what: str, seconds: float = 400, run: RunDirectory | None = None) -> None:
+    """Wait until it holds; no longer than `seconds`, nor than until `run` has failed."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain until {what}"
+        is_in_vain = time.monotonic() > deadline or (run is not None and run.state()[0] == "failed")
+        assert not is_in_vain, f"waited in vain until {what}\n{story(run) if run else ''}"
         time.sleep(0.25)
 
 

@@ -43,13 +43,14 @@ CASES = {
         None,
         "memory limit",
     ),
-    # Whatever python is started in the job is killed after eight seconds: too few for a run.
+    # Whatever python is started in the job is killed after eight seconds, and saves nothing by then.
     "killed again and again": Case(
         (
             *ALONE,
             "cluster.container='timeout --signal=KILL 8'",
             "cluster.max_fruitless_attempts=2",
-            "execution.checkpoint_every=1000",
+            "execution.checkpoint_every=100000",
+            "train.budget.steps=100000",
         ),
         2,
         "node failure",

@@ -86,7 +86,7 @@ def runs(cluster: Cluster, slurm_words: list[str], tmp_path_factory) -> dict[str
         more = ["sweep.axes.seed=[0,1]"] if name == "requeued" else []  # an element among others
         launch("sweep", *slurm_words, f"train.budget.steps={STEPS}", *place, *more, f"study={studies[name]}")
         run = runs_of(studies[name])[0]
-        wait_for(lambda: len(train_losses(run)) >= STEPS_BEFORE, f"{name} has trained a little")
+        wait_for(lambda: len(train_losses(run)) >= STEPS_BEFORE, f"{name} has trained a little", run=run)
         CALAMITIES[name](run, cluster)
         attempts = 1 if name == "left alone" else 2
         wait_for(lambda: len(events_of(run, "ended")) == attempts or job_is_gone(run), f"{name} is over")
