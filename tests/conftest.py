@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from scaling.cli import load_config
 from scaling.config import RunConfig
 from scaling.prepare import open_shards
 from scaling.shards import ShardIndex
+from tests.commands import run_command
 
 # One thread: where other work shares the cores, the threads of an LSTM wait for one another longer than they compute.
 torch.set_num_threads(1)
@@ -87,14 +87,6 @@ def command(tmp_path: Path) -> Command:
     """Run a command of the project as a user does: command("scaling.train", "model=xxt", ...)."""
 
     def run(module: str, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", module, *words],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return run_command(module, [*words], tmp_path, os.environ | {"OMP_NUM_THREADS": "1"}, timeout)
 
     return run

@@ -190,11 +190,20 @@ def pipe(folder: Path, tmp_path: Path, *words: str, audio: bytes) -> subprocess.
     return subprocess.run(command, input=audio, capture_output=True, timeout=300, check=False, cwd=tmp_path)
 
 
-def test_raw_samples_go_through_a_pipe(folder: Path, tmp_path: Path):
+def test_raw_samples_go_from_standard_input_to_standard_output(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     samples = np.rint(32_767 * music(24_000, 24_000, 2)).astype("<i2")
-    done = pipe(folder, tmp_path, "-", "-", "rate=24000", "channels=2", audio=samples.tobytes())
-    assert done.returncode == 0, done.stderr
-    enhanced = np.frombuffer(done.stdout, "<i2").reshape(-1, 2)
+    (tmp_path / "in.raw").write_bytes(samples.tobytes())
+    with (
+        (tmp_path / "in.raw").open() as source,
+        (tmp_path / "out.raw").open("w") as target,
+        monkeypatch.context() as m,
+    ):
+        m.setattr(sys, "stdin", source)
+        m.setattr(sys, "stdout", target)
+        assert run(folder / "through.pt", "-", "-", "rate=24000", "channels=2") == 0
+    enhanced = np.fromfile(tmp_path / "out.raw", "<i2").reshape(-1, 2)
     assert enhanced.shape == samples.shape
     assert np.abs(enhanced.astype(int) - samples)[2_000:-2_000].max() < 70
 

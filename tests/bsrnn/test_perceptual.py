@@ -54,13 +54,13 @@ def test_it_orders_degradations_as_pesq_does(model: PerceptualModel, speech: lis
     kinds = [make_noise for split in NOISES.values() for make_noise in split.values()]
     assert len(kinds) >= 15
     for number, make_noise in enumerate(kinds):
-        clean = speech[number % len(speech)][: 3 * RATE]
+        clean = speech[number % len(speech)][: 2 * RATE]
         noise = make_noise(np.random.default_rng(number), len(clean), RATE)
         for snr_db in (-2.5, 2.5, 7.5, 15):
             noisy = at_snr(clean, noise, snr_db)
             estimates = [noisy]
             if snr_db in (2.5, 7.5):
-                estimates += [enhanced(noisy, noisy - clean, strength) for strength in (1.0, 4.0)]
+                estimates.append(enhanced(noisy, noisy - clean, strength=1.0 if snr_db == 2.5 else 4.0))
             for estimate in estimates:
                 theirs.append(pesq(RATE, clean, estimate, "wb"))
                 ours.append(score(model, estimate, clean))

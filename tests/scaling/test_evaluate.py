@@ -226,7 +226,8 @@ def test_folders_of_wavs_are_scored_one_row_an_utterance(speech, tmp_path: Path,
         for folder, signal_ in zip(("noisy", "clean", "enhanced"), triple, strict=True):
             (tmp_path / folder).mkdir(exist_ok=True)
             soundfile.write(tmp_path / folder / f"{name}.wav", signal_, 16_000, subtype="FLOAT")
-    words = ("noisy=noisy", "clean=clean", "enhanced=enhanced", "scores=out.jsonl", "metrics=[pesq_wb,si_sdr,covl]")
+    words = ("noisy=noisy", "clean=clean", "enhanced=enhanced", "scores=out.jsonl")
+    words += ("metrics=[pesq_wb,si_sdr,covl]", "processes=1")
     done = command("scaling.evaluate", *words)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
