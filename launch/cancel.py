@@ -17,11 +17,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.command import parsed, run_command
+from launch.command import parsed
 from launch.queue import QueuedJob, read_queue
 from launch.slurm import reconcile
 from launch.status import newest_study
 from launch.submission import last_job, submissions
+from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.locks import held_lock, is_held
 from scaling.records import RunDirectory, StudyDirectory
@@ -88,4 +89,4 @@ def _signal(lock: Path, number: signal.Signals) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, __doc__ or "")
+    run_main(main, __doc__ or "", interrupted="")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from scaling.errors import UserError
-from scaling.records import RecordError
 
 
 def parsed(words: Sequence[str], keys: Mapping[str, str], flags: Sequence[str] = (), rest: str = "") -> dict[str, str]:
@@ -30,21 +28,3 @@ def parsed(words: Sequence[str], keys: Mapping[str, str], flags: Sequence[str] =
             known = ", ".join([*(f"{key}=... ({what})" for key, what in keys.items()), *flags])
             raise UserError(f"{word}: not understood; what can be said: {known}")
     return values | ({rest: " ".join(others)} if others else {})
-
-
-def run_command(main: Callable[[list[str]], int], usage: str) -> None:
-    """Run a command on the words after its name and exit with its status; a user's mistake is one line and status 2."""
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(usage.strip())
-        sys.exit(0)
-    try:
-        status = main(words)
-    except (UserError, RecordError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # the reader, a pager or head, has seen enough
-        status = 0
-    sys.exit(status)

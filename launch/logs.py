@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cancel import named_runs
-from launch.command import parsed, run_command
+from launch.command import parsed
 from launch.failures import read_tail
 from launch.status import newest_study
+from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.records import RunDirectory, StudyDirectory, newest_event
 
@@ -68,4 +69,4 @@ def logs_of(run: RunDirectory, rank: str | None = None, attempt: str | None = No
 
 
 if __name__ == "__main__":
-    run_command(main, __doc__ or "")
+    run_main(main, __doc__ or "", interrupted="")

@@ -24,7 +24,8 @@ from launch.slurm import preflight_script, require_slurm, sbatch, settings_of, s
 from launch.snapshot import take_snapshot
 from launch.submission import Submission
 from launch.throughput import add_measurement
-from scaling.cli import load_config, run_main
+from scaling.cli import load_config
+from scaling.command import run_main
 from scaling.config import RunConfig
 from scaling.plan import RunPlan, plan_run, require_writable
 from scaling.prepare import open_shards

@@ -21,10 +21,11 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from launch.command import parsed, run_command
+from launch.command import parsed
 from launch.queue import QueuedJob, read_queue
 from launch.state import STATES, RunState, look
 from launch.submission import submissions
+from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.records import Record, StudyDirectory
 
@@ -109,4 +110,4 @@ def duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, __doc__ or "")
+    run_main(main, __doc__ or "", interrupted="")

@@ -35,7 +35,8 @@ from launch.planning import load_study, plan_study, plan_table, write_plan
 from launch.queue import QueuedJob, read_queue
 from launch.slurm import reconcile, require_slurm, submit_to_slurm
 from launch.submission import last_job
-from scaling.cli import CONFIG_FOLDER, run_main
+from scaling.cli import CONFIG_FOLDER
+from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.locks import held_lock
 from scaling.plan import RunPlan, require_writable

@@ -25,7 +25,7 @@ import torch
 
 from scaling.errors import UserError
 from scaling.processes import ALONE, Processes
-from scaling.records import sync_file, sync_folder
+from scaling.records import sync
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def save_checkpoint(
         # Each rank from its own node: on a network's file system another node's data is not its to flush.
         for path in temporary.path.rglob("*"):
             if path.is_file():
-                sync_file(path)
+                sync(path)
 
     def commit() -> None:
         files = {
@@ -129,11 +129,11 @@ def save_checkpoint(
             text.flush()
             os.fsync(text.fileno())
         for path in [*(path for path in temporary.path.rglob("*") if path.is_dir()), temporary.path]:
-            sync_folder(path)
+            sync(path)
         if final.path.exists():  # a damaged one of the same step, passed over at load
             shutil.rmtree(final.path)
         os.rename(temporary.path, final.path)
-        sync_folder(folder)
+        sync(folder)
 
     by_first = processes.is_first
     for action in (
@@ -167,7 +167,7 @@ def save_checkpoint(
 def _make_room(folder: Path, temporary: Path) -> None:
     if not folder.exists():
         folder.mkdir(parents=True)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     for stale in folder.glob(".writing-*"):  # of processes that were killed; the run's lock makes us the only writers
         shutil.rmtree(stale)
     temporary.mkdir()

@@ -1,4 +1,4 @@
-"""From a command line to a checked configuration, and from an error to one line.
+"""From a command line to a checked configuration, and from what is wrong in it to one line.
 
 The commands take Hydra's override grammar (`model=xt train.global_batch=16 +sweep=sizes`) and
 compose conf/ through Hydra's compose interface rather than its `main` decorator: that
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-import logging
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -23,7 +21,6 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from scaling.errors import UserError
-from scaling.records import RecordError
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "conf"
 
@@ -91,27 +88,6 @@ def to_object(schema: type[Config], config: DictConfig | dict[str, Any], is_chec
         raise UserError(str(error)) from None
     assert isinstance(result, schema)
     return result
-
-
-def run_main(main: Callable[[list[str]], int], usage: str) -> None:
-    """Run a command on the words after its name and exit with its status.
-
-    A user's mistake ends as one line on standard error and status 2; an interrupt as 130.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(usage.strip())
-        sys.exit(0)
-    try:
-        status = main(words)
-    except (UserError, RecordError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        status = 130
-    sys.exit(status)
 
 
 # --- what a user got wrong, in one line ----------------------------------------------------

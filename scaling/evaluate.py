@@ -29,7 +29,8 @@ import torch
 
 from bsrnn import BSRNN
 from scaling.checkpoint import load_newest
-from scaling.cli import load_config, run_main
+from scaling.cli import load_config
+from scaling.command import run_main
 from scaling.config import EvaluateConfig
 from scaling.early_stopping import EarlyStopping
 from scaling.errors import UserError

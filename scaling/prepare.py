@@ -30,7 +30,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from scaling.cli import load_config, run_main
+from scaling.cli import load_config
+from scaling.command import run_main
 from scaling.config import DataConfig, RunConfig
 from scaling.convert import SOURCE_RATES, converted, num_samples_out
 from scaling.corpus.demo import make_demo_corpus
@@ -38,7 +39,7 @@ from scaling.corpus.vbd import SPLITS, Utterance, find_utterances, warn_of_unkno
 from scaling.corpus.wav import WavHeader, close_zips
 from scaling.errors import UserError
 from scaling.progress import ProgressDisplay
-from scaling.records import sync_folder
+from scaling.records import sync
 from scaling.remote import RemoteRoot
 from scaling.shard_writer import SHARD_BYTES, ShardWriter, clip_bytes
 from scaling.shards import ShardIndex
@@ -241,7 +242,7 @@ def _write(
                 progress.advance()
         writer.commit()
         os.rename(writer.root, shard_root)
-        sync_folder(shard_root.parent)
+        sync(shard_root.parent)
     finally:
         shutil.rmtree(writer.root, ignore_errors=True)
     index = ShardIndex.load(shard_root)

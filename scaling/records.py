@@ -140,21 +140,12 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_file(path: Path) -> None:
-    """Bring a file's content to the disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries (what was created and renamed in it) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's entries (what was created and renamed in it), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -252,6 +243,8 @@ class RunDirectory:
         """Append an event, with the time (seconds since 1970) and process it comes from."""
         if event not in EVENTS:
             raise ValueError(f"event {event!r} is none of {', '.join(EVENTS)}")
+        if details.get("failure", FAILURES[0]) not in FAILURES:
+            raise ValueError(f"failure {details['failure']!r} is none of {', '.join(FAILURES)}")
         append_record(self.events, {"event": event, "time": time.time(), "pid": os.getpid(), **details})
 
     def log_metrics(self, kind: str, step: int, **values: Any) -> None:

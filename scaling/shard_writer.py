@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from scaling.records import sync_folder, to_json, write_whole
+from scaling.records import sync, to_json, write_whole
 from scaling.shards import (
     FORMAT_VERSION,
     SAMPLE_BYTES,
@@ -113,7 +113,7 @@ class ShardWriter:
             }
         summary = {"format": FORMAT_VERSION, "corpus": self.corpus, "source": self.source, "sample_rate": SAMPLE_RATE}
         write_whole(self.root / "index.json", json.dumps(summary | {"splits": splits}, indent=1) + "\n")
-        sync_folder(self.root)
+        sync(self.root)
         index = ShardIndex.load(self.root)
         index.check_sizes()
         return index

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from scaling.cli import compose_config, load_config, run_main, to_object, with_values
+from scaling.cli import compose_config, load_config, to_object, with_values
+from scaling.command import run_main
 from scaling.config import RunConfig
 from scaling.plan import RunPlan, plan_run, read_planned, require_writable
 from scaling.prepare import open_shards

@@ -32,7 +32,7 @@ from scaling.plan import RunPlan, training_clips
 from scaling.processes import Deadline, Processes
 from scaling.progress import ProgressDisplay
 from scaling.quarantine import Quarantine
-from scaling.records import RunDirectory, sync_file
+from scaling.records import RunDirectory, sync
 from scaling.shards import SAMPLE_RATE, ShardIndex, ShardReader
 from scaling.stopping import StopFlag, StoppedError
 from scaling.stream import CropDataset, MicroBatchSampler, to_float, training_loader
@@ -257,7 +257,7 @@ class Trainer:
         extra = {"early_stopping": self.early_stopping.state_dict() if self.early_stopping is not None else None}
         started = time.perf_counter()
         if self.processes.is_first and self.directory.metrics.exists():
-            sync_file(self.directory.metrics)  # the steps that the checkpoint covers are not logged again
+            sync(self.directory.metrics)  # the steps that the checkpoint covers are not logged again
         save_checkpoint(
             self.directory.checkpoints,
             self.step,

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling.cli import load_config, run_main
+from scaling.cli import load_config
+from scaling.command import run_main
 from scaling.config import RunConfig
 from scaling.shard_writer import TAR_END, clip_members
 from scaling.shards import Clip, ShardIndex, block_checksums

@@ -128,7 +128,7 @@ def _run(command: str, words: list[str], environment: dict[str, str], log: Path)
 
 
 def _execute(words: list[str]) -> int:
-    from scaling.cli import run_main
+    from scaling.command import run_main
     from scaling.train import main
 
     sys.argv = ["scaling.train", *words]

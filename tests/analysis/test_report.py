@@ -21,11 +21,11 @@ FILES += ["scaling_table.csv", "scaling_table.md", "scaling_table.tex"]
 def test_the_command_writes_every_file_and_lists_what_is_missing(write_study: WriteStudy) -> None:
     plan = [plan_row(size, seed) for size in ("xxt", "xt") for seed in (0, 1)]
     study = write_study(plan, skip=[plan[3]["run_id"]])
-    study.run(plan[3]["run_id"]).log_event("failed", failure="oom", reason="out of memory at step 3")
+    study.run(plan[3]["run_id"]).log_event("failed", failure="out of memory", reason="out of memory at step 3")
     command = [sys.executable, "-m", "analysis.report", f"study={study.path}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "oom: out of memory at step 3" in result.stdout
+    assert "out of memory: out of memory at step 3" in result.stdout
     assert [f"wrote {study.report / name}" in result.stdout for name in FILES] == [True] * len(FILES)
     written = {path.name for path in study.report.iterdir()}
     assert {*FILES, "report.html", "tables"} <= written

@@ -25,7 +25,7 @@ def test_mean_and_spread_are_those_of_the_finished_seeds(write_study: WriteStudy
     scores = {run_id: [score_row(0, pesq_wb=2.0 + n), score_row(1, pesq_wb=2.5)] for n, run_id in enumerate(ids)}
     study = write_study(plan, losses, scores)
     study.run(ids[3]).events.unlink()
-    study.run(ids[3]).log_event("failed", failure="oom", reason="out of memory")
+    study.run(ids[3]).log_event("failed", failure="out of memory", reason="out of memory")
 
     cell = scaling_table(gather(study.path)).cells.iloc[0]
     assert cell["validation_loss_mean"] == pytest.approx(statistics.mean([0.21, 0.24, 0.28]))

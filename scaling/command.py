@@ -1,0 +1,40 @@
+"""How a command of the project ends: a mistake of the user's as one line, an interrupt, a reader that has gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from scaling.errors import UserError
+from scaling.records import RecordError
+
+GO_ON = "interrupted: run the same command again to go on"
+
+
+def run_main(main: Callable[[list[str]], int], usage: str, interrupted: str = GO_ON) -> None:
+    """Run a command on the words after its name and exit with its status.
+
+    A user's mistake ends as one line on standard error and status 2; an interrupt as 130, with a line
+    that says what it means; a reader of the output that has seen enough (a pager, head) as 0.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(usage.strip())
+        sys.exit(0)
+    try:
+        status = main(words)
+        sys.stdout.flush()
+    except (UserError, RecordError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        if interrupted:
+            print(interrupted, file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        status = 0
+    sys.exit(status)
