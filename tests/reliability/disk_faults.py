@@ -65,7 +65,7 @@ def break_saves(every: int, errors: list[int], words: list[str]) -> list[dict[st
         trainer.step = 2
         before, after = (Checkpoint(directory.checkpoints / f"step-{step:08d}", step) for step in (1, 2))
         for number, error in enumerate(errors):
-            at = number + 1 - every
+            at = number % every + 1 - every
             while True:
                 at += every
                 disk.arm(directory.checkpoints, at, error)
