@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 
 from scaling.stopping import ignore_stop_signals
 
 
 def spawned_pool(num_workers: int) -> ProcessPoolExecutor:
-    """A pool of `num_workers` processes; spawned, not forked, because the caller may have threads."""
-    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    """A pool of `num_workers` processes, for functions of importable modules.
+
+    Spawned, not forked, because the caller may have threads.
+    """
+    return ProcessPoolExecutor(num_workers, _Context(), _end_with_parent)
+
+
+class _Process(SpawnProcess):
+    """A spawned process that does not run the caller's script once more.
+
+    That would start over with whatever the script does where nothing guards it, and load its imports where
+    something does.
+    """
+
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(SpawnContext):
+    Process = _Process
 
 
 def _end_with_parent() -> None:
