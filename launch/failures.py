@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scaling.records import Record
 
-# Exit statuses of a rank. They are not imported from scaling.run and scaling.processes, because that loads torch.
+# Exit statuses of a rank. They are not imported from scaling.run and scaling.liveness, because that loads torch.
 PREEMPTED_STATUS = 75
 LOST_STATUS = 76
 STOPS = ("preempted", "time limit")

@@ -30,7 +30,7 @@ from scaling.records import Record, StudyDirectory
 
 # What the shell of a job does around the processes of its run. It outlives the signals that
 # tell those to stop, in order to say what became of them.
-# --kill-on-bad-exit=0: ranks end by themselves when one is lost (scaling.processes), and say which. Where srun ends
+# --kill-on-bad-exit=0: ranks end by themselves when one is lost (scaling.liveness), and say which. Where srun ends
 # them and they take longer than SLURM's MessageTimeout (10 s), slurmctld repeats its order about a minute later, and
 # it meets the step of the same number in the requeued job: seen on 22.05, a SIGTERM in each attempt that followed.
 OURS = ("signal", "open-mode")  # options that are not a site's matter

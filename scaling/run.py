@@ -25,10 +25,11 @@ from scaling.allocator import keep_freed_memory
 from scaling.checkpoint import is_failed_write
 from scaling.errors import BadDataError, MeetingError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
+from scaling.liveness import LOST_STATUS, LostRankError
 from scaling.locks import held_lock
 from scaling.metrics import versions
 from scaling.plan import RunPlan
-from scaling.processes import LOST_STATUS, LostRankError, Processes, join
+from scaling.processes import Processes, join
 from scaling.provenance import hardware
 from scaling.records import RecordError, RunDirectory
 from scaling.remote import UnreachableError

@@ -26,10 +26,11 @@ from scaling.config import RunConfig
 from scaling.early_stopping import EarlyStopping
 from scaling.engines import make_engine
 from scaling.errors import UserError
+from scaling.liveness import Deadline
 from scaling.metrics import RefusedError, si_sdr
 from scaling.optimiser import learning_rate
 from scaling.plan import RunPlan, training_clips
-from scaling.processes import Deadline, Processes
+from scaling.processes import Processes
 from scaling.progress import ProgressDisplay
 from scaling.quarantine import Quarantine
 from scaling.records import RunDirectory, sync

@@ -1,0 +1,205 @@
+"""That the processes of a run live: a sign from each to all, a last word, and an end where no exception can reach.
+
+Every rank leaves a sign of life in the run's store every two seconds and reads the others'. A rank that
+leaves none for a stated time (killed, frozen, its node gone) is named, and ends the run on all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+from torch import distributed
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_SIGNS = 2.0
+SECONDS_TO_BE_HEARD = 3 * SECONDS_BETWEEN_SIGNS  # within which whoever lives has read a last word
+LOST_STATUS = 76  # exit status of a rank that ends because another is lost
+
+
+class LostRankError(Exception):
+    """Another rank of the run has died, is frozen, or has failed."""
+
+
+class Watch(threading.Thread):
+    """Signs of life: this rank's own, and a look at all others', over a connection of its own."""
+
+    def __init__(self, store: distributed.TCPStore, rank: int, world_size: int, silence_timeout: float) -> None:
+        super().__init__(daemon=True, name="watch")
+        self.store = distributed.PrefixStore(f"signs-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self.rank, self.world_size, self.silence_timeout = rank, world_size, silence_timeout
+        self.phase = "joining"
+        self.on_loss: Callable[[str], None] = log.critical  # told of a lost rank, by the lowest that lives
+        self._where = f"on {socket.gethostname()} (process {os.getpid()})"
+        self._count = 0
+        self._seen: dict[int, tuple[str, float]] = {}  # rank: its last sign, and when it was new
+        self._is_closed = threading.Event()
+        self._lock = threading.Lock()
+        self._lost: str | None = None
+        self._last_look = time.monotonic()
+        self._sign()
+
+    def run(self) -> None:
+        """Look every two seconds; whatever a look says, or that it does not return, ends this process."""
+        threading.Thread(target=self._keep_looking, daemon=True, name="look").start()
+        # A look hangs where rank 0, which keeps the store, is frozen: no timeout of the store's ends that.
+        while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS / 2):
+            silent = time.monotonic() - self._last_look
+            if self._lost is None and silent > self.silence_timeout:
+                self._lost = f"rank 0, which keeps the store of the run, has given no answer for {silent:.0f} s"
+            if self._lost is not None and not self._is_closed.is_set():
+                try:
+                    self.on_loss(self._lost)
+                    self.tell_and_be_heard(f"lost {self._lost}")
+                finally:
+                    # The main thread may sit in a collective that never returns: no exception would reach it.
+                    os._exit(LOST_STATUS)
+
+    def _keep_looking(self) -> None:
+        while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS) and self._lost is None:
+            self._lost = self._look(self.silence_timeout)
+            self._last_look = time.monotonic()
+
+    def tell(self, word: str) -> None:
+        """Leave a last word, which the others take for what became of this rank."""
+        if self._is_closed.is_set():
+            return
+        self._is_closed.set()
+        saying = threading.Thread(target=self._say, args=(word,), daemon=True, name="last word")
+        saying.start()
+        saying.join(SECONDS_TO_BE_HEARD)  # where rank 0 is frozen there is nobody to tell
+
+    def _say(self, word: str) -> None:
+        with contextlib.suppress(RuntimeError), self._lock:
+            self.store.set(str(self.rank), f"{self._where}\t{word}")
+
+    def tell_and_be_heard(self, word: str) -> None:
+        """Leave a last word; rank 0, with whom the store goes, stays until the others have read it."""
+        self.tell(word)
+        deadline = time.monotonic() + SECONDS_TO_BE_HEARD
+        with contextlib.suppress(RuntimeError):
+            while self.rank == 0 and time.monotonic() < deadline and self._is_anyone_there():
+                time.sleep(0.1)
+
+    def _is_anyone_there(self) -> bool:
+        """Whether a rank beside this one lives and has not left."""
+        with self._lock:
+            self._look_at_signs()
+        now = time.monotonic()
+        return any(
+            not sign.partition("\t")[2].startswith(("left", "failed ", "lost ")) and now - since < SECONDS_TO_BE_HEARD
+            for sign, since in self._seen.values()
+        )
+
+    def close(self) -> None:
+        self.tell("left")
+
+    def find_lost(self, seconds: float) -> str | None:
+        """The rank that failed or gives no sign, by name; None if all live for `seconds` more."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            lost = self._look(min(self.silence_timeout, seconds * 0.7))
+            if lost is not None:
+                return lost
+        return None
+
+    def phases(self) -> str:
+        """What every rank was doing when it last gave a sign."""
+        own = {self.rank: self.phase}
+        others = {rank: sign.rpartition("\t")[2] for rank, (sign, _) in self._seen.items()}
+        return ", ".join(f"{rank} {phase}" for rank, phase in sorted((others | own).items()))
+
+    def _sign(self) -> None:
+        self._count += 1
+        self.store.set(str(self.rank), f"{self._where}\t{self._count}\t{self.phase}")
+
+    def _look(self, patience: float) -> str | None:
+        """Leave a sign, read the others'; what to say if one of them is lost."""
+        with self._lock:
+            try:
+                if not self._is_closed.is_set():
+                    self._sign()
+                self._look_at_signs()
+            except RuntimeError as error:
+                return f"rank 0, which keeps the store of the run, is gone ({first_line(error)})"
+            now = time.monotonic()
+            for rank, (sign, since) in self._seen.items():
+                where, _, word = sign.partition("\t")
+                if word.startswith("failed "):
+                    return f"rank {rank} {where} failed: {word.removeprefix('failed ')}"
+                if word.startswith("lost "):
+                    return word.removeprefix("lost ")
+                if word != "left" and now - since > patience:
+                    phase = word.partition("\t")[2]
+                    return (
+                        f"rank {rank} {where} has given no sign of life for {now - since:.0f} s, last seen at {phase}: "
+                        "it was killed, is frozen, or its node is gone"
+                    )
+        return None
+
+    def _look_at_signs(self) -> None:
+        for rank in range(self.world_size):
+            if rank != self.rank:
+                sign = self.store.get(str(rank)).decode()
+                if sign != self._seen.get(rank, ("", 0.0))[0]:
+                    self._seen[rank] = (sign, time.monotonic())
+
+
+class Deadline:
+    """Ends this process when a thing it does takes too long, where no exception could reach it.
+
+    A loader's worker that is frozen can hold the main process inside a read for ever: the queue's own
+    timeout does not cover the exchange with the worker that follows.
+    """
+
+    def __init__(self, seconds: float, on_expiry: Callable[[str], None]) -> None:
+        """on_expiry: told which child processes are frozen, before the process ends with LOST_STATUS"""
+        self.seconds, self.on_expiry = seconds, on_expiry
+        self._since: float | None = None
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="deadline").start()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def close(self) -> None:
+        self._is_closed.set()
+
+    def _watch(self) -> None:
+        while not self._is_closed.wait(0.5):
+            since = self._since
+            if since is not None and time.monotonic() - since > self.seconds:
+                try:
+                    children = psutil.Process().children(recursive=True)
+                    frozen = [str(child.pid) for child in children if _is_stopped(child)]
+                    self.on_expiry(f"worker process {', '.join(frozen)} is frozen" if frozen else "no worker is frozen")
+                    for child in children:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            child.kill()
+                finally:  # whatever the last words met
+                    os._exit(LOST_STATUS)
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
