@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import statistics
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,14 +21,19 @@ import soundfile
 import torch
 import webdataset
 
+from bsrnn.losses import enhancement_loss
 from scaling.allocator import keep_freed_memory
 from scaling.cli import load_config
 from scaling.config import RunConfig
+from scaling.plan import plan_run
 from scaling.prepare import open_shards
+from scaling.processes import ALONE
 from scaling.quarantine import Quarantine
 from scaling.records import RunDirectory
 from scaling.shards import SAMPLE_RATE, ShardIndex, ShardReader, block_checksums
+from scaling.stopping import StopFlag
 from scaling.stream import CropDataset, MicroBatchSampler, to_float, training_loader
+from scaling.trainer import Trainer
 from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
 
 BATCH, CROP = 64, 2 * SAMPLE_RATE
@@ -177,40 +183,57 @@ def test_batches_a_second_from_shards_flac_and_wavs(corpus: ShardIndex, tmp_path
     assert ours * 5 < sorted(best.values())[-1]
 
 
-def test_what_checksums_and_ledger_cost_of_training(corpus: ShardIndex, tmp_path: Path):
-    """Of a training step of the smallest size on CPU, the cheapest there is here: a larger model's share is smaller."""
-    from bsrnn import BSRNN, BSRNNConfig
-    from bsrnn.losses import LossConfig, enhancement_loss
-
+def test_what_checksums_ledger_and_checkpoints_cost_of_training(corpus: ShardIndex, tmp_path: Path):
+    """Of training the smallest size on one core by the demo's recipe: a larger model's share is smaller."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    clips = corpus.clips("train")
-    samples = ShardReader(corpus.root).read_crop(max(clips, key=lambda clip: clip.num_samples), 0, CROP)
-    checks = min(_seconds(lambda: [block_checksums(part) for part in samples], 2_000) for _ in range(ROUNDS)) * BATCH
+    words = ["model=xxt", f"data.shards={corpus.root}", f"data.root={corpus.root.parent / 'corpus'}"]
+    config = load_config(RunConfig, "run", [*words, "data.demo.hours=0.15", f"study={tmp_path}"])
+    plan = plan_run(config, corpus)
+    train, clips = config.train, corpus.clips("train")
+    crop = round(train.crop_seconds * SAMPLE_RATE)
+    longest = max(clips, key=lambda clip: clip.num_samples)
+    samples = ShardReader(corpus.root).read_crop(longest, 0, crop)
+    checks = min(_seconds(lambda: [block_checksums(part) for part in samples], 2_000) for _ in range(ROUNDS))
     quarantine = Quarantine(RunDirectory(tmp_path), corpus, clips, 0.01)
     ledger = _seconds(lambda: (quarantine.add(()), quarantine.num_replaced(10**6)), 2_000)
-    batches = shards(corpus)
-    loading = min(seconds_of(batches, 50) for _ in range(ROUNDS))
-    model = BSRNN(BSRNNConfig(16, 2))
-    noisy, clean = (to_float(part[:8]) for part in next(batches))
+
+    plan.directory.path.mkdir(parents=True)
+    with StopFlag() as stop:
+        trainer = Trainer(plan, plan.directory, corpus, ALONE, stop)
+        batches = iter(
+            training_loader(trainer.dataset, MicroBatchSampler(0, 10**6, train.norm_batch, train.norm_batch), 0)
+        )
+        loading = min(_seconds(lambda: next(batches), 20) for _ in range(ROUNDS)) / train.norm_batch
+        saves = []
+        for trainer.step in range(1, 12):  # by the clock: most of a save is waiting for the disk
+            began = time.perf_counter()
+            trainer._save()
+            saves.append(time.perf_counter() - began)
+    save = statistics.median(saves)
+    model = trainer.engine.model
+    noisy, clean = (to_float(part) for part in next(batches)[:2])
 
     def step() -> None:
         model.zero_grad()
-        enhancement_loss(model(noisy), clean, model.stft, LossConfig()).total.backward()
+        enhancement_loss(model(noisy), clean, model.stft, train.losses).total.backward()
 
     step()
-    training = min(_seconds(step, 1) for _ in range(3)) * BATCH / len(noisy)
-    share = (checks + ledger) / training
+    training = min(_seconds(step, 1) for _ in range(3)) / len(noisy)
+    batch, every = train.global_batch, config.execution.checkpoint_every
+    total = checks / training + ledger / (batch * training) + save / (every * batch * training)
     write_block(
         PERFORMANCE,
         "stream checks",
-        f"A step of {BATCH} crops of 2 s at size xxt on one core takes {training:.2f} s; reading them "
-        f"{1e3 * loading:.2f} ms ({loading / training:.3%}), of which their checksums {1e3 * checks:.2f} ms "
-        f"({checks / training:.4%} of the step) and the list of replaced crops {1e6 * ledger:.0f} µs. Of a GPU's step "
-        f"of 100 ms the checksums would be {checks / 0.1:.2%}, in workers beside it.\n\n"
-        f"`make benchmarks`, or `{COMMAND}`  \n{measured_on('torch', 'isal')}",
+        f"A step of {batch} crops of {train.crop_seconds:g} s at size xxt on one core takes {batch * training:.2f} s; "
+        f"reading them {1e3 * batch * loading:.2f} ms ({loading / training:.3%}), of which their checksums "
+        f"{1e3 * batch * checks:.2f} ms ({checks / training:.4%} of the step); the list of replaced crops "
+        f"{1e6 * ledger:.0f} µs; a checkpoint, flushed to the disk, {1e3 * save:.0f} ms every {every} steps "
+        f"({save / (every * batch * training):.3%}). **Ledger, checksums and checkpoints together: {total:.3%} of "
+        f"training.** Of a GPU's step of 100 ms for 64 crops the checksums would be {64 * checks / 0.1:.2%}, in "
+        f"workers beside it.\n\n`make benchmarks`, or `{COMMAND}`  \n{measured_on('torch', 'isal')}",
     )
-    assert share < 0.02
+    assert total < 0.02
 
 
 COMMAND = "OMP_NUM_THREADS=1 python -m pytest tests/benchmarks/bench_stream.py"
