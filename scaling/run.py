@@ -71,6 +71,10 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
             return PREEMPTED
         try:
             return _execute(plan, processes, stop, stack, force)
+        except LostRankError as error:  # before this run's records were known to be its own
+            log.error("run %s: %s", plan.run_id, error)
+            processes.tell_loss(str(error))
+            return LOST_STATUS
         except (OSError, RuntimeError) as error:
             if getattr(error, "errno", None) not in DISK_ERRORS and not is_failed_write(error):
                 raise

@@ -97,10 +97,13 @@ def test_a_fault_anywhere_in_a_run_ends_it_with_one_line_and_status_2(
     faults += [f"from-{at}:{at}:{kinds[at % 2]}:1" for at in (numbers[::4] if full else numbers[1:2])]
     (tmp_path / "broken").mkdir()
     found = break_disk(faulty_disk, "runs", tmp_path / "broken", faults, words)
-    num_recorded = 0
+    num_recorded = num_harmless = 0
     for row in found:
         if not row["fails"]:  # TensorBoard's thread writes in larger or smaller pieces
             assert row["status"] == 0
+            continue
+        if row["failed"].startswith("mkdir ") and row["status"] == 0:  # a folder that is there is made again: no loss
+            num_harmless += 1
             continue
         assert row["status"] == 2, f"{row['failed']}: status {row['status']}\n{row['log']}"
         errors = [line for line in row["log"].splitlines() if line.startswith("error: ")]
@@ -119,12 +122,13 @@ def test_a_fault_anywhere_in_a_run_ends_it_with_one_line_and_status_2(
         else:  # there was no record to write to yet, or it is what could not be written
             assert row["name"].startswith("from") or not run or not run.read_metrics() or "events" in row["failed"]
     assert num_recorded
-    broken = sum(row["fails"] > 0 for row in found)
+    broken = sum(row["fails"] > 0 for row in found) - num_harmless
     report(
         "disk runs",
         f"A whole run of three steps makes {whole['calls']} such calls below its study; with a fault at every second, "
         f"once or from there on, {broken} runs all ended with status 2 and one line, every committed checkpoint whole; "
-        f"{num_recorded} put it on record, the others had no record yet or no disk for it.",
+        f"{num_recorded} put it on record, the others had no record yet or no disk for it. Where the making of a "
+        f"folder failed that was there already ({num_harmless} runs) the run finished.",
     )
 
 

@@ -33,7 +33,8 @@ def start(words: list[str], folder: Path, world_size: int) -> list[Rank]:
     ranks = start_ranks(words, folder, world_size, command="execute")
     deadline = time.monotonic() + 180
     while num_rows(folder / "study") < 4:
-        assert time.monotonic() < deadline, ranks[0].said
+        is_in_vain = time.monotonic() > deadline or any(rank.process.exitcode is not None for rank in ranks)
+        assert not is_in_vain, "\n".join(rank.said for rank in ranks)
         time.sleep(0.01)
     return ranks
 

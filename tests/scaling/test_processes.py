@@ -262,3 +262,15 @@ def test_a_rank_that_fails_tells_the_others_why(tiny_run: list[str], tiny_index:
     failures = [event for event in run_of(tmp_path / "study").read_events() if event["event"] == "failed"]
     assert [failure["failure"] for failure in failures] == ["bad data"]
     assert failures[0]["rank"] == 1
+
+
+def test_ranks_that_wait_in_vain_before_the_run_has_begun_end_with_a_line(tiny_run: list[str], tmp_path: Path):
+    run = RunDirectory(tmp_path / "mine")
+    run.path.mkdir()
+    os.mkfifo(run.plan)  # rank 0 reads the plan that the folder holds, and waits
+    words = [*tiny_run, f"run={run.path}", "execution.step_timeout=5", "execution.silence_timeout=60"]
+    ranks = start_ranks(words, tmp_path, 2, command="execute")
+    assert [rank.wait(90) for rank in ranks] == [76, 76], "\n".join(rank.said for rank in ranks)
+    for rank in ranks:
+        assert "the ranks wait for one another without end" in rank.said
+        assert "Traceback" not in rank.said
