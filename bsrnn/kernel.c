@@ -47,8 +47,8 @@ INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp_of(-x)); }
 INLINE vec tanh_of(vec x) { return 2.0f / (1.0f + exp_of(-2.0f * x)) - 1.0f; }
 
 // `rows` x `vecs` outputs held in registers over the whole inner sum. `w` is one panel: (in, vecs · LANES).
-// With `ahead`, the weights that many floats further on are called for meanwhile.
-INLINE void block(const int rows, const int vecs, const int ahead, int in, const float *x, long xs, const float *w,
+// Of weights that will be needed later, from `next` on, one vector an input is called for meanwhile, unless it is null.
+INLINE void block(const int rows, const int vecs, const float *next, int in, const float *x, long xs, const float *w,
                   const float *init, long is, float *y, long ys) {
   vec sum[6][4];
 #pragma GCC unroll 8
@@ -58,10 +58,8 @@ INLINE void block(const int rows, const int vecs, const int ahead, int in, const
   for (int i = 0; i < in; i++, w += vecs * LANES) {
     vec wv[4];
 #pragma GCC unroll 8
-    for (int v = 0; v < vecs; v++) {
-      wv[v] = load(w + v * LANES);
-      if (ahead) __builtin_prefetch(w + v * LANES + ahead);
-    }
+    for (int v = 0; v < vecs; v++) wv[v] = load(w + v * LANES);
+    if (next) __builtin_prefetch(next + (long)i * vecs * LANES, 0, 2);  // to the second-level cache
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
       const vec xv = splat(x[r * xs + i]);
@@ -97,22 +95,24 @@ INLINE void single(const int ahead, int in, const float *x, const float *w, cons
 }
 
 // y[r] = init[r] + x[r] W over `rows` rows; strides xs, is, ys between rows (is = 0: one bias for all). y may be init.
-// W lies in panels of PANEL outputs, the last of what is left; `in` is even. A panel serves all rows while it is near.
+// W lies in panels of PANEL outputs, the last of what is left; `in` is even. A panel serves all rows while it is near;
+// each of the first four blocks of rows calls for a quarter of the next panel.
 static void product(int rows, int in, int out, const float *x, long xs, const float *w, const float *init, long is,
                     float *y, long ys) {
   for (int j = 0; j < out; w += (long)in * PANEL, j += PANEL, init += PANEL, y += PANEL) {
     int r = 0;
-#define ROWS(R, V, ahead) \
-  for (; r + R <= rows; r += R) block(R, V, ahead, in, x + r * xs, xs, w, init + r * is, is, y + r * ys, ys);
+#define ROWS(R, V) \
+  for (; r + R <= rows; r += R) block(R, V, NULL, in, x + r * xs, xs, w, init + r * is, is, y + r * ys, ys);
     switch (out - j) {
-      case LANES: ROWS(6, 1, 0) ROWS(1, 1, 0) break;
-      case 2 * LANES: ROWS(6, 2, 0) ROWS(1, 2, 0) break;
-      case 3 * LANES: ROWS(6, 3, 0) ROWS(1, 3, 0) break;
+      case LANES: ROWS(6, 1) ROWS(1, 1) break;
+      case 2 * LANES: ROWS(6, 2) ROWS(1, 2) break;
+      case 3 * LANES: ROWS(6, 3) ROWS(1, 3) break;
       default:
-        if (rows >= 6) block(6, 4, AHEAD, in, x, xs, w, init, is, y, ys), r = 6;  // the first rows fetch for the rest
-        ROWS(6, 4, 0)
-        ROWS(2, 4, 0)
-        for (; r < rows; r++) single(AHEAD, in, x + r * xs, w, init + r * is, y + r * ys);
+        for (const float *next = w + (long)in * PANEL; r + 6 <= rows && r < 4 * 6; r += 6, next += LANES)
+          block(6, 4, next, in, x + r * xs, xs, w, init + r * is, is, y + r * ys, ys);
+        ROWS(6, 4)
+        ROWS(2, 4)
+        for (; r < rows; r++) single(rows == 1 ? AHEAD : 0, in, x + r * xs, w, init + r * is, y + r * ys);
     }
 #undef ROWS
   }
@@ -128,8 +128,8 @@ static void recur(int rows, int in, int out, const float *h, long hs, const floa
     const float *panel = w + (long)p * in * PANEL;
     float *g = gates + p * PANEL;
     int r = 0;
-    for (; r + 6 <= rows; r += 6) block(6, 4, 0, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
-    for (; r + 2 <= rows; r += 2) block(2, 4, 0, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
+    for (; r + 6 <= rows; r += 6) block(6, 4, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
+    for (; r + 2 <= rows; r += 2) block(2, 4, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
     for (; r < rows; r++) single(0, in, h + r * hs, panel, g + r * gs, g + r * gs);
   }
 }
