@@ -14,9 +14,11 @@
 #define PANEL 64
 #define NEAR (40 << 10)  // bytes: of a first-level cache
 #define AHEAD 4096       // floats: how far ahead weights are called for that come from afar
+#define AHEAD_PACKED 768 // words: the same, of packed weights
 #define BOUND 28.0f  // e^-28 is nothing beside 1, and e^28 cubed is still a number
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef unsigned uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec splat(float x) { return x - (vec){}; }
@@ -134,6 +136,51 @@ static void recur(int rows, int in, int out, const float *h, long hs, const floa
   }
 }
 
+// The weights of one input to a panel's outputs from their packed form, as whole numbers. Of 64 weights of 24 bits, 48
+// lie in the upper bytes of 48 words, and the bytes of the other 16 in the lowest bytes: vector v of the words
+// holds the v-th byte. Those lowest bytes stay where they are, since whoever packed them has rounded the upper
+// 24 bits to what is nearest with them.
+INLINE void unpack(const unsigned *packed, vec *w) {
+  uvec last = {};
+#pragma GCC unroll 3
+  for (int v = 0; v < 3; v++) {
+    const uvec words = *(const uvec *)(packed + v * LANES);
+    last |= (words & 255) << (24 - 8 * v);
+    w[v] = __builtin_convertvector((ivec)words, vec);
+    __builtin_prefetch(packed + v * LANES + AHEAD_PACKED);
+  }
+  w[3] = __builtin_convertvector((ivec)last, vec);
+}
+
+// `recur` for a packed matrix: three quarters of the bytes, for one that does not stay in a cache. Each output has a
+// scale, which makes weights of whole numbers.
+static void recur_packed(int rows, int in, int out, const float *h, long hs, const unsigned *packed,
+                         const float *scale, float *gates, long gs, int backwards) {
+  const int panels = out / PANEL, words = 3 * LANES;  // of an input
+  for (int n = 0; n < panels; n++) {
+    const int p = backwards ? panels - 1 - n : n;
+    for (int r = 0; r < rows; r++) {
+      const unsigned *q = packed + (long)p * in * words;
+      const float *x = h + r * hs;
+      float *g = gates + r * gs + p * PANEL;
+      vec even[4] = {}, odd[4] = {};
+      for (int i = 0; i < in; i += 2, q += 2 * words) {
+        const vec first = splat(x[i]), second = splat(x[i + 1]);
+        vec w[4];
+        unpack(q, w);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) even[v] += first * w[v];
+        unpack(q + words, w);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) odd[v] += second * w[v];
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++)
+        store(g + v * LANES, load(g + v * LANES) + load(scale + p * PANEL + v * LANES) * (even[v] + odd[v]));
+    }
+  }
+}
+
 // The gates' nonlinearities and the cell's update: gates (4H) and cell (H) of one row to its output (H).
 // With a = e^-input, b = e^-2·candidate, d = e^-forget: c / (1 + d) + (1 - b) / ((1 + a)(1 + b)) over one
 // denominator, since a division takes as long as an exponential. The exponents' bound keeps that finite.
@@ -151,6 +198,7 @@ INLINE void cell_update(int hidden, const float *gates, float *cell, float *outp
 
 typedef struct {
   int streams, bins, bands, channels, layers;
+  int packed;             // whether the recurrences over bands have packed matrices
   const int *widths;      // (bands), in bins
   const float **weights;  // in the order in which they are used
   float *work;            // scratch_floats() of bsrnn/kernel.py
@@ -182,7 +230,7 @@ void bsrnn_step(const Step *s, const float *spectrum, float *const *hidden, floa
   for (int k = 0, bin = 0; k < K; bin += s->widths[k++], w += 2)
     product(B, 2 * s->widths[k], C, compressed + 2 * bin, 2 * F, w[0], w[1], 0, x + (long)k * C, (long)K * C);
 
-  for (int layer = 0; layer < s->layers; layer++, w += 10) {
+  for (int layer = 0; layer < s->layers; layer++, w += 11) {
     // Over time: all bands at once.
     product(rows, C, 4 * H, x, C, w[0], w[2], 0, gates, 4 * H);
     product(rows, H, 4 * H, hidden[layer], H, w[1], gates, 4 * H, gates, 4 * H);
@@ -198,17 +246,20 @@ void bsrnn_step(const Step *s, const float *spectrum, float *const *hidden, floa
     for (int n = 0; n < 2 * K; n++) {
       const int direction = together ? n % 2 : n / K, i = together ? n / 2 : n % K;
       const int k = direction ? K - 1 - i : i, before = direction ? k + 1 : k - 1;
-      const float *recurrent = w[7] + (long)direction * H * 4 * H;
+      const long start = (long)direction * H * 4 * H, apart = (long)K * 2 * H;
+      const float *h = both + (long)before * 2 * H + direction * H;
       float *g = gates + (long)k * 8 * H + direction * 4 * H, *c = band_cell + (long)direction * B * H;
-      if (i > 0)
-        recur(B, H, 4 * H, both + (long)before * 2 * H + direction * H, (long)K * 2 * H, recurrent, g, (long)K * 8 * H,
-              i % 2);
-      else
+      if (i == 0)
         memset(c, 0, sizeof(float) * B * H);
+      else if (s->packed)
+        recur_packed(B, H, 4 * H, h, apart, (const unsigned *)w[7] + start / 4 * 3, w[8] + direction * 4 * H, g,
+                     4 * apart, i % 2);
+      else
+        recur(B, H, 4 * H, h, apart, w[7] + start, g, 4 * apart, i % 2);
       for (int b = 0; b < B; b++)
         cell_update(H, g + (long)b * K * 8 * H, c + (long)b * H, both + ((long)b * K + k) * 2 * H + direction * H);
     }
-    product(rows, 2 * H, C, both, 2 * H, w[8], w[9], 0, gates, C);
+    product(rows, 2 * H, C, both, 2 * H, w[9], w[10], 0, gates, C);
     for (long i = 0; i < (long)rows * C; i++) x[i] += gates[i];
   }
 

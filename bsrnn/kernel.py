@@ -17,6 +17,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from bsrnn.stft import MAGNITUDE_FLOOR
 SOURCE = Path(__file__).with_name("kernel.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
 LANES, PANEL = 16, 64  # as in the source
+# From this size on, in bytes, a recurrence over bands has its matrix packed: it passes once a band and direction, and
+# what a second-level cache does not hold is slower to fetch than to unpack (measured: 1 MiB gains nothing, 4 MiB 24 %).
+PACKED_FROM = 2 << 20
 
 
 class _Step(ctypes.Structure):
@@ -42,6 +46,7 @@ class _Step(ctypes.Structure):
         ("bands", ctypes.c_int),
         ("channels", ctypes.c_int),
         ("layers", ctypes.c_int),
+        ("packed", ctypes.c_int),
         ("widths", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("work", ctypes.c_void_p),
@@ -78,7 +83,8 @@ class FrameKernel:
         config = model.config
         self.config, self.num_streams = config, num_streams
         self._call = _library().bsrnn_step
-        arrays = [_in_panels(tensor) for tensor in _weights_in_order(model)]
+        packed = 4 * 4 * (2 * config.num_channels) ** 2 >= PACKED_FROM
+        arrays = list(_weights_in_order(model, packed))
         self._weights = _aligned(sum(array.size for array in arrays))  # one after another, as they are used
         starts = np.cumsum([0, *(array.size for array in arrays)])
         np.concatenate(arrays, out=self._weights[: starts[-1]])
@@ -91,6 +97,7 @@ class FrameKernel:
             config.num_bands,
             config.num_channels,
             config.num_layers,
+            packed,
             self._widths.ctypes.data,
             self._addresses.ctypes.data,
             self._work.ctypes.data,
@@ -131,25 +138,28 @@ class FrameKernel:
         return streams * 2 * config.num_bins + over_blocks + streams * (8 * config.num_channels + 4 * widest)
 
 
-def _weights_in_order(model: BSRNN) -> list[Tensor]:
+def _weights_in_order(model: BSRNN, packed: bool) -> Iterator[np.ndarray]:
     """Every weight as kernel.c meets it: matrices as (in, out), biases beside them."""
-    ordered: list[Tensor] = []
     for linear in model.band_split.linears:
         assert isinstance(linear, BandwiseLinear)
         for weight, bias in zip(linear.weight, linear.bias, strict=True):
-            ordered += [weight, bias]
+            yield from (_in_panels(weight), _floats(bias))
     for block in model.blocks:
         assert isinstance(block, Block)
         time: Any = block.time_lstm  # torch declares an LSTM's weights by name only when it runs
         band: Any = block.band_lstm
-        ordered += [time.weight_ih_l0.T, time.weight_hh_l0.T, time.bias_ih_l0 + time.bias_hh_l0]
-        ordered += [block.time_linear.weight.T, block.time_linear.bias]
-        ordered += [torch.cat([band.weight_ih_l0, band.weight_ih_l0_reverse]).T]
-        ordered += [
-            torch.cat([band.bias_ih_l0 + band.bias_hh_l0, band.bias_ih_l0_reverse + band.bias_hh_l0_reverse]),
-            torch.stack([band.weight_hh_l0.T, band.weight_hh_l0_reverse.T]),
-        ]
-        ordered += [block.band_linear.weight.T, block.band_linear.bias]
+        yield from (_in_panels(time.weight_ih_l0.T), _in_panels(time.weight_hh_l0.T))
+        yield _floats(time.bias_ih_l0 + time.bias_hh_l0)
+        yield from (_in_panels(block.time_linear.weight.T), _floats(block.time_linear.bias))
+        yield _in_panels(torch.cat([band.weight_ih_l0, band.weight_ih_l0_reverse]).T)
+        yield _floats(torch.cat([band.bias_ih_l0 + band.bias_hh_l0, band.bias_ih_l0_reverse + band.bias_hh_l0_reverse]))
+        recurrent = [band.weight_hh_l0.T, band.weight_hh_l0_reverse.T]
+        if packed:
+            words, scales = zip(*(_packed(matrix) for matrix in recurrent), strict=True)
+            yield from (np.concatenate(words), np.concatenate(scales))
+        else:
+            yield from (_in_panels(torch.stack(recurrent)), np.empty(0, np.float32))
+        yield from (_in_panels(block.band_linear.weight.T), _floats(block.band_linear.bias))
     decoder = model.mask_decoder
     expand = decoder.expand
     for group, linear in zip(decoder.groups, decoder.outputs, strict=True):
@@ -157,9 +167,8 @@ def _weights_in_order(model: BSRNN) -> list[Tensor]:
         for k in range(group.num_bands):
             heads = slice(2 * k, 2 * k + 2)
             both = slice(2 * (group.first_band + k), 2 * (group.first_band + k) + 2)
-            ordered += [torch.cat([*expand.weight[both]], dim=1), torch.cat([*expand.bias[both]])]
-            ordered += [_padded_glu(linear.weight[heads]), _padded_glu(linear.bias[heads]).flatten()]
-    return ordered
+            yield from (_in_panels(torch.cat([*expand.weight[both]], dim=1)), _floats(torch.cat([*expand.bias[both]])))
+            yield from (_in_panels(_padded_glu(linear.weight[heads])), _floats(_padded_glu(linear.bias[heads])))
 
 
 def _padded_glu(tensor: Tensor) -> Tensor:
@@ -168,14 +177,32 @@ def _padded_glu(tensor: Tensor) -> Tensor:
     return nn.functional.pad(tensor.unflatten(-1, (2, -1)), (0, padding)).flatten(-2)
 
 
+def _floats(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().numpy().astype(np.float32).ravel()
+
+
 def _in_panels(tensor: Tensor) -> np.ndarray:
-    """A matrix (in, out), or several on a leading axis, as panels (in, PANEL) one after another; a bias as it is."""
-    values = tensor.detach().numpy().astype(np.float32)
-    if values.ndim == 1:
-        return values
-    matrices = values.reshape(-1, *values.shape[-2:])
+    """A matrix (in, out), or several on a leading axis, as panels (in, PANEL) one after another."""
+    matrices = tensor.detach().numpy().astype(np.float32).reshape(-1, *tensor.shape[-2:])
     panels = [matrix[:, j : j + PANEL].ravel() for matrix in matrices for j in range(0, matrix.shape[1], PANEL)]
     return np.concatenate(panels)
+
+
+def _packed(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix (in, out) in panels of packed weights, and each output's scale.
+
+    24 bits hold a weight to 2^-24 of the largest of its output, about what sums in 32 bits are good for. `unpack` in
+    kernel.c says how four vectors of weights lie in three of words, which are given as floats.
+    """
+    matrix = tensor.detach().numpy().astype(np.float64)
+    largest = np.maximum(np.abs(matrix).max(0), np.finfo(np.float32).tiny)
+    scale = largest / (2**31 - 2**8)  # of a weight as a whole number of 32 bits
+    wholes = (matrix / scale).reshape(len(matrix), -1, 4, LANES).swapaxes(0, 1)  # (panel, in, vector, lane)
+    last = np.rint(wholes[:, :, 3] / 256).astype(np.int64)
+    lowest = np.stack([last >> shift & 255 for shift in (16, 8, 0)], axis=2)
+    upper = np.rint((wholes[:, :, :3] - lowest) / 256).astype(np.int64)
+    words = (upper << 8 | lowest).astype(np.int32)
+    return words.view(np.float32).ravel(), scale.astype(np.float32)
 
 
 def _aligned(num_floats: int) -> np.ndarray:

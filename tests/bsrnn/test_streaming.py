@@ -9,7 +9,7 @@ import torch
 
 from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.folding import fold
-from bsrnn.kernel import FrameKernel
+from bsrnn.kernel import PACKED_FROM, FrameKernel
 from bsrnn.streaming import Stream
 from tests.bsrnn.test_model import trained_like
 
@@ -133,7 +133,11 @@ def test_a_chunk_of_another_shape_is_refused(model: BSRNN):
 @torch.inference_mode()
 @pytest.mark.parametrize("num_streams", [1, 2, 5, 8])
 @pytest.mark.parametrize("channels", [16, 48])
-def test_the_compiled_kernel_equals_torch_frame_by_frame(channels: int, num_streams: int):
+@pytest.mark.parametrize("packed_from", [PACKED_FROM, 0], ids=["as it is", "packed"])
+def test_the_compiled_kernel_equals_torch_frame_by_frame(
+    channels: int, num_streams: int, packed_from: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("bsrnn.kernel.PACKED_FROM", packed_from)
     model = trained_like(BSRNNConfig(channels, 2))
     kernel = Stream(model, num_streams, use_kernel=True)
     by_torch = Stream(model, num_streams, use_kernel=False)
