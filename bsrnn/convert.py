@@ -29,7 +29,7 @@ from torch import Tensor
 from bsrnn.bands import BandGroup, group_bands
 from bsrnn.command import run_main, settings
 from bsrnn.model import BSRNN, BSRNNConfig
-from bsrnn.modelfile import is_model, load_model, read_content, save_model, write_whole
+from bsrnn.modelfile import is_model, load_model, model_path, read_content, save_model, write_whole
 
 State = dict[str, Tensor]
 HEADS = ("mask_decoder.mlp_mask", "mask_decoder.mlp_residual")
@@ -73,6 +73,11 @@ def to_reference(model: BSRNN) -> State:
     if "mask_decoder.norm.running_mean" not in ours:
         raise ValueError(
             "this model has no batch normalisation (it is folded, or a variant): there is none without there"
+        )
+    if not config.causal or config.compression != 0.3 or 2 * config.hop_length != config.n_fft:
+        raise ValueError(
+            f"causal = {config.causal}, compression = {config.compression}, hop_length = {config.hop_length}: theirs "
+            f"is causal, with compression 0.3 and a hop of half a window, {config.n_fft // 2}, and nothing else"
         )
     theirs: State = {}
     for group, index, k in _bands(config):
@@ -185,7 +190,7 @@ def main(words: list[str]) -> int:
     if is_ours and not rest:
         raise ValueError(f"{source} is a model of this project: name the file to write too, FILE.pth")
     target = Path(rest[0]) if rest else path.with_suffix(".pt")
-    if target.exists() and target.samefile(path):
+    if target.exists() and target.samefile(model_path(path)):
         raise ValueError(f"{target} is the input: give the output another name")
     if is_ours:
         model = load_model(path)

@@ -38,7 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bsrnn.command import run_main, settings
 from bsrnn.model import BSRNN
-from bsrnn.modelfile import load_model
+from bsrnn.modelfile import load_model, whole_file
 from bsrnn.streaming import Stream
 
 BLOCK_SECONDS = 4
@@ -124,14 +124,18 @@ def enhance_file(model: BSRNN, source: Path, target: Path, advance: Callable[[fl
     report = Report()
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target} is the input: give the output another name")
-    try:
-        with soundfile.SoundFile(source) as reading:
-            blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
-            enhanced = enhance_blocks(model, blocks, reading.samplerate, reading.channels, report)
-            write_whole(target, enhanced, reading, report, advance)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{source}: not readable as audio, or not writable as {target.name} ({error})") from None
+    with _open_audio(source) as reading:
+        blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
+        enhanced = enhance_blocks(model, blocks, reading.samplerate, reading.channels, report)
+        write_whole(target, enhanced, reading, report, advance)
     return report
+
+
+def _open_audio(source: Path) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(source)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{source}: not readable as audio ({error.error_string})") from None
 
 
 def write_whole(
@@ -151,17 +155,19 @@ def write_whole(
         known = ", ".join(sorted(soundfile.available_formats())).lower()
         raise ValueError(f"{target}: no audio format is called {target.suffix or 'nothing'}; expected one of {known}")
     subtype = like.subtype if soundfile.check_format(name, like.subtype) else soundfile.default_subtype(name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with soundfile.SoundFile(temporary, "w", like.samplerate, like.channels, subtype, format=name) as writing:
-            for block in blocks:
-                writing.write(clip(block, report) if subtype in WHOLE_NUMBERS else block)
-                if advance is not None:
-                    advance(len(block) / like.samplerate)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(target) as temporary:
+        temporary.touch()  # what the system refuses it says better than a library
+        try:
+            with soundfile.SoundFile(temporary, "w", like.samplerate, like.channels, subtype, format=name) as writing:
+                for block in blocks:
+                    writing.write(clip(block, report) if subtype in WHOLE_NUMBERS else block)
+                    if advance is not None:
+                        advance(len(block) / like.samplerate)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(
+                f"{target}: {like.channels} channels at {like.samplerate} Hz cannot be read to the end, or cannot be "
+                f"written as {name} ({error.error_string}): .wav holds any"
+            ) from None
 
 
 def audio_files(folder: Path) -> tuple[list[Path], int]:
@@ -200,10 +206,8 @@ def enhance_folder(model: BSRNN, source: Path, target: Path) -> int:
 def _enhance_single(model: BSRNN, source: Path, target: Path) -> int:
     if target.is_dir():
         target = target / source.name
-    try:
-        seconds = soundfile.info(source).duration
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{source}: not readable as audio ({error})") from None
+    with _open_audio(source) as reading:
+        seconds = reading.frames / reading.samplerate
     with _progress() as progress:
         task = progress.add_task(source.name, total=round(seconds, 1))
         report = enhance_file(model, source, target, lambda done: progress.advance(task, done))
@@ -315,23 +319,19 @@ def _enhance_from_pipe(model: BSRNN, target: str, rate: int, channels: int) -> i
         path = Path(target)
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is a folder: give a file for what comes from a pipe")
-        try:
-            write_whole(path, enhanced, form, report)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{path}: not writable ({error})") from None
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(sys.stdin.fileno())):
+            raise ValueError(f"{path} is the input: give the output another name")
+        write_whole(path, enhanced, form, report)
     _tell(report, "standard input")
     return 0
 
 
 def _enhance_to_pipe(model: BSRNN, source: Path) -> int:
     report = Report()
-    try:
-        with soundfile.SoundFile(source) as reading:
-            form = PipeFormat(reading.samplerate, reading.channels, reading.subtype in ("FLOAT", "DOUBLE"), is_wav=True)
-            blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
-            _write_pipe(enhance_blocks(model, blocks, form.samplerate, form.channels, report), form, report)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{source}: not readable as audio ({error})") from None
+    with _open_audio(source) as reading:
+        form = PipeFormat(reading.samplerate, reading.channels, reading.subtype in ("FLOAT", "DOUBLE"), is_wav=True)
+        blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
+        _write_pipe(enhance_blocks(model, blocks, form.samplerate, form.channels, report), form, report)
     _tell(report, source.name)
     return 0
 

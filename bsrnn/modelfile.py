@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def load_model(path: Path) -> BSRNN:
     FileNotFoundError if there is none; ValueError if the file is no model or does not fit this version.
     """
     if path.is_dir():
-        path = path / MODEL_FILE
+        path = model_path(path)
         if not path.exists():
             raise FileNotFoundError(
                 f"{path}: no such file; a run writes its model there when its training ends: let it finish"
@@ -56,7 +58,10 @@ def load_model(path: Path) -> BSRNN:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in content["config"].items()
     }
-    config = BSRNNConfig(**values)
+    try:
+        config = BSRNNConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its configuration is none of a BSRNN ({error})") from None
     if reason := _mismatch(config, content["state"]):
         raise ValueError(f"{path}: its weights do not fit its configuration ({reason})")
     model = BSRNN(config)
@@ -64,9 +69,21 @@ def load_model(path: Path) -> BSRNN:
     return model.eval()
 
 
+def model_path(path: Path) -> Path:
+    """The model's own file, where a run's directory stands for it."""
+    return path / MODEL_FILE if path.is_dir() else path
+
+
 def is_model(content: Any) -> bool:
     """Whether what a file holds is a model of this project."""
-    return isinstance(content, dict) and content.get("format") == FORMAT and {"config", "state"} <= content.keys()
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return False
+    config, state = content.get("config"), content.get("state")
+    return (
+        isinstance(config, dict)
+        and isinstance(state, dict)
+        and all(isinstance(tensor, Tensor) for tensor in state.values())
+    )
 
 
 def read_content(path: Path) -> Any:
@@ -77,20 +94,40 @@ def read_content(path: Path) -> Any:
         raise ValueError(f"{path} is not a checkpoint that torch can read")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than plain data, which could run code when it is read: "
+            "save its state dict alone and give that"
+        ) from None
+    except (RuntimeError, EOFError, KeyError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{path} is not a checkpoint that torch can read safely ({first[:120]})") from None
 
 
 def write_whole(path: Path, content: Any) -> None:
     """Write a file of torch's under a temporary name and rename it, so that no half of one is ever found."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, renamed to it at the end unless an error ends it before.
+
+    An OSError names `path`, whatever was the matter, and says what to do.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}): give another place") from None
 
 
 def _mismatch(config: BSRNNConfig, state: dict[str, Tensor]) -> str | None:

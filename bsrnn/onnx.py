@@ -32,7 +32,7 @@ from bsrnn.bands import BandwiseLinear
 from bsrnn.command import run_main, settings
 from bsrnn.folding import fold
 from bsrnn.model import BSRNN, Block
-from bsrnn.modelfile import load_model
+from bsrnn.modelfile import load_model, model_path, whole_file
 from bsrnn.stft import MAGNITUDE_FLOOR, compress, decompress
 
 OPSET = 17
@@ -260,12 +260,15 @@ def main(words: list[str]) -> int:
     num_streams = given.get("streams", 1)
     if num_streams < 1:
         raise ValueError(f"streams = {num_streams}: expected at least 1")
-    model = load_model(Path(checkpoint))
+    model, target = load_model(Path(checkpoint)), Path(output)
+    if target.exists() and target.samefile(model_path(Path(checkpoint))):
+        raise ValueError(f"{target} is the input: give the output another name")
     exported = export(model, num_streams)
     difference = largest_difference(model, exported, num_frames=20)
     if difference > 1e-5:
         raise ValueError(f"onnxruntime's output differs from torch's by {difference:.1e}: nothing was written")
-    onnx.save(exported, output)
+    with whole_file(target) as temporary:
+        onnx.save(exported, temporary)
     print(f"{output}: step of {num_streams} streams; 20 frames through onnxruntime equal torch's to {difference:.1e}")
     return 0
 

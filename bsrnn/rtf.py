@@ -116,8 +116,8 @@ def _config_of(size: str) -> BSRNNConfig:
     if size in SIZES:
         return BSRNNConfig(*SIZES[size])
     width, times, depth = size.partition("x")
-    if not (times and width.isdigit() and depth.isdigit()):
-        raise ValueError(f"{size}: no such size; expected one of {', '.join(SIZES)}, or WIDTHxDEPTH such as 48x4")
+    if not (times and width.isdigit() and depth.isdigit() and int(width) <= 1024 and int(depth) <= 100):
+        raise ValueError(f"{size}: no such size; expected one of {', '.join(SIZES)}, or WIDTHxDEPTH up to 1024x100")
     return BSRNNConfig(int(width), int(depth))
 
 

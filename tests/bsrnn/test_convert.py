@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bsrnn import BSRNNConfig
+from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.convert import from_reference, main, to_reference
 from bsrnn.folding import fold
 from bsrnn.modelfile import load_model, save_model
@@ -112,6 +112,18 @@ def test_a_users_mistake_is_one_line(tmp_path: Path):
         main([str(tmp_path / "ours.pt")])
     with pytest.raises(ValueError, match="is the input"):
         main([str(tmp_path / "ours.pt"), str(tmp_path / "ours.pt")])
+
+
+@pytest.mark.parametrize("setting", [{"causal": False}, {"compression": 0.5}, {"hop_length": 128}])
+def test_what_their_layout_cannot_say_is_refused(setting: dict[str, float]):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} = "):
+        to_reference(BSRNN(BSRNNConfig(16, 1, **setting)))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path):
+    save_model(trained_like(BSRNNConfig(16, 1)), tmp_path / "ours.pt")
+    with pytest.raises(OSError, match=r"theirs.pth: cannot be written .*: give another place"):
+        main([str(tmp_path / "ours.pt"), str(tmp_path / "ours.pt" / "theirs.pth")])
 
 
 def test_a_folded_model_cannot_be_converted():

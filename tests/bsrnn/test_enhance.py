@@ -174,15 +174,38 @@ def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
         (["{models}/model.pt", "{audio}", "out.wav", "speed=3"], "speed=3: no such setting"),
         (["{models}/model.pt", "{audio}", "out.wav", "rate=8000"], "leave them out for files"),
         (["{models}/model.pt", "{empty}", "out"], "holds no audio files"),
+        (["{models}/model.pt", "{audio}", "{audio}/out.wav"], "out.wav: cannot be written .*: give another place"),
+        (["{models}/model.pt", "{wide}", "{empty}/out.mp3"], "7 channels at 96000 Hz .* cannot be written as MP3"),
+        (["{models}/model.pt", "{wide}.none", "{empty}/out.wav"], "no such file or folder"),
+        (["{models}/strange.pt", "{audio}", "out.wav"], "strange.pt: its configuration is none of a BSRNN"),
+        (["{models}/objects.pt", "{audio}", "out.wav"], "objects.pt holds more than plain data"),
     ],
 )
 def test_a_users_mistake_is_one_line(folder: Path, tmp_path: Path, words: list[str], said: str):
     soundfile.write(tmp_path / "in.wav", music(400, 16_000, 1), 16_000)
     (tmp_path / "empty").mkdir()
-    places = {"models": folder, "audio": tmp_path / "in.wav", "empty": tmp_path / "empty"}
+    soundfile.write(tmp_path / "wide.wav", music(960, 96_000, 7), 96_000)
+    torch.save({"format": "bsrnn", "config": {"num_channels": 0}, "state": {}}, folder / "strange.pt")
+    torch.save({"format": "bsrnn", "model": passing_through()}, folder / "objects.pt")
+    places = {"models": folder, "empty": tmp_path / "empty"}
+    places |= {"audio": tmp_path / "in.wav", "wide": tmp_path / "wide.wav"}
     with pytest.raises((ValueError, OSError), match=said) as error:
         run(*(word.format(**places) for word in words))
     assert "\n" not in str(error.value)
+    assert not list((tmp_path / "empty").iterdir())  # nothing half written
+
+
+def test_a_pipe_does_not_overwrite_the_file_it_comes_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    audio = tmp_path / "in.wav"
+    soundfile.write(audio, music(4_000, 16_000, 1), 16_000)
+    before = audio.read_bytes()
+    with audio.open() as source, monkeypatch.context() as m:
+        m.setattr(sys, "stdin", source)
+        with pytest.raises(ValueError, match=r"in.wav is the input"):
+            run(folder / "through.pt", "-", audio)
+    assert audio.read_bytes() == before
 
 
 def pipe(folder: Path, tmp_path: Path, *words: str, audio: bytes) -> subprocess.CompletedProcess[bytes]:

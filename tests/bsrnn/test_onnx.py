@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bsrnn import BSRNNConfig
+from bsrnn.convert import main as convert
 from bsrnn.folding import fold
 from bsrnn.modelfile import save_model
 from bsrnn.onnx import Session, export, largest_difference, main
@@ -73,6 +74,16 @@ def test_the_command_writes_a_valid_file_with_its_front_end(tmp_path: Path, caps
 def test_a_users_mistake_is_one_line(words: list[str], said: str):
     with pytest.raises((ValueError, OSError), match=said):
         main(words)
+
+
+def test_neither_command_overwrites_the_model_that_it_reads(tmp_path: Path):
+    save_model(trained_like(BSRNNConfig(16, 1)), tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    for command in (main, convert):
+        for given in (tmp_path / "model.pt", tmp_path):  # the folder stands for the file in it
+            with pytest.raises(ValueError, match=r"model.pt is the input"):
+                command([str(given), str(tmp_path / "model.pt")])
+    assert (tmp_path / "model.pt").read_bytes() == before
 
 
 def test_a_folded_model_is_not_saved_and_not_exported_twice(tmp_path: Path):
