@@ -15,6 +15,9 @@ little-endian PCM at `rate` (default: the model's) with `channels` (default 1), 
 the same kind as standard input, WAV if that is a file; it follows the input by one STFT window (32 ms) and what
 two resamplers hold back where rates differ.
 
+A model that is not causal, or whose norm is over the whole recording, hears each recording to its end before it
+gives anything back, and holds it in memory.
+
 Samples beyond full scale are clipped where the output's format holds whole numbers, and counted; samples of
 the input that are no numbers (NaN, infinite) count as silence, and are counted too.
 """
@@ -37,6 +40,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bsrnn.command import run_main, settings
+from bsrnn.folding import fold
 from bsrnn.model import BSRNN
 from bsrnn.modelfile import load_model, whole_file
 from bsrnn.streaming import Stream
@@ -63,6 +67,23 @@ class Report:
         return said
 
 
+class Recording:
+    """In the place of a stream for a model that does not stream: keeps what it hears until the end."""
+
+    def __init__(self, model: BSRNN) -> None:
+        self._model = fold(model)
+        self._chunks: list[torch.Tensor] = []
+
+    def process(self, chunk: torch.Tensor) -> torch.Tensor:
+        self._chunks.append(chunk)
+        return chunk[:, :0]
+
+    @torch.inference_mode()
+    def flush(self) -> torch.Tensor:
+        signal = torch.cat(self._chunks, dim=1)  # (channel, sample), of which one at a time needs the least memory
+        return torch.cat([self._model(channel.unsqueeze(0)).waveform for channel in signal])
+
+
 def enhance_blocks(
     model: BSRNN, blocks: Iterable[np.ndarray], sample_rate: int, num_channels: int, report: Report
 ) -> Iterator[np.ndarray]:
@@ -71,7 +92,7 @@ def enhance_blocks(
     Yields blocks as they are ready, together exactly as many samples as came in.
     """
     model_rate = model.config.sample_rate
-    stream = Stream(model, num_channels)
+    stream = Stream(model, num_channels) if model.config.streams else Recording(model)
     is_resampled = sample_rate != model_rate
     down = soxr.ResampleStream(sample_rate, model_rate, num_channels, "float32", "VHQ") if is_resampled else None
     up = soxr.ResampleStream(model_rate, sample_rate, num_channels, "float32", "VHQ") if is_resampled else None

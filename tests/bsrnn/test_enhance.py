@@ -91,6 +91,25 @@ def test_channels_are_enhanced_each_by_itself_after_resampling(folder: Path, tmp
     assert np.abs(enhanced - expected)[:-100].max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("norm", "causal"), [("group", True), ("batch", False)])
+def test_a_model_that_does_not_stream_enhances_each_recording_whole(tmp_path: Path, norm: str, causal: bool):
+    model = trained_like(BSRNNConfig(16, 1, norm=norm, causal=causal))
+    save_model(model, tmp_path / "model.pt")
+    signal = music(5 * 16_000 + 7, 16_000, 2)  # more than a block
+    soundfile.write(tmp_path / "in.wav", signal, 16_000, subtype="FLOAT")
+    assert run(tmp_path / "model.pt", tmp_path / "in.wav", tmp_path / "out.wav") == 0
+    enhanced, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(np.ascontiguousarray(signal.T))).waveform.numpy().T
+    assert enhanced.shape == signal.shape
+    assert np.abs(enhanced - expected).max() <= 1e-5 * np.abs(expected).max()
+    soundfile.write(tmp_path / "high.wav", signal, 44_100)
+    assert run(tmp_path / "model.pt", tmp_path / "high.wav", tmp_path / "out.wav") == 0
+    enhanced, rate = soundfile.read(tmp_path / "out.wav")
+    assert (rate, enhanced.shape) == (44_100, signal.shape)
+    assert np.abs(enhanced[-10_000:]).max() > 0.01  # to the end
+
+
 @pytest.mark.parametrize("num_samples", [0, 1, 100, 256, 257, 511])
 def test_the_shortest_files_keep_their_length_and_stay_finite(folder: Path, tmp_path: Path, num_samples: int):
     soundfile.write(tmp_path / "in.wav", music(num_samples, 16_000, 1), 16_000, subtype="FLOAT")
