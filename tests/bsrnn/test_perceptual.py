@@ -9,6 +9,7 @@ from pesq import pesq
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
+from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.perceptual import BINS, PerceptualModel
 from scaling.corpus.noises import NOISES
 from scaling.shards import ShardIndex, ShardReader
@@ -26,6 +27,16 @@ def speech(tiny_index: ShardIndex) -> list[np.ndarray]:
     """Clean utterances, float32 of full scale 1."""
     reader = ShardReader(tiny_index.root)
     return [reader.read_clip(clip)[1].astype(np.float32) / 32768 for clip in tiny_index.clips("test")]
+
+
+def pairs_of(index: ShardIndex, split: str, num_clips: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(noisy, clean) of the first 2 seconds of clips."""
+    reader = ShardReader(index.root)
+    clips = [clip for clip in index.clips(split) if clip.num_samples >= 2 * RATE][:num_clips]
+    return [
+        (torch.from_numpy(noisy / np.float32(32768)), torch.from_numpy(clean / np.float32(32768)))
+        for noisy, clean in (reader.read_crop(clip, 0, 2 * RATE) for clip in clips)
+    ]
 
 
 def score(model: PerceptualModel, estimate: np.ndarray, clean: np.ndarray) -> float:
@@ -67,6 +78,38 @@ def test_it_orders_degradations_as_pesq_does(model: PerceptualModel, speech: lis
     assert spearmanr(theirs, ours).statistic >= 0.95
     # but for the alignment in time it is the same measure
     assert np.median(np.abs(np.subtract(theirs, ours))) < 0.01
+
+
+def test_it_orders_what_a_model_makes_of_noisy_speech_as_pesq_does(model: PerceptualModel, tiny_index: ShardIndex):
+    """Test utterances and what a model makes of them at four moments of a short training; all scores together."""
+    torch.manual_seed(0)
+    network = BSRNN(BSRNNConfig(16, 1))
+    optimiser = torch.optim.Adam(network.parameters(), 5e-3)
+    train, test = (pairs_of(tiny_index, split) for split in ("train", "test"))
+    theirs, ours = [], []
+
+    def judge(estimates: list[torch.Tensor]) -> float:
+        scores = [pesq(RATE, clean.numpy(), e.numpy(), "wb") for (_, clean), e in zip(test, estimates, strict=True)]
+        theirs.extend(scores)
+        ours.extend(score(model, e.numpy(), clean.numpy()) for (_, clean), e in zip(test, estimates, strict=True))
+        return float(np.mean(scores))
+
+    unprocessed = judge([noisy for noisy, _ in test])
+    means = []
+    for step in range(60):
+        noisy, clean = (torch.stack([pair[part] for pair in train]) for part in (0, 1))
+        crop = slice(start := 4_000 * (step % 5), start + 8_000)
+        loss = (network(noisy[:, crop]).spectrum - network.stft(clean[:, crop])).abs().square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if step in (5, 15, 30, 59):
+            with torch.inference_mode():
+                means.append(judge([network.eval()(noisy[None]).waveform[0] for noisy, _ in test]))
+            network.train()
+    assert max(means) - min(means) > 0.2  # outputs of different quality
+    assert max(means) > unprocessed - 0.5
+    assert spearmanr(theirs, ours).statistic >= 0.95
 
 
 def test_a_perfect_estimate_has_the_best_score_at_any_level(model: PerceptualModel, speech: list[np.ndarray]):
