@@ -221,14 +221,11 @@ class MaskDecoder(nn.Module):
         num_frames, batch, num_bands, channels = x.shape
         x, carried = normalise(self.norm, x.flatten(2), carried)
         x = x.reshape(-1, num_bands, channels).transpose(0, 1)  # (K, R, C)
-        weight, bias = self._expansion(num_bands)
-        hidden = torch.baddbmm(bias, x, weight)  # (K, R, 2·4C): both heads side by side
-        hidden = torch.tanh(hidden)
-        hidden = hidden.view(num_bands, -1, 2, 4 * channels).transpose(1, 2)  # (K, 2, R, 4C)
+        hidden = torch.tanh(self.expand(self._for_heads(x)))  # (2K, R, 4C)
         features = []
         for group, linear in zip(bands_holding(self.groups, num_bins), self.outputs, strict=False):
-            inputs = hidden[group.first_band : group.first_band + group.num_bands]
-            outputs = F.glu(linear(inputs.flatten(0, 1)), dim=-1)  # (K of group · 2, R, 2·width)
+            inputs = hidden[2 * group.first_band : 2 * (group.first_band + group.num_bands)]
+            outputs = F.glu(linear(inputs), dim=-1)  # (K of group · 2, R, 2·width)
             outputs = outputs.view(group.num_bands, 2, -1, group.width, 2)
             features.append(outputs.permute(1, 2, 0, 3, 4).flatten(2, 3))  # (2, R, bins of group, 2)
         spectra = torch.view_as_complex(torch.cat(features, dim=2).float())  # (2, R, F)
@@ -236,19 +233,17 @@ class MaskDecoder(nn.Module):
         mask, residual = spectra.permute(0, 2, 3, 1)  # (B, F, T) each
         return mask, residual, carried
 
-    def _expansion(self, num_bands: int) -> tuple[Tensor, Tensor]:
-        """The first layer of both heads as one, with the heads' affine parameters multiplied in.
+    def _for_heads(self, x: Float[Tensor, "band row channel"]) -> Float[Tensor, "head row channel"]:
+        """Each band twice, once for each head with that head's affine parameters.
 
-        The weights are far smaller than the activations, so this is cheaper than scaling those.
+        They go with the activations, since the weights that follow would have to be copied in every pass to take
+        them up, and there are more of those than of activations where crops are few and channels many.
         """
-        weight = first(self.expand.weight, 2 * num_bands)  # (2K, C, 4C)
-        bias = first(self.expand.bias, 2 * num_bands)  # (2K, 4C)
-        if self.scale is not None and self.shift is not None:
-            scale, shift = first(self.scale, num_bands), first(self.shift, num_bands)
-            bias = bias + torch.bmm(shift.flatten(0, 1).unsqueeze(1), weight).squeeze(1)
-            weight = weight * scale.flatten(0, 1).unsqueeze(-1)
-        weight = weight.unflatten(0, (num_bands, 2)).transpose(1, 2).flatten(2)  # (K, C, 2·4C)
-        return weight, bias.view(num_bands, 1, -1)
+        both = x.unsqueeze(1)  # (K, 1, R, C)
+        if self.scale is None or self.shift is None:
+            return both.expand(-1, 2, -1, -1).flatten(0, 1)
+        scale, shift = (first(part, len(x)).unsqueeze(2) for part in (self.scale, self.shift))  # (K, 2, 1, C)
+        return torch.addcmul(shift, both, scale).flatten(0, 1)
 
 
 class BSRNN(nn.Module):
