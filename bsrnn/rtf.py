@@ -5,7 +5,9 @@
 SIZE is a name of the table (xxt to xl; default: all seven) or WIDTHxDEPTH. Audio comes hop by hop (16 ms), as from a
 microphone, through bsrnn/streaming.py: once with this project's step, once with the exported step in
 onnxruntime in its place, everything else the same. The two take turns, and the median of the turns
-counts. Below 1 a size keeps up with one stream on one such core. Weights are random: speed does not depend on them.
+counts. A turn is S seconds of audio (default 1), or of CPU time where a size needs more than that: all seven take
+less than a minute. Below 1 a size keeps up with one stream on one such core. Weights are random: speed does not
+depend on them.
 
 study=DIR appends the rows to DIR/rtf.jsonl, where the scaling table finds them.
 """
@@ -65,7 +67,7 @@ class OnnxStep:
 
 
 def measure(config: BSRNNConfig, seconds: float) -> RealTimeFactor:
-    """Both real-time factors of a size, over about `seconds` of audio each turn."""
+    """Both real-time factors of a size, over `seconds` of audio each turn, or of CPU time if those are sooner over."""
     import onnxruntime
 
     torch.set_num_threads(1)
@@ -73,10 +75,11 @@ def measure(config: BSRNNConfig, seconds: float) -> RealTimeFactor:
     model = BSRNN(config).eval()
     hop = 0.1 * torch.randn(1, config.hop_length)
     streams = [Stream(model), Stream(model, step=OnnxStep(model))]
-    num_hops = max(3, round(seconds * config.frames_per_second))
     for stream in streams:
         for _ in range(4):
             stream.process(hop)
+    slowest = max(_seconds_per_call(lambda stream=stream: stream.process(hop), 1) for stream in streams)  # type: ignore[misc]
+    num_hops = max(3, round(seconds * min(config.frames_per_second, 1 / slowest)))
     turns: list[list[float]] = [[], []]
     for _ in range(TURNS):
         for stream, times in zip(streams, turns, strict=True):
@@ -136,7 +139,8 @@ def main(words: list[str]) -> int:
     if study is not None and not study.is_dir():
         raise FileNotFoundError(f"{study}: no such folder; give the folder of a study")
     configs = {size: _config_of(size) for size in sizes or SIZES}
-    print(f"{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio   (seconds of one thread a second of audio)")
+    print(f"one stream, hop by hop; seconds of one thread of {_processor()} a second of audio")
+    print(f"{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio")
     for size, config in configs.items():
         row = measure(config, seconds)
         ratio = row.rtf_torch / row.rtf_onnxruntime
