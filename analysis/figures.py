@@ -155,7 +155,7 @@ def _panel(
     for number, text in enumerate(dict.fromkeys(series)):
         line = drawn[series.loc[drawn.index] == text].sort_values(x)
         look: dict[str, Any] = {"color": style.color(number), "marker": style.marker(number)}
-        sns.lineplot(x=line[x], y=line[mean], ax=ax, errorbar=None, legend=False, markeredgewidth=0, **look)
+        ax.plot(line[x], line[mean], markeredgewidth=0, **look)
         spread = line[line[std].notna()]
         if len(spread):
             ax.errorbar(

@@ -258,7 +258,7 @@ def draw_seeds(data: Data, bootstraps: int, is_log: bool, rng: np.random.Generat
         if k == 1:
             means[:, cell] = seeds[0]
         else:
-            means[:, cell] = rng.multinomial(k - 1, np.full(k, 1 / k), bootstraps) @ seeds / (k - 1)
+            means[:, cell] = seeds[rng.integers(k, size=(bootstraps, k - 1))].mean(axis=1)
     return np.exp(means) if is_log else means
 
 

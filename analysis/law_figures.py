@@ -260,7 +260,7 @@ def breakdown(study: Study, found: Claims, metric: Quantity) -> pd.DataFrame:
     for by in ("snr_db", "noise"):
         known = scores[scores[by].notna() & scores["gain"].notna()]
         means = known.groupby(["size", "N", by, "id"], observed=True)["gain"].mean().reset_index()
-        runs = known.groupby("size", observed=True)["run_id"].agg(lambda ids: " ".join(dict.fromkeys(map(str, ids))))
+        runs = known.drop_duplicates("run_id").groupby("size", observed=True)["run_id"].agg(" ".join)
         for _, part in means.groupby(["size", "N", by], observed=True):
             size, n, level = part["size"].iloc[0], part["N"].iloc[0], part[by].iloc[0]
             error = part["gain"].std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else np.nan

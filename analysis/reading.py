@@ -10,9 +10,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from scaling.records import Record, RunDirectory
@@ -49,9 +51,9 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
 
     steps: as planned; curve_points: most rows of training metrics to keep, None for all
     """
-    events, metrics = run.read_events(), run.read_metrics()
-    curve = _curve(metrics)
-    about, scores, refusals = _scores(run.read_scores())
+    events = run.read_events()
+    curve = _curve(run.read_metrics(orjson.loads))
+    about, scores, refusals = _scores(run.read_scores(orjson.loads))
     provenance = None
     if run.plan.exists():
         provenance = flatten(run.read_plan().get("provenance") or {})
@@ -78,13 +80,21 @@ def _curve(records: Sequence[Record]) -> Columns:
     return columns | _numbers(known, skip=("kind", "step"))
 
 
+def _by_key(records: Sequence[Record]) -> dict[str, Sequence[Any]]:
+    """The values of each key that the records have, in their order; None where one lacks it."""
+    kinds = dict.fromkeys(map(tuple, records))
+    keys = tuple(dict.fromkeys(key for kind in kinds for key in kind))
+    if len(kinds) == 1 and len(keys) > 1:  # as most files are: all columns in one pass
+        return dict(zip(keys, zip(*map(itemgetter(*keys), records), strict=True), strict=True))
+    return {key: [record.get(key) for record in records] for key in keys}
+
+
 def _numbers(records: Sequence[Record], prefix: str = "", skip: Sequence[str] = ()) -> Columns:
     """Every number of the records as a column, nested ones dotted; NaN for null or none, text left out."""
     columns: Columns = {}
-    for key in dict.fromkeys(key for record in records for key in record):
+    for key, values in _by_key(records).items():
         if key in skip:
             continue
-        values = [record.get(key) for record in records]
         sample = next((value for value in values if value is not None), math.nan)
         if isinstance(sample, dict):
             nested = [value if isinstance(value, dict) else {} for value in values]
@@ -217,13 +227,14 @@ def _execution(events: Sequence[Record], curve: Columns) -> dict[str, Any]:
 def _scores(records: Sequence[Record]) -> tuple[tuple[tuple[Any, ...], ...], Columns, list[tuple[str, str, str]]]:
     """Scores of one run; an utterance scored more than once counts once, with the row written last."""
     rows = list({record.get("id"): record for record in records}.values())
-    keys = [key.removeprefix(UNPROCESSED) for row in rows for key in row if key.startswith(UNPROCESSED)]
-    about = tuple(tuple(row.get(key) for row in rows) for key in UTTERANCE)
+    values = _by_key(rows)
+    none = (None,) * len(rows)
+    about = tuple(tuple(values.get(key, none)) for key in UTTERANCE)
     columns: Columns = {}
     refusals: list[tuple[str, str, str]] = []
-    for key in dict.fromkeys(keys):
-        columns[key] = _floats([row.get(key) for row in rows])
-        columns[UNPROCESSED + key] = _floats([row.get(UNPROCESSED + key) for row in rows])
+    for key in [key.removeprefix(UNPROCESSED) for key in values if key.startswith(UNPROCESSED)]:
+        columns[key] = _floats(values.get(key, none))
+        columns[UNPROCESSED + key] = _floats(values[UNPROCESSED + key])
         for number in np.flatnonzero(np.isnan(columns[key])):
             refusals.append((str(about[0][number]), key, _reason(rows[number].get("refused") or {}, key)))
         for number in np.flatnonzero(np.isnan(columns[UNPROCESSED + key]) & ~np.isnan(columns[key])):

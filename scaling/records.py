@@ -23,12 +23,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+Loads = Callable[[str], Any]  # JSON → what it says
 
 # The kinds of event a run can meet, in the order in which they usually come, and what a run is after it;
 # None: what it was before.
@@ -93,22 +94,23 @@ def append_record(path: Path, record: Record) -> None:
         os.close(descriptor)
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, loads: Loads = json.loads) -> Iterator[Record]:
     """The records of a file in the order written; none if there is no such file.
 
     A line that is not a JSON object (torn by a crash) is passed over.
+    loads: for files by the thousand, a faster decoder, whose error is a JSONDecodeError
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
     except (FileNotFoundError, NotADirectoryError):
         return
     try:  # as one array: a quarter faster, and most files are whole
-        records = json.loads(f"[{','.join(lines)}]")
+        records = loads(f"[{','.join(lines)}]")
     except json.JSONDecodeError:
         records = []
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+                records.append(loads(line))
     yield from (record for record in records if isinstance(record, dict))
 
 
@@ -254,20 +256,20 @@ class RunDirectory:
     def read_events(self) -> list[Record]:
         return list(read_records(self.events))
 
-    def read_metrics(self) -> list[Record]:
+    def read_metrics(self, loads: Loads = json.loads) -> list[Record]:
         """The run's metrics, one row a (kind, step), in order of step.
 
         A run that was killed repeats the steps since its last checkpoint; the row written
         last is the one that belongs to the weights the run went on with.
         """
         last: dict[tuple[str, int], Record] = {}
-        for row in read_records(self.metrics):
+        for row in read_records(self.metrics, loads):
             if "kind" in row and "step" in row:
                 last[row["kind"], row["step"]] = row
         return [last[key] for key in sorted(last, key=lambda key: (key[1], key[0]))]
 
-    def read_scores(self) -> list[Record]:
-        return list(read_records(self.scores))
+    def read_scores(self, loads: Loads = json.loads) -> list[Record]:
+        return list(read_records(self.scores, loads))
 
     def read_quarantine(self) -> list[Record]:
         """The run's replaced crops, one row each, in order; a run that was killed repeats rows."""
