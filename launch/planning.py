@@ -86,7 +86,7 @@ def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
 
 def plan_table(plans: Sequence[RunPlan], cluster: ClusterConfig) -> Table:
     """The runs with what they cost and what has become of them."""
-    table = Table(title=f"{len(plans)} runs", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{len(plans)} run{'s' * (len(plans) != 1)}", title_justify="left", box=None, pad_edge=False)
     columns = ("run", "size", "params", "MACs/s", "data (h)", "steps", "audio seen (h)", "passes", "time", "state")
     for name in columns:
         table.add_column(name, justify="left" if name in ("run", "size", "state") else "right", no_wrap=name == "run")
@@ -102,25 +102,48 @@ def plan_table(plans: Sequence[RunPlan], cluster: ClusterConfig) -> Table:
             f"{row['audio_hours_seen']:.3g}",
             f"{row['audio_hours_seen'] / plan.hours:.2g}",
             "?" if plan.estimated_hours is None else f"~{in_hours(plan.estimated_hours)}",
-            plan.directory.state()[0],
+            "cannot start" if plan.is_all_warmup else plan.directory.state()[0],
         )
     said = [Costs(cluster).in_words(plans)]
     if len(plans) > MOST_ROWS:
         said.append(f"the first {MOST_ROWS} are shown")
+    of = f"in {{}} of {len(plans)} runs"
     if unseen := [plan for plan in plans if plan.audio_seconds_seen < plan.hours * 3600]:
-        said.append(f"{len(unseen)} runs end before they have seen all of their data: raise train.budget")
+        said.append(f"not all of the data is seen {of.format(len(unseen))}: raise train.budget")
     # Where compute is what cells share, their steps differ: the ends of the range say little about size.
     short = [plan for plan in plans if plan.steps < FEWEST_WARMUPS * plan.config.train.optimiser.warmup_steps]
+    short = [plan for plan in short if not plan.is_all_warmup]
     exhausted = [plan for plan in plans if plan.audio_seconds_seen > MOST_PASSES * plan.hours * 3600]
-    for cells, told in (
-        (short, f"{len(short)} runs have fewer steps than {FEWEST_WARMUPS} warm-ups, mostly warm-up: {_names(short)}"),
-        (exhausted, f"{len(exhausted)} runs pass over their data more than {MOST_PASSES} times: {_names(exhausted)}"),
+    for cells, what in (
+        (short, f"fewer steps than {FEWEST_WARMUPS} warm-ups, so mostly warm-up,"),
+        (exhausted, f"more than {MOST_PASSES} passes over the data"),
     ):
         if cells and not plans[0].config.train.test:
-            said.append(told)
+            said.append(f"{what} {of.format(len(cells))}: {_names(cells)}")
+    if told := why_none_can_start(plans):
+        said.append(told)
     table.caption = "; ".join(said)
     table.caption_justify = "left"
     return table
+
+
+def why_none_can_start(plans: Sequence[RunPlan]) -> str:
+    """Which of the runs could train nothing, and what to do; "" if all can start."""
+    futile = [plan for plan in plans if plan.is_all_warmup]
+    if not futile:
+        return ""
+    names = [
+        f"{plan.run_id} ({plan.steps:,} steps, warm-up of {plan.config.train.optimiser.warmup_steps:,})"
+        for plan in futile
+    ]
+    rules = dict.fromkeys(
+        "{" + ", ".join(f"{axis}: {value}" for axis, value in plan.axes.items() if axis != "seed") + "}"
+        for plan in futile
+    )
+    return (
+        f"the warm-up leaves nothing of the steps of {_first(names)}: lower train.optimiser.warmup_steps, raise "
+        f"train.budget, or add {_first(list(rules))} to sweep.exclude"
+    )
 
 
 def _refuse_overridden_axes(sweep: SweepConfig, words: Sequence[str]) -> None:
@@ -144,7 +167,11 @@ def _open_once(data: DataConfig, indices: dict[str, ShardIndex]) -> ShardIndex:
 
 
 def _names(plans: Sequence[RunPlan]) -> str:
-    names = [f"{plan.config.model.name} ({plan.steps:,} steps)" for plan in plans]
+    """Sizes with their steps, seeds told once."""
+    return _first(list(dict.fromkeys(f"{plan.config.model.name} ({plan.steps:,} steps)" for plan in plans)))
+
+
+def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 

@@ -45,6 +45,7 @@ def main(words: list[str]) -> int:
     if shape.num_processes > 1:
         run.micro_batches(shape.num_processes)
     plan = plan_run(replace(run, study=f"{study}/{time.strftime('%y%m%d-%H%M%S')}"), open_shards(run.data))
+    plan.check_steps()
     folder = StudyDirectory(Path(plan.config.study))
     require_writable(folder.path)
     print(

@@ -31,7 +31,7 @@ from launch.config import StudyConfig
 from launch.costs import Costs
 from launch.display import RunsDisplay
 from launch.local import last_log, run_locally
-from launch.planning import load_study, plan_study, plan_table, write_plan
+from launch.planning import load_study, plan_study, plan_table, why_none_can_start, write_plan
 from launch.queue import QueuedJob, read_queue
 from launch.slurm import reconcile, require_slurm, submit_to_slurm
 from launch.submission import last_job
@@ -59,6 +59,8 @@ def main(words: list[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 160).print(plan_table(plans, config.cluster))
     if config.dry_run:
         return 0
+    if told := why_none_can_start(plans):
+        raise UserError(told)
     if config.cluster.executor == "slurm":
         require_slurm()
     require_writable(study.path)

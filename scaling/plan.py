@@ -156,6 +156,19 @@ class RunPlan:
             "config": _as_plain(self.config),
         }
 
+    @property
+    def is_all_warmup(self) -> bool:
+        """Whether the learning rate still rises at the end, which compares with no other run."""
+        return self.config.train.optimiser.warmup_steps >= self.steps and not self.config.train.test
+
+    def check_steps(self) -> None:
+        """UserError if the warm-up leaves nothing of the steps."""
+        if self.is_all_warmup:
+            raise UserError(
+                f"train.optimiser.warmup_steps = {self.config.train.optimiser.warmup_steps} leaves nothing of the "
+                f"{self.steps} steps of model {self.config.model.name}: lower it, or raise train.budget"
+            )
+
     def check_index(self, index: ShardIndex) -> None:
         """UserError if the shards are not the ones the run was planned on."""
         if index.index_hash != self.index_hash:
@@ -224,7 +237,7 @@ class DataBudget:
 def plan_run(
     config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None = None, budget: DataBudget | None = None
 ) -> RunPlan:
-    """Resolve a configuration against the prepared data; UserError if the budget does not fit it.
+    """Resolve a configuration against the prepared data; UserError if the hours of data are not there.
 
     budget: the data's, if it is known from another run
     """
@@ -235,11 +248,6 @@ def plan_run(
         train = config.train
         train_macs = TRAINING_PASSES * count_macs(config.model.architecture(None)).total
         steps = train.budget.resolve_steps(budget.num_clips, train.global_batch, train.crop_seconds, train_macs)
-        if train.optimiser.warmup_steps >= steps:
-            raise UserError(
-                f"train.optimiser.warmup_steps = {train.optimiser.warmup_steps} leaves nothing of the {steps} steps of "
-                f"model {config.model.name}: lower it, raise train.budget, or leave this cell out"
-            )
     # Absolute, so that the plan holds wherever it is executed or read from.
     data = replace(config.data, shards=str(index.root.resolve() if isinstance(index.root, Path) else index.root))
     return RunPlan(

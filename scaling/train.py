@@ -50,6 +50,7 @@ def _plan(words: Sequence[str]) -> tuple[TrainCommandConfig, RunPlan]:
         return config, _planned(Path(config.run).resolve(), words)
     run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
     plan = plan_run(run, open_shards(config.data))
+    plan.check_steps()
     return config, plan if config.run is None else replace(plan, folder=str(Path(config.run).resolve()))
 
 

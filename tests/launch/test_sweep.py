@@ -232,10 +232,32 @@ def test_every_sweep_of_the_configuration_plans_on_its_defaults(
     assert "of training in all, on one core or GPU" in done.stdout
     if name == "isoflop":  # what equal compute does at the ends of the range is seen before anything is spent
         told = " ".join(done.stdout.split())
-        assert "2 runs have fewer steps than 3 warm-ups, mostly warm-up: c48 (39 steps), t (43 steps)" in told
+        mostly = "fewer steps than 3 warm-ups, so mostly warm-up, in 2 of 14 runs: c48 (39 steps), t (43 steps)"
+        assert mostly in told
         tiny = ("sweep.axes.model=[c8]", "sweep.axes.train.budget.train_pmacs=[0.002,0.05]")
         told = command("launch.sweep", f"+sweep={name}", *tiny_data, *tiny, "dry_run=true").stdout
-        assert "1 runs pass over their data more than 500 times: c8 (32,864 steps)" in " ".join(told.split())
+        assert "more than 500 passes over the data in 1 of 2 runs: c8 (32,864 steps)" in " ".join(told.split())
+
+
+def test_a_cell_that_is_all_warm_up_is_shown_by_name_and_nothing_starts_before_it_is_dropped(
+    tiny_data: list[str], tmp_path: Path, command
+):
+    words = ["+sweep=isoflop", *tiny_data, "sweep.axes.model=[xt,c48]", "sweep.axes.train.budget.train_pmacs=[0.0005]"]
+    shown = command("launch.sweep", *words, "dry_run=true")
+    assert shown.returncode == 0, shown.stderr
+    states = {line.split()[1]: line.rstrip() for line in shown.stdout.splitlines() if "-seed0-" in line.split(" ")[0]}
+    assert states["c48"].endswith("cannot start")
+    assert states["xt"].endswith("planned")
+    refused = command("launch.sweep", *words, f"study={tmp_path / 'study'}")
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: the warm-up leaves nothing of the steps of c48-seed0-")
+    assert "(10 steps, warm-up of 20): lower train.optimiser.warmup_steps, raise train.budget, or add" in line
+    assert not (tmp_path / "study").exists()
+    rule = line.partition(" or add ")[2].removesuffix(" to sweep.exclude")
+    kept = command("launch.sweep", *words, f"sweep.exclude=[{rule}]", "dry_run=true")
+    assert kept.stdout.startswith("1 run ")
+    assert "cannot start" not in kept.stdout
 
 
 def wait_for_running(study: StudyDirectory, process: subprocess.Popen) -> RunDirectory:

@@ -76,7 +76,7 @@ def test_a_budget_beyond_the_data_and_a_warm_up_beyond_the_run_are_refused(plan_
     with pytest.raises(UserError, match=r"data.hours = 9 needs 9 h"):
         plan_of("data.hours=9")
     with pytest.raises(UserError, match="warmup_steps = 500 leaves nothing of the 24 steps of model xxt"):
-        plan_of("train.optimiser.warmup_steps=500")
+        plan_of("train.optimiser.warmup_steps=500").check_steps()
 
 
 def test_sizes_of_one_compute_budget_do_the_same_number_of_multiply_accumulates(plan_of):
