@@ -244,9 +244,7 @@ def _metric_claims(runs: pd.DataFrame, metric: Quantity, settings: Settings) -> 
     everything = runs.assign(L=runs["validation_loss"].astype(float))
     everything = everything[np.isfinite(everything["L"])]
     left_out = {"the largest size": "N"}
-    found.append(
-        _claim(metric, metric_loss_law(spread), everything, "all cells", settings.size, settings, left_out, naive="L")
-    )
+    found.append(_claim(metric, metric_loss_law(spread), everything, "all cells", settings.size, settings, left_out))
     return found
 
 
@@ -261,7 +259,6 @@ def _claim(
     measure: str,
     settings: Settings,
     left_out: dict[str, str],
-    naive: str = "",
 ) -> Claim:
     usable = runs[np.isfinite(runs[quantity.key].astype(float))]
     for name in (*law.variables, *left_out.values()):  # plans of earlier versions may lack one
@@ -276,9 +273,7 @@ def _claim(
         return fit(law, to_data(chosen, law, quantity), huber=huber, bootstraps=bootstraps, seed=settings.seed)
 
     squares = fit(law, to_data(kept, law, quantity), huber=None) if is_loss else None
-    tests = tuple(
-        _held_out(kept, quantity, law, what, column, fitted, settings, bool(naive)) for what, column in left_out.items()
-    )
+    tests = tuple(_held_out(kept, quantity, law, what, column, fitted, settings) for what, column in left_out.items())
     return Claim(
         quantity,
         law,
@@ -314,7 +309,6 @@ def _held_out(
     column: str,
     fitted: Callable[..., Fit],
     settings: Settings,
-    from_loss: bool,
 ) -> HeldOut:
     columns = ["label", "N", "D", "C", "seeds", "observed", "predicted", "low", "high", "error", "naive_error"]
     empty = pd.DataFrame(columns=[*columns, "is_covered"])

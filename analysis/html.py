@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.paper_tables import PaperTable
+from analysis.paper_table import PaperTable
 
 LARGEST_SVG = 1_500_000  # bytes
 

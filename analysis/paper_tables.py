@@ -1,61 +1,22 @@
-"""The report's tables: text under headings, and for every cell the runs that it comes from.
-
-Each is written as Markdown, CSV and LaTeX (booktabs); the HTML report shows a cell's runs when it is pointed at.
-"""
+"""The report's tables, in its order: results by size and budget, what they cost, differences and breakdowns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.claims import Claim, Claims
-from analysis.fit import UNIDENTIFIABLE
+from analysis.claims import Claims
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
 from analysis.law_figures import at_largest_budget, breakdown
+from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
+from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours
-from analysis.settings import DATA, SIZES
+from analysis.settings import DATA
 from analysis.significance import paired
-from analysis.tables import latex_escape, markdown_table
-
-
-@dataclass(frozen=True)
-class PaperTable:
-    """text: what a reader sees. sources: of the same shape, run ids separated by spaces. data: the numbers, for CSV."""
-
-    name: str
-    title: str
-    caption: str
-    text: pd.DataFrame
-    sources: pd.DataFrame
-    data: pd.DataFrame = field(default_factory=pd.DataFrame)
-
-    def to_markdown(self) -> str:
-        return f"{markdown_table(self.text, numbers=True)}\n\n{self.caption}\n"
-
-    def to_csv(self) -> str:
-        """The numbers in full precision, with run_ids, where the table has them; else its text."""
-        frame = self.data if len(self.data.columns) else self.text
-        return frame.to_csv(index=False, lineterminator="\n")
-
-    def to_latex(self) -> str:
-        r"""A booktabs tabular to \input."""
-        rows = [[latex_escape(str(value)) for value in row] for row in self.text.itertuples(index=False)]
-        lines = [
-            f"% \\usepackage{{booktabs}}; {latex_escape(self.title)}: {latex_escape(self.caption)}",
-            f"\\begin{{tabular}}{{l{'r' * (self.text.shape[1] - 1)}}}",
-            r"\toprule",
-            " & ".join(latex_escape(str(name)) for name in self.text.columns) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-        return "\n".join(lines) + "\n"
 
 
 def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame) -> list[PaperTable]:
@@ -76,16 +37,6 @@ def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame)
         exclusions_table(found),
     ]
     return [table for table in tables if len(table.text)]
-
-
-def _table(
-    name: str, title: str, caption: str, rows: Sequence[dict[str, tuple[str, str]]], data: Any = None
-) -> PaperTable:
-    """rows: heading → (text, run ids)."""
-    headings = list(dict.fromkeys(heading for row in rows for heading in row))
-    text = pd.DataFrame([{h: row.get(h, (MISSING, ""))[0] for h in headings} for row in rows], columns=headings)
-    sources = pd.DataFrame([{h: row.get(h, ("", ""))[1] for h in headings} for row in rows], columns=headings)
-    return PaperTable(name, title, caption, text, sources, pd.DataFrame() if data is None else pd.DataFrame(data))
 
 
 def _spread(runs: pd.DataFrame, quantity: Quantity) -> tuple[str, str]:
@@ -149,7 +100,7 @@ def size_table(study: Study, found: Claims) -> PaperTable:
         }
         rows.append(row | _quantity_cells(study, cell))
     caption = f"Mean ± sample standard deviation over seeds; {about}."
-    return _table("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs, ABOUT))
+    return table_of("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs, ABOUT))
 
 
 def data_table(study: Study, found: Claims) -> PaperTable:
@@ -169,7 +120,7 @@ def data_table(study: Study, found: Claims) -> PaperTable:
     if len(rows) < 2:
         rows = []
     caption = f"Mean ± sample standard deviation over seeds; size {runs['size'].iloc[0] if len(runs) else ''}."
-    return _table("data_table", "Budgets of data at one size", caption, rows, _numbers(study, runs, ABOUT))
+    return table_of("data_table", "Budgets of data at one size", caption, rows, _numbers(study, runs, ABOUT))
 
 
 def joint_table(found: Claims) -> PaperTable:
@@ -193,7 +144,7 @@ def joint_table(found: Claims) -> PaperTable:
         .agg(["mean", "std", "count"])
     )
     caption = f"Validation loss, mean ± sample standard deviation over seeds, by size and {what}."
-    return _table("joint_table", "Sizes and budgets together", caption, rows, data.reset_index() if rows else None)
+    return table_of("joint_table", "Sizes and budgets together", caption, rows, data.reset_index() if rows else None)
 
 
 def efficiency_table(study: Study, found: Claims) -> PaperTable:
@@ -232,157 +183,12 @@ def efficiency_table(study: Study, found: Claims) -> PaperTable:
         "all sessions of a run, evaluation left out), a mean over seeds. Jobs and device-hours: of a cluster, all "
         "included that a run's jobs took. Loss removed: of the unprocessed input's."
     )
-    return _table("efficiency_table", "What it cost, and what it bought", caption, rows, numbers)
+    return table_of("efficiency_table", "What it cost, and what it bought", caption, rows, numbers)
 
 
 def _mean_text(values: pd.Series) -> str:
     mean = float(values.astype(float).mean())
     return f"{mean:.3g}" if np.isfinite(mean) else MISSING
-
-
-def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> PaperTable:
-    rows, numbers = [], []
-    for claim in found:
-        ids, law = " ".join(claim.run_ids), claim.fitted
-        if law.status == UNIDENTIFIABLE:
-            values = MISSING
-        else:
-            values = "; ".join(_parameter(claim, parameter, level) for parameter in claim.law.parameters)
-        aicc = law.aicc
-        test = next((t for t in claim.held_out if t.verdict != "not possible"), None)
-        needs_size = "N" in claim.law.variables
-        row = {
-            "Law": f"{claim.quantity.label}: {claim.law.name}",
-            "N is": SIZES[claim.measure] if needs_size else MISSING,
-            "Cells": str(law.data.num_cells),
-            "Runs": str(len(claim.run_ids)),
-            "Status": law.status + (f" ({law.reason})" if law.reason else ""),
-            "Parameters": values,
-            "AICc": f"{aicc:.1f}" if np.isfinite(aicc) else MISSING,
-            "Held-out error": f"{test.error:.3g}" if test else MISSING,
-        }
-        rows.append({heading: (text, ids) for heading, text in row.items()})
-        for parameter, value in law.parameters.items():
-            entry: dict[str, Any] = {
-                "quantity": claim.quantity.key,
-                "law": claim.law.name,
-                "measure": claim.measure,
-                "status": law.status,
-            }
-            entry |= {"parameter": parameter, "value": value, "resampled": law.resampled}
-            if law.bootstrap:
-                low, high = law.interval(parameter, level)
-                entry |= {"standard_error": law.standard_errors()[parameter], "low": low, "high": high}
-            numbers.append(entry | {"run_ids": ids})
-    resampled = {c.fitted.resampled for c in found if c.fitted.resampled}
-    drawn = {"seeds": "the seeds within each cell", "cells": "cells (not every cell has several seeds)"}
-    how = " or ".join(drawn[r] for r in sorted(resampled)) or MISSING
-    caption = f"{level:.0%} intervals in brackets, of bootstraps over {how}. Losses: Huber on log residuals."
-    return _table(name, title, caption, rows, numbers)
-
-
-def _parameter(claim: Claim, name: str, level: float) -> str:
-    text = f"{name} {claim.fitted.parameters[name]:.3g}"
-    if not claim.fitted.bootstrap:
-        return text
-    low, high = claim.fitted.interval(name, level)
-    return f"{text} [{low:.3g}, {high:.3g}]"
-
-
-def exclusions_effect_table(found: Claims) -> PaperTable:
-    """Fits both ways, without the runs that a rule excludes and with them; and least squares beside the robust."""
-    rows = []
-    for claim in found.losses:
-        if not claim.fitted.is_usable:
-            continue
-        ways = [
-            ("as claimed", claim.fitted),
-            ("least squares", claim.squares),
-            ("with the excluded runs", claim.with_excluded),
-        ]
-        for way, fitted in ways:
-            if fitted is None:
-                continue
-            row = {"Law": claim.law.name, "N is": SIZES[claim.measure], "Fit": way, "Status": fitted.status}
-            row |= {name: f"{value:.4g}" for name, value in fitted.parameters.items()}
-            rows.append({heading: (text, " ".join(claim.run_ids)) for heading, text in row.items()})
-    caption = "Exclusions and the loss function change a law; how much is shown by fitting the other way."
-    return _table("fits_both_ways", "The same laws, fitted the other way", caption, rows)
-
-
-def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
-    """A row a test; the CSV has a row a cell."""
-    rows, numbers = [], []
-    for claim in found:
-        digits, is_relative = claim.quantity.digits, claim.law.is_log
-
-        def size_of(errors: pd.Series, digits: int = digits, is_relative: bool = is_relative) -> str:
-            mean = float(errors.abs().mean())
-            return f"{mean:.2%}" if is_relative else f"{mean:.{digits}f}"
-
-        for test in claim.held_out:
-            if test.verdict == "not possible" and not claim.fitted.is_usable:
-                continue  # its law is listed as unidentifiable
-            cells, ids = test.cells, " ".join(claim.run_ids)
-            row = {
-                "Law": f"{claim.quantity.label}: {claim.law.name}",
-                "N is": SIZES[claim.measure],
-                "Without": test.left_out,
-                "Verdict": test.verdict,
-            }
-            if len(cells):
-                last = cells.iloc[-1]
-                row |= {
-                    "Observed": f"{last['observed']:.{digits}f}",
-                    "Predicted": f"{last['predicted']:.{digits}f}",
-                    "Interval": f"{last['low']:.{digits}f} to {last['high']:.{digits}f}",
-                    "Cells": str(len(cells)),
-                    "Covered": str(int(cells["is_covered"].sum())),
-                    "Mean error": size_of(cells["error"]),
-                    "Naive error": size_of(cells["naive_error"]),
-                }
-                about = {"quantity": claim.quantity.key, "law": claim.law.name, "measure": claim.measure}
-                numbers += [
-                    about | {"left_out": test.left_out, **cell.to_dict(), "verdict": test.verdict, "run_ids": ids}
-                    for _, cell in cells.iterrows()
-                ]
-            row["Why"] = test.reason
-            rows.append({heading: (text, ids) for heading, text in row.items()})
-    caption = (
-        f"Each law is fitted without these cells and predicts their mean. Pass: all lie in their {level:.0%} "
-        "prediction intervals (taken together), and the mean error is smaller than the naive one, of expecting no more "
-        "than the best cell that was seen. Observed, predicted and interval are of the last cell; the CSV has all."
-    )
-    return _table("held_out", "Prediction of what the fit did not see", caption, rows, numbers)
-
-
-def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
-    rows = []
-    level = found.settings.level
-    for parabola in iso.parabolas:
-        ids = _ids(found.kept[found.kept["cell"].isin(parabola.cells.index)])
-        low, high = parabola.interval(level)
-        has_best = np.isfinite(parabola.best_size)
-        row = {
-            "Training compute": f"{human_count(parabola.compute)}MACs",
-            "Sizes": str(parabola.cells["size"].nunique()),
-            "Best size": human_count(parabola.best_size) if has_best else MISSING,
-            "Interval": f"{human_count(low)} to {human_count(high)}" if np.isfinite(low) else MISSING,
-            "Loss there": f"{parabola.best_loss:.4f}" if has_best else MISSING,
-            "Status": parabola.status + (f": {parabola.reason}" if parabola.reason else ""),
-        }
-        rows.append({heading: (text, ids) for heading, text in row.items()})
-    path = iso.path
-    if np.isfinite(path.exponent):
-        bounds = ""
-        if path.bootstrap is not None:
-            low, high = np.nanquantile(path.bootstrap[0], [(1 - level) / 2, (1 + level) / 2])
-            bounds = f" ({low:.3f} to {high:.3f})"
-        told = f"N* grows as C^{path.exponent:.3f}{bounds}. {path.reason}"
-    else:
-        told = f"No path: {path.reason}."
-    caption = f"The best size is in {SIZES[found.settings.size]}. {told}"
-    return _table("isoflop", "Best size at each budget of compute", caption, rows)
 
 
 def significance_table(study: Study, found: Claims) -> PaperTable:
@@ -410,7 +216,7 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
         f"Paired over utterances at each size's largest budget; {settings.level:.0%} intervals of bootstraps over "
         "utterances and seeds. With one seed a size, the spread between seeds is not in them."
     )
-    return _table("significance", "Is one size better than another?", caption, rows, pairs)
+    return table_of("significance", "Is one size better than another?", caption, rows, pairs)
 
 
 def breakdown_table(study: Study, found: Claims) -> PaperTable:
@@ -428,7 +234,7 @@ def breakdown_table(study: Study, found: Claims) -> PaperTable:
         numbers.append(table.assign(metric=metric.key))
     data = pd.concat(numbers, ignore_index=True) if numbers else None
     caption = "Mean gain over the unprocessed input at each size's largest budget, by SNR of the input and by noise."
-    return _table("breakdown", "Where it helps", caption, rows, data)
+    return table_of("breakdown", "Where it helps", caption, rows, data)
 
 
 def nodes_table(nodes: pd.DataFrame) -> PaperTable:
@@ -449,21 +255,4 @@ def nodes_table(nodes: pd.DataFrame) -> PaperTable:
         }
         rows.append({heading: (text, str(entry["run_ids"])) for heading, text in row.items()})
     caption = "Strong: the same global batch on more processes; weak: the batch grows with them."
-    return _table("node_scaling", "Training on more processes", caption, rows, nodes)
-
-
-def exclusions_table(found: Claims) -> PaperTable:
-    rows = [
-        {
-            heading: (str(text), run["run_id"])
-            for heading, text in (
-                ("Run", run["run_id"]),
-                ("Cell", run["label"]),
-                ("Rule", run["rule"]),
-                ("Detail", run["detail"]),
-            )
-        }
-        for _, run in found.exclusions.iterrows()
-    ]
-    caption = "Left out of every fit by rule; fits with those that have a loss on record stand beside the others."
-    return _table("exclusions", "Runs left out of fits", caption, rows, found.exclusions)
+    return table_of("node_scaling", "Training on more processes", caption, rows, nodes)

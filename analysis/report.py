@@ -33,7 +33,8 @@ from analysis.gather import Study, gather
 from analysis.isoflop import IsoFlop, isoflop
 from analysis.law_figures import breakdown_figure, isoflop_figure, laws_figure, published_figure
 from analysis.nodes import node_table, nodes_figure
-from analysis.paper_tables import PaperTable, paper_tables
+from analysis.paper_table import PaperTable
+from analysis.paper_tables import paper_tables
 from analysis.provenance import provenance, provenance_frame, remarks
 from analysis.published import CORPUS, SOURCES
 from analysis.settings import KEYS, SIZES, Settings, UsageError, parsed, settings_from

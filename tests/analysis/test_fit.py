@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import approx_fprime, minimize
 
-from analysis.fit import BOUND, CONVERGED, UNIDENTIFIABLE, Data, _Problem, draw_seeds, fit
+from analysis.fit import BOUND, CONVERGED, UNIDENTIFIABLE, Data, draw_seeds, fit
 from analysis.laws import (
     Law,
     compute_optimal_size,
@@ -23,6 +23,7 @@ from analysis.laws import (
     power_law,
     saturating_law,
 )
+from analysis.problem import Problem
 
 # Read aside, never copied: it carries no licence (github.com/epoch-research/analyzing-chinchilla).
 CHINCHILLA = Path(__file__).parents[3] / "shared" / "data" / "chinchilla_points.csv"
@@ -63,7 +64,7 @@ def some(law: Law) -> Data:
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 @pytest.mark.parametrize("huber", [None, 0.1])
 def test_gradient_and_hessian_are_the_derivatives_of_the_objective(law: Law, huber: float | None):
-    problem = _Problem(law, some(law), huber)
+    problem = Problem(law, some(law).x, some(law).y, huber)
     weights = np.random.default_rng(0).uniform(0.5, 2, (1, 9))
     shapes = [1.3 * low if low > 0 else 0.4 for low, _ in law.bounds]
     point = np.array([0.8 / (1 + k) for k in range(problem.K)] + shapes)
@@ -81,7 +82,7 @@ def test_gradient_and_hessian_are_the_derivatives_of_the_objective(law: Law, hub
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_the_fitted_form_is_the_law_as_written(law: Law):
     data = some(law)
-    problem = _Problem(law, data, None)
+    problem = Problem(law, data.x, data.y, None)
     shapes = [1.3 * low if low > 0 else 0.4 for low, _ in law.bounds]
     points = np.array([[0.8 / (1 + k) for k in range(problem.K)] + shapes])
     fitted = problem._predicted(points, problem._links(points[:, problem.K :], 0))[0]
@@ -126,7 +127,7 @@ def test_all_of_the_chinchilla_points_give_another_law_so_exclusions_matter():
 
 def test_no_general_purpose_optimiser_finds_a_better_bootstrap():
     data = chinchilla()
-    problem = _Problem(joint_loss_law(), data, 1e-3)
+    problem = Problem(joint_loss_law(), data.x, data.y, 1e-3)
     weights = np.random.default_rng(3).multinomial(240, np.full(240, 1 / 240), 4).astype(float)
     start = problem.starts(np.ones(len(data.y)))[0]
     found = problem.minimise_all([start], weights)

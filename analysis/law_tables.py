@@ -1,0 +1,182 @@
+"""Tables of what is claimed: laws and their parameters, the same fitted the other way, held-out predictions, isoFLOP
+minima, and the runs left out of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.claims import Claim, Claims
+from analysis.fit import UNIDENTIFIABLE
+from analysis.isoflop import IsoFlop
+from analysis.paper_table import PaperTable, table_of
+from analysis.quantities import MISSING, human_count
+from analysis.settings import SIZES
+
+
+def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> PaperTable:
+    rows, numbers = [], []
+    for claim in found:
+        ids, law = " ".join(claim.run_ids), claim.fitted
+        if law.status == UNIDENTIFIABLE:
+            values = MISSING
+        else:
+            values = "; ".join(_parameter(claim, parameter, level) for parameter in claim.law.parameters)
+        aicc = law.aicc
+        test = next((t for t in claim.held_out if t.verdict != "not possible"), None)
+        needs_size = "N" in claim.law.variables
+        row = {
+            "Law": f"{claim.quantity.label}: {claim.law.name}",
+            "N is": SIZES[claim.measure] if needs_size else MISSING,
+            "Cells": str(law.data.num_cells),
+            "Runs": str(len(claim.run_ids)),
+            "Status": law.status + (f" ({law.reason})" if law.reason else ""),
+            "Parameters": values,
+            "AICc": f"{aicc:.1f}" if np.isfinite(aicc) else MISSING,
+            "Held-out error": f"{test.error:.3g}" if test else MISSING,
+        }
+        rows.append({heading: (text, ids) for heading, text in row.items()})
+        for parameter, value in law.parameters.items():
+            entry: dict[str, Any] = {
+                "quantity": claim.quantity.key,
+                "law": claim.law.name,
+                "measure": claim.measure,
+                "status": law.status,
+            }
+            entry |= {"parameter": parameter, "value": value, "resampled": law.resampled}
+            if law.bootstrap:
+                low, high = law.interval(parameter, level)
+                entry |= {"standard_error": law.standard_errors()[parameter], "low": low, "high": high}
+            numbers.append(entry | {"run_ids": ids})
+    resampled = {c.fitted.resampled for c in found if c.fitted.resampled}
+    drawn = {"seeds": "the seeds within each cell", "cells": "cells (not every cell has several seeds)"}
+    how = " or ".join(drawn[r] for r in sorted(resampled)) or MISSING
+    formulas = "; ".join(dict.fromkeys(f"{claim.law.name} = {claim.law.formula}" for claim in found))
+    caption = (
+        f"{formulas}. {level:.0%} intervals in brackets, of bootstraps over {how}. Losses: Huber on log residuals."
+    )
+    return table_of(name, title, caption, rows, numbers)
+
+
+def _parameter(claim: Claim, name: str, level: float) -> str:
+    text = f"{name} {claim.fitted.parameters[name]:.3g}"
+    if not claim.fitted.bootstrap:
+        return text
+    low, high = claim.fitted.interval(name, level)
+    return f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def exclusions_effect_table(found: Claims) -> PaperTable:
+    """Fits both ways, without the runs that a rule excludes and with them; and least squares beside the robust."""
+    rows = []
+    for claim in found.losses:
+        if not claim.fitted.is_usable:
+            continue
+        ways = [
+            ("as claimed", claim.fitted),
+            ("least squares", claim.squares),
+            ("with the excluded runs", claim.with_excluded),
+        ]
+        for way, fitted in ways:
+            if fitted is None:
+                continue
+            row = {"Law": claim.law.name, "N is": SIZES[claim.measure], "Fit": way, "Status": fitted.status}
+            row |= {name: f"{value:.4g}" for name, value in fitted.parameters.items()}
+            rows.append({heading: (text, " ".join(claim.run_ids)) for heading, text in row.items()})
+    caption = "Exclusions and the loss function change a law; how much is shown by fitting the other way."
+    return table_of("fits_both_ways", "The same laws, fitted the other way", caption, rows)
+
+
+def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
+    """A row a test; the CSV has a row a cell."""
+    rows, numbers = [], []
+    for claim in found:
+        digits, is_relative = claim.quantity.digits, claim.law.is_log
+
+        def size_of(errors: pd.Series, digits: int = digits, is_relative: bool = is_relative) -> str:
+            mean = float(errors.abs().mean())
+            return f"{mean:.2%}" if is_relative else f"{mean:.{digits}f}"
+
+        for test in claim.held_out:
+            if test.verdict == "not possible" and not claim.fitted.is_usable:
+                continue  # its law is listed as unidentifiable
+            cells, ids = test.cells, " ".join(claim.run_ids)
+            row = {
+                "Law": f"{claim.quantity.label}: {claim.law.name}",
+                "N is": SIZES[claim.measure],
+                "Without": test.left_out,
+                "Verdict": test.verdict,
+            }
+            if len(cells):
+                last = cells.iloc[-1]
+                row |= {
+                    "Observed": f"{last['observed']:.{digits}f}",
+                    "Predicted": f"{last['predicted']:.{digits}f}",
+                    "Interval": f"{last['low']:.{digits}f} to {last['high']:.{digits}f}",
+                    "Cells": str(len(cells)),
+                    "Covered": str(int(cells["is_covered"].sum())),
+                    "Mean error": size_of(cells["error"]),
+                    "Naive error": size_of(cells["naive_error"]),
+                }
+                about = {"quantity": claim.quantity.key, "law": claim.law.name, "measure": claim.measure}
+                numbers += [
+                    about | {"left_out": test.left_out, **cell.to_dict(), "verdict": test.verdict, "run_ids": ids}
+                    for _, cell in cells.iterrows()
+                ]
+            row["Why"] = test.reason
+            rows.append({heading: (text, ids) for heading, text in row.items()})
+    caption = (
+        f"Each law is fitted without these cells and predicts their mean. Pass: all lie in their {level:.0%} "
+        "prediction intervals (taken together), and the mean error is smaller than the naive one, of expecting no more "
+        "than the best cell that was seen. Observed, predicted and interval are of the last cell; the CSV has all."
+    )
+    return table_of("held_out", "Prediction of what the fit did not see", caption, rows, numbers)
+
+
+def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
+    rows = []
+    level = found.settings.level
+    for parabola in iso.parabolas:
+        ids = " ".join(found.kept.loc[found.kept["cell"].isin(parabola.cells.index), "run_id"])
+        low, high = parabola.interval(level)
+        has_best = np.isfinite(parabola.best_size)
+        row = {
+            "Training compute": f"{human_count(parabola.compute)}MACs",
+            "Sizes": str(parabola.cells["size"].nunique()),
+            "Best size": human_count(parabola.best_size) if has_best else MISSING,
+            "Interval": f"{human_count(low)} to {human_count(high)}" if np.isfinite(low) else MISSING,
+            "Loss there": f"{parabola.best_loss:.4f}" if has_best else MISSING,
+            "Status": parabola.status + (f": {parabola.reason}" if parabola.reason else ""),
+        }
+        rows.append({heading: (text, ids) for heading, text in row.items()})
+    path = iso.path
+    if np.isfinite(path.exponent):
+        bounds = ""
+        if path.bootstrap is not None:
+            low, high = np.nanquantile(path.bootstrap[0], [(1 - level) / 2, (1 + level) / 2])
+            bounds = f" ({low:.3f} to {high:.3f})"
+        told = f"N* grows as C^{path.exponent:.3f}{bounds}. {path.reason}"
+    else:
+        told = f"No path: {path.reason}."
+    caption = f"The best size is in {SIZES[found.settings.size]}. {told}"
+    return table_of("isoflop", "Best size at each budget of compute", caption, rows)
+
+
+def exclusions_table(found: Claims) -> PaperTable:
+    rows = [
+        {
+            heading: (str(text), run["run_id"])
+            for heading, text in (
+                ("Run", run["run_id"]),
+                ("Cell", run["label"]),
+                ("Rule", run["rule"]),
+                ("Detail", run["detail"]),
+            )
+        }
+        for _, run in found.exclusions.iterrows()
+    ]
+    caption = "Left out of every fit by rule; fits with those that have a loss on record stand beside the others."
+    return table_of("exclusions", "Runs left out of fits", caption, rows, found.exclusions)

@@ -1,0 +1,60 @@
+"""A table of the report: text under headings, and for every cell the runs that it comes from.
+
+Each is written as Markdown, CSV and LaTeX (booktabs); the HTML report shows a cell's runs when it is pointed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from analysis.quantities import MISSING
+from analysis.tables import latex_escape, markdown_table
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """text: what a reader sees. sources: of the same shape, run ids separated by spaces. data: the numbers, for CSV."""
+
+    name: str
+    title: str
+    caption: str
+    text: pd.DataFrame
+    sources: pd.DataFrame
+    data: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def to_markdown(self) -> str:
+        return f"{markdown_table(self.text, numbers=True)}\n\n{self.caption}\n"
+
+    def to_csv(self) -> str:
+        """The numbers in full precision, with run_ids, where the table has them; else its text."""
+        frame = self.data if len(self.data.columns) else self.text
+        return frame.to_csv(index=False, lineterminator="\n")
+
+    def to_latex(self) -> str:
+        r"""A booktabs tabular to \input."""
+        rows = [[latex_escape(str(value)) for value in row] for row in self.text.itertuples(index=False)]
+        lines = [
+            f"% \\usepackage{{booktabs}}; {latex_escape(self.title)}: {latex_escape(self.caption)}",
+            f"\\begin{{tabular}}{{l{'r' * (self.text.shape[1] - 1)}}}",
+            r"\toprule",
+            " & ".join(latex_escape(str(name)) for name in self.text.columns) + r" \\",
+            r"\midrule",
+            *(" & ".join(row) + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def table_of(
+    name: str, title: str, caption: str, rows: Sequence[dict[str, tuple[str, str]]], data: Any = None
+) -> PaperTable:
+    """rows: heading → (text, run ids)."""
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    text = pd.DataFrame([{h: row.get(h, (MISSING, ""))[0] for h in headings} for row in rows], columns=headings)
+    sources = pd.DataFrame([{h: row.get(h, ("", ""))[1] for h in headings} for row in rows], columns=headings)
+    return PaperTable(name, title, caption, text, sources, pd.DataFrame() if data is None else pd.DataFrame(data))
