@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.quantities import Quantity, metrics_named
-from analysis.reading import KINDS, UNPROCESSED, UTTERANCE, RunRecords, flatten, read_run
+from analysis.reading import KINDS, REPLACED, UNPROCESSED, UTTERANCE, RunRecords, flatten, read_run
 from scaling.records import Record, RecordError, StudyDirectory
 
 SEED_AXES = ("seed", "train.seed")
@@ -83,10 +83,13 @@ class Study:
         where they had none (loading, validation, scoring and what was cut off included); NaN where it was no job;
         world_size, nodes: processes and nodes of the last session, NaN where not on record;
         audio_seconds_per_second, step_seconds, communication_seconds: medians over training.
+        replaced_crops: training crops up to last_step whose clips were damaged.
     scores: one row a run and utterance.
         run_id, id, speaker, noise, snr_db, duration, noisiest_quarter (bool); for each metric
         METRIC and unprocessed_METRIC (NaN where refused), in single precision.
     refusals: run_id, id, metric ("unprocessed_..." for the input's) and reason of every score that is missing.
+    replaced: run_id, t (which crop of the run), id (its clip), shard, what (was wrong) and by (which clip came instead)
+        of every training crop that was replaced.
     curves: one row a run, kind ("train", "validation") and step; every other number of the
         record is a column, nested ones dotted (terms.magnitude); NaN where there is none. In a study of more than
         MOST_CURVE_ROWS training rows are means over stretches of steps, under the last step of each.
@@ -102,6 +105,7 @@ class Study:
     runs: pd.DataFrame
     scores: pd.DataFrame
     refusals: pd.DataFrame
+    replaced: pd.DataFrame
     curves: pd.DataFrame
     provenance: pd.DataFrame
     science: dict[str, dict[str, str]]
@@ -143,6 +147,8 @@ def gather(directory: Path | str) -> Study:
             runs[column] = runs[column].astype(float) if column in runs else np.nan
         for column in (f"{metric.key}_scored", f"{metric.key}_refused"):
             runs[column] = runs[column].fillna(0).astype(int) if column in runs else 0
+    replaced = _replaced(read, runs)
+    runs["replaced_crops"] = replaced.groupby("run_id").size().reindex(run_ids, fill_value=0).to_numpy()
     refusals = [(run_id, *refusal) for run_id, one in zip(run_ids, read, strict=True) for refusal in one.refusals]
     provenance = {
         run_id: one.provenance for run_id, one in zip(run_ids, read, strict=True) if one.provenance is not None
@@ -152,6 +158,7 @@ def gather(directory: Path | str) -> Study:
         runs=runs,
         scores=scores,
         refusals=pd.DataFrame(refusals, columns=["run_id", "id", "metric", "reason"]),
+        replaced=replaced,
         curves=_stacked_curves(read, run_ids),
         provenance=pd.DataFrame.from_dict(provenance, orient="index").rename_axis("run_id"),
         science={run_id: _without_seeds(flatten(row.get("science") or {})) for run_id, row in plan.items()},
@@ -213,6 +220,18 @@ def _stacked_curves(read: Sequence[RunRecords], run_ids: Sequence[str]) -> pd.Da
     names = dict.fromkeys(name for curve in curves for name in curve if name not in columns)
     columns |= {name: _joined(curves, name, counts, np.float64) for name in names}
     return pd.DataFrame(columns)
+
+
+def _replaced(read: Sequence[RunRecords], runs: pd.DataFrame) -> pd.DataFrame:
+    """The replaced crops of all runs; crops are read ahead, and those of steps that were never made do not count."""
+    crops = runs["last_step"] * runs["global_batch"].astype(float).fillna(np.inf)
+    rows = [
+        (run_id, *crop)
+        for run_id, count, one in zip(runs["run_id"], crops, read, strict=True)
+        for crop in one.replaced
+        if crop[0] < count
+    ]
+    return pd.DataFrame(rows, columns=["run_id", *REPLACED])
 
 
 def _stacked_scores(read: Sequence[RunRecords], run_ids: Sequence[str]) -> pd.DataFrame:

@@ -35,6 +35,7 @@ def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame)
         breakdown_table(study, found),
         nodes_table(nodes),
         exclusions_table(found),
+        replaced_table(study, found),
     ]
     return [table for table in tables if len(table.text)]
 
@@ -71,6 +72,7 @@ def _numbers(study: Study, runs: pd.DataFrame, about: Sequence[str]) -> pd.DataF
     return pd.DataFrame(rows)
 
 
+MOST_CLIPS = 4  # named in a cell
 ABOUT = (
     "size",
     "num_params",
@@ -256,3 +258,30 @@ def nodes_table(nodes: pd.DataFrame) -> PaperTable:
         rows.append({heading: (text, str(entry["run_ids"])) for heading, text in row.items()})
     caption = "Strong: the same global batch on more processes; weak: the batch grows with them."
     return table_of("node_scaling", "Training on more processes", caption, rows, nodes)
+
+
+def replaced_table(study: Study, found: Claims) -> PaperTable:
+    """The runs in whose training damaged clips were replaced; the CSV has a row a crop."""
+    runs = {run["run_id"]: run for run in found.runs.to_dict("records")}
+    rows = []
+    for run_id, crops in study.replaced.groupby("run_id", sort=False):
+        run = runs[str(run_id)]
+        share = len(crops) / float(run["last_step"] * run["global_batch"])
+        reasons = crops["what"].value_counts()
+        clips = list(dict.fromkeys(crops["id"]))
+        more = ", …" if len(clips) > MOST_CLIPS else ""
+        row = {
+            "Run": str(run_id),
+            "Cell": str(run["label"]),
+            "Crops replaced": f"{len(crops):,}",
+            "of all": f"{share:.2%}" if np.isfinite(share) else MISSING,
+            "Damaged clips": f"{len(clips):,}: {', '.join(clips[:MOST_CLIPS])}{more}",
+            "What was wrong": "; ".join(f"{what} ({count:,})" for what, count in list(reasons.items())[:MOST_CLIPS]),
+        }
+        rows.append({heading: (text, str(run_id)) for heading, text in row.items()})
+    caption = (
+        "A crop whose clip is damaged where it was to be read is replaced by one of another clip, always the same one. "
+        "python -m scaling.verify lists all damage of the shards."
+    )
+    title = "Training crops replaced because of damaged clips"
+    return table_of("replaced_crops", title, caption, rows, study.replaced)

@@ -88,6 +88,13 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
         if not run["utterances"]:
             said.append(f"{run['run_id']} finished without scores on record.")
     said += _refusals(study)
+    if len(study.replaced):
+        runs = _count(study.replaced["run_id"].nunique(), "run")
+        clips = _count(study.replaced["id"].nunique(), "clip")
+        said.append(
+            f"{_count(len(study.replaced), 'training crop')} of {runs} replaced, because {clips} of the shards "
+            f"{'is' if clips.startswith('1 ') else 'are'} damaged (table replaced_crops)."
+        )
     counts = finished.loc[finished["utterances"] > 0, "utterances"]
     if counts.nunique() > 1:
         said.append(

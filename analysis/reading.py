@@ -21,6 +21,7 @@ from scaling.records import Record, RunDirectory
 
 UNPROCESSED = "unprocessed_"
 UTTERANCE = ("id", "speaker", "noise", "snr_db", "duration")
+REPLACED = ("t", "id", "shard", "what", "by")
 
 Columns = dict[str, NDArray[Any]]
 
@@ -35,6 +36,7 @@ class RunRecords:
     about: (id, speaker, noise, snr_db, duration) of each utterance, as tuples of equal length.
     scores: METRIC and unprocessed_METRIC, noisiest_quarter, (U,) each.
     refusals: (id, metric, reason) of every score that is missing.
+    replaced: (t, id, shard, what, by) of every crop whose clip was damaged.
     provenance: as text, nested entries dotted; None if the run has not been prepared.
     """
 
@@ -43,6 +45,7 @@ class RunRecords:
     about: tuple[tuple[Any, ...], ...]
     scores: Columns
     refusals: list[tuple[str, str, str]]
+    replaced: list[tuple[Any, ...]]
     provenance: dict[str, str] | None
 
 
@@ -62,7 +65,8 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
     outcome = {**_outcome(run, curve, steps), **_validation(curve), **_execution(events, curve), **_means(scores)}
     # Means are of double precision; what is kept of each utterance has the seven digits of single.
     single = {name: values if values.dtype == bool else values.astype(np.float32) for name, values in scores.items()}
-    return RunRecords(outcome, _thinned(curve, curve_points), about, single, refusals, provenance)
+    replaced = [tuple(row.get(key) for key in REPLACED) for row in run.read_quarantine()]
+    return RunRecords(outcome, _thinned(curve, curve_points), about, single, refusals, replaced, provenance)
 
 
 # --- metrics -------------------------------------------------------------------------------

@@ -307,8 +307,7 @@ def _missing(
         parts += [html.paragraph(f"{len(unfinished)} planned runs have no result:"), html.plain_table(unfinished)]
     else:
         parts.append(html.paragraph("Every planned run has finished."))
-    if "exclusions" in tables:
-        parts.append(html.paper_table(tables["exclusions"], registry))
+    parts += [html.paper_table(tables[name], registry) for name in ("exclusions", "replaced_crops") if name in tables]
     said = [f"No {name} figure: {why}." for name, (figure, _, why) in figures.items() if figure is None]
     for claim in [*found.losses, *found.metrics]:
         if not claim.fitted.is_usable and claim.measure == found.settings.size:

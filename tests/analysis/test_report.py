@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis.report import main
-from scaling.records import to_json, write_records, write_whole
+from scaling.records import append_record, to_json, write_records, write_whole
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +98,27 @@ def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: 
     assert "scored on 1 to 2 utterances" in remarks
     assert "| commit | 6df9ffe (1 run), 0123abc (1 run) | mixed |" in report
     assert "note: Provenance is mixed" in capsys.readouterr().out
+
+
+def test_crops_that_damage_replaced_are_told_of_each_run(write_study: WriteStudy) -> None:
+    plan = [plan_row(seed=0), plan_row(seed=1)]
+    study = write_study(plan)
+    damaged = study.run(plan[1]["run_id"])
+    row = {"id": "p226_001", "shard": "train-000.tar", "what": "noisy samples", "by": "p226_009"}
+    # Of 40 steps of 8 crops; the run was killed and met the second again, and read ahead of its last step.
+    for rank, t in ((0, 3), (1, 300), (1, 300), (0, 320)):
+        append_record(damaged.quarantine / f"rank-{rank}.jsonl", {"t": t, **row})
+    assert main([f"study={study.path}"]) == 0
+    assert list(pd.read_csv(study.report / "runs.csv")["replaced_crops"]) == [0, 2]
+    remark = "2 training crops of 1 run replaced, because 1 clip of the shards is damaged (table replaced_crops)."
+    assert remark in (study.report / "report.md").read_text()
+    table = (study.report / "tables" / "replaced_crops.md").read_text()
+    assert f"| {plan[1]['run_id']} |" in table
+    assert "| 2 | 0.62% | 1: p226_001 | noisy samples (2) |" in table
+    assert plan[0]["run_id"] not in table
+    crops = pd.read_csv(study.report / "tables" / "replaced_crops.csv")
+    assert (list(crops["t"]), set(crops["by"])) == ([3, 300], {"p226_009"})
+    assert "Training crops replaced because of damaged clips" in (study.report / "report.html").read_text()
 
 
 def test_the_analysis_needs_no_torch() -> None:
