@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.claims import Claim, Claims, claims
-from analysis.fit import CONVERGED, Fit, quantiles
+from analysis.fit import BOUND, CONVERGED, UNFINISHED, UNIDENTIFIABLE, Fit, quantiles
 from analysis.gather import gather
 from analysis.laws import Array
 from analysis.quantities import human_count, human_hours
@@ -35,6 +35,13 @@ USAGE = "usage: python -m analysis.advise study=DIR gpu_hours=H"
 ADVISE_KEYS = KEYS | {"gpu_hours": "of one GPU (or CPU core) of the study's kind, to spend on one training"}
 GRID = 400  # sizes between the smallest and the largest that are compared
 FAR = 10.0  # times the audio of the study's longest run: further than a law of it should be trusted
+
+REMEDIES = {
+    UNIDENTIFIABLE: "vary sizes and budgets, as +sweep=isoflop does",
+    BOUND: "its curve holds within the cells alone; add larger budgets or sizes to the sweep (the best size of each "
+    "budget that was trained is in the report, under equal compute)",
+    UNFINISHED: "add cells or seeds to the sweep",
+}
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,11 @@ class RefusalError(Exception):
 def advise(found: Claims, gpu_hours: float) -> Advice:
     """RefusalError if the law or the speeds are not known."""
     claim = found.loss("L(N, D)")
-    if claim is None or claim.fitted.status != CONVERGED:
-        why = "there is none" if claim is None else f"{claim.fitted.status}: {claim.fitted.reason}"
-        raise RefusalError(f"L(N, D) of this study is {why}; a sweep over sizes and budgets, +sweep=isoflop, gives one")
+    assert claim is not None  # every study has the claim, if not the law
+    if claim.fitted.status != CONVERGED:
+        raise RefusalError(
+            f"L(N, D) of this study is {claim.fitted.status} ({claim.fitted.reason}): {REMEDIES[claim.fitted.status]}"
+        )
     if found.data != "audio_hours_seen":
         raise RefusalError(
             "D of this study is distinct audio, which hours of compute do not buy: data=audio_hours_seen"

@@ -19,7 +19,7 @@ import pandas as pd
 from analysis.fit import HUBER_DELTA, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
-from analysis.quantities import VALIDATION_LOSS, Quantity, human_count, human_hours, round_hours
+from analysis.quantities import VALIDATION_LOSS, Quantity, human_hours, human_macs, round_hours
 from analysis.settings import DATA, SIZES, Settings
 
 CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}  # the highest value that the metric can take
@@ -361,7 +361,7 @@ def _largest(runs: pd.DataFrame, column: str) -> str:
         return ", ".join(dict.fromkeys(runs["size"]))
     if column == "D":
         return f"{human_hours(runs['D'].max())} h"
-    return f"{human_count(runs['C'].max())}MACs"
+    return human_macs(runs["C"].max())
 
 
 # --- tables of them ------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def _panel(
             ax.errorbar(
                 spread[x], spread[mean], spread[std], fmt="none", ecolor=look["color"], elinewidth=1.0, capsize=2
             )
-    style.log_axis(ax, cells[x].min(), cells[x].max())
+    style.log_axis(ax, cells[x].min(), cells[x].max(), most_ticks=3)  # of "300 M" no more stand side by side
     low, high = (drawn[mean] - drawn[std].fillna(0)).min(), (drawn[mean] + drawn[std].fillna(0)).max()
     level = unprocessed.get(f"{quantity.key}_mean", np.nan)
     if np.isfinite(level):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.paper_table import PaperTable
+from analysis.paper_table import PaperTable, column_kinds
 
 LARGEST_SVG = 1_500_000  # bytes
 
@@ -100,29 +100,29 @@ def plain_table(text: pd.DataFrame) -> str:
 
 
 def _rows(text: pd.DataFrame, sources: pd.DataFrame | None, registry: Registry) -> str:
-    wordy = {name for name in text.columns if text[name].astype(str).str.len().max() > 24} | {text.columns[0]}
+    kinds = column_kinds(text)
     head = "".join(
-        f'<th scope="col" class="{"words" if name in wordy else "number"}">{html.escape(str(name))}</th>'
-        for name in text.columns
+        f'<th scope="col" class="{kind}">{html.escape(str(name)).replace(".", ".<wbr>")}</th>'
+        for name, kind in zip(text.columns, kinds, strict=True)
     )
     rows = []
     for number, row in enumerate(text.itertuples(index=False)):
         cells = []
-        for column, value in enumerate(row):
-            name = text.columns[column]
-            kind = "words" if name in wordy else "number"
+        for column, (value, kind) in enumerate(zip(row, kinds, strict=True)):
             ids = "" if sources is None else str(sources.iat[number, column])
             source = f' data-runs="{registry.number(ids)}" tabindex="0"' if ids else ""
-            shown = str(value)
-            mark = f" {shown}" if shown in ("pass", "fail") else ""
-            cells.append(f'<td class="{kind}{mark}"{source}>{html.escape(shown)}</td>')
+            mark = f" {value}" if value in ("pass", "fail") else ""
+            shown = html.escape(str(value))
+            if kind == "number":  # gains on a line of their own, so that a wide table fits
+                shown = shown.replace(" (", "<br>(")
+            cells.append(f'<td class="{kind}{mark}"{source}>{shown}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 STYLE = """
 :root{color-scheme:light}
-body{font:15px/1.5 system-ui,"DejaVu Sans",sans-serif;color:#1a1a1a;max-width:72rem;margin:0 auto;padding:1.5rem}
+body{font:15px/1.5 system-ui,"DejaVu Sans",sans-serif;color:#1a1a1a;max-width:84rem;margin:0 auto;padding:1.5rem}
 h1{font-size:1.6rem;margin:0}
 h2{font-size:1.25rem;border-bottom:1px solid #ccc;margin-top:2.2rem}
 h3{font-size:1rem;margin:1.4rem 0 .4rem}
@@ -130,12 +130,13 @@ nav{display:flex;flex-wrap:wrap;gap:.3rem 1rem}
 a{color:#0b5a94}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:13px;border-top:2px solid #222;border-bottom:2px solid #222}
-th{border-bottom:1px solid #222;vertical-align:bottom;padding:.25rem .6rem}
-th.words{text-align:left}
+th{border-bottom:1px solid #222;vertical-align:bottom;padding:.25rem .35rem}
 th.number{text-align:right}
-td{padding:.2rem .6rem;vertical-align:top}
+th.words,th.label{text-align:left}
+td{padding:.2rem .35rem;vertical-align:top;text-align:left}
 td.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-td.words{text-align:left;min-width:7rem}
+td.label{white-space:nowrap}
+td.words{min-width:6.5rem;overflow-wrap:break-word}
 tbody tr:nth-child(even){background:#f5f5f5}
 td[data-runs]{cursor:pointer}
 td[data-runs]:hover,td[data-runs]:focus{outline:2px solid #0b5a94;outline-offset:-2px}
@@ -151,7 +152,17 @@ figure img{max-width:100%;height:auto}
 #runs{border-top:2px solid #0b5a94;padding:.6rem 1.5rem;font-size:13px}
 #runs button{float:right}
 #runs p{font-family:monospace;margin:.3rem 0;overflow-wrap:anywhere}
-@media print{nav,#runs{display:none}}
+@page{size:A4 landscape;margin:12mm}
+@media print{
+nav,#runs{display:none}
+body{max-width:none;padding:0;font-size:11px}
+table{font-size:8.5px}
+th,td{padding:.1rem .3rem}
+td.words{min-width:0}
+.scroll{overflow:visible}
+h2,h3{break-after:avoid}
+tr,figure,.verdict{break-inside:avoid}
+}
 """.strip()
 
 SCRIPT = """

@@ -21,7 +21,7 @@ from analysis import published, style
 from analysis.claims import Claim, Claims
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
-from analysis.quantities import Quantity, human_count
+from analysis.quantities import Quantity, human_count, human_macs
 from analysis.settings import DATA, SIZES
 
 POINTS = 120  # of a curve
@@ -110,7 +110,7 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
         for number, parabola in enumerate(drawn):
             look: dict[str, Any] = {"color": style.color(number), "marker": style.marker(number)}
             cells = parabola.cells
-            left.plot(cells["N"], cells["loss"], linestyle="", label=f"{human_count(parabola.compute)}MACs", **look)
+            left.plot(cells["N"], cells["loss"], linestyle="", label=human_macs(parabola.compute), **look)
             x = np.geomspace(cells["N"].min(), cells["N"].max(), POINTS)
             left.plot(x, parabola.loss(x), color=look["color"], linestyle=DASHES[number % len(DASHES)], linewidth=1.1)
             values += list(cells["loss"])
@@ -128,9 +128,11 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
         minima = [p for p in drawn if np.isfinite(p.best_size)]
         if minima:
             compute = np.array([p.compute for p in minima])
+            ends: list[float] = []
             for p in minima:
                 low, high = p.interval(level)
                 bar = None if not np.isfinite(low) else [[p.best_size - low], [high - p.best_size]]
+                ends += [p.best_size] if bar is None else [low, high]
                 right.errorbar([p.compute], [p.best_size], bar, fmt="*", markersize=9, color="black", capsize=3)
             if np.isfinite(iso.path.exponent):
                 x = np.geomspace(compute.min() / REACH, compute.max() * REACH, POINTS)
@@ -139,8 +141,8 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
                 right.plot(x, iso.path.size_at(x), color=style.color(0))
                 right.set_title(f"N* ∝ C$^{{{iso.path.exponent:.2f}}}$", fontsize=8)
             right.set_yscale("log")
-            _log_y(right, min(p.best_size for p in minima), max(p.best_size for p in minima))
-            right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value, digits=2)))
+            _log_y(right, min(ends), max(ends))
+            right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
             _log_x(right, compute.min(), compute.max())
         else:
             right.text(0.5, 0.5, "no minimum within\nthe sizes trained", ha="center", transform=right.transAxes)
@@ -306,8 +308,9 @@ def _name_points(ax: Axes, cells: pd.DataFrame, x: str, y: str) -> None:
 
 def _log_x(ax: Axes, low: float, high: float) -> None:
     style.log_axis(ax, low, high)
-    ratio = max(high / low, 1.5)
-    ax.set_xlim(low / ratio**0.08, high * ratio**0.08)
+    if high > low:  # closer than style has it, but not so close about a single value that no tick is left
+        ratio = max(high / low, 1.5)
+        ax.set_xlim(low / ratio**0.08, high * ratio**0.08)
 
 
 def _log_y(ax: Axes, low: float, high: float) -> None:

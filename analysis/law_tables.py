@@ -13,7 +13,7 @@ from analysis.claims import Claim, Claims
 from analysis.fit import UNIDENTIFIABLE
 from analysis.isoflop import IsoFlop
 from analysis.paper_table import PaperTable, table_of
-from analysis.quantities import MISSING, human_count
+from analysis.quantities import MISSING, human_count, human_macs
 from analysis.settings import SIZES
 
 
@@ -54,7 +54,7 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> P
     resampled = {c.fitted.resampled for c in found if c.fitted.resampled}
     drawn = {"seeds": "the seeds within each cell", "cells": "cells (not every cell has several seeds)"}
     how = " or ".join(drawn[r] for r in sorted(resampled)) or MISSING
-    formulas = "; ".join(dict.fromkeys(f"{claim.law.name} = {claim.law.formula}" for claim in found))
+    formulas = "; ".join(dict.fromkeys(f"{claim.law.name}: {claim.law.formula}" for claim in found))
     caption = (
         f"{formulas}. {level:.0%} intervals in brackets, of bootstraps over {how}. Losses: Huber on log residuals."
     )
@@ -106,7 +106,7 @@ def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
             cells, ids = test.cells, " ".join(claim.run_ids)
             row = {
                 "Law": f"{claim.quantity.label}: {claim.law.name}",
-                "N is": SIZES[claim.measure],
+                "N is": SIZES[claim.measure] if "N" in claim.law.variables else MISSING,
                 "Without": test.left_out,
                 "Verdict": test.verdict,
             }
@@ -116,8 +116,7 @@ def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
                     "Observed": f"{last['observed']:.{digits}f}",
                     "Predicted": f"{last['predicted']:.{digits}f}",
                     "Interval": f"{last['low']:.{digits}f} to {last['high']:.{digits}f}",
-                    "Cells": str(len(cells)),
-                    "Covered": str(int(cells["is_covered"].sum())),
+                    "Covered": f"{int(cells['is_covered'].sum())} of {len(cells)}",
                     "Mean error": size_of(cells["error"]),
                     "Naive error": size_of(cells["naive_error"]),
                 }
@@ -144,7 +143,7 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
         low, high = parabola.interval(level)
         has_best = np.isfinite(parabola.best_size)
         row = {
-            "Training compute": f"{human_count(parabola.compute)}MACs",
+            "Training compute": human_macs(parabola.compute),
             "Sizes": str(parabola.cells["size"].nunique()),
             "Best size": human_count(parabola.best_size) if has_best else MISSING,
             "Interval": f"{human_count(low)} to {human_count(high)}" if np.isfinite(low) else MISSING,

@@ -14,6 +14,22 @@ import pandas as pd
 from analysis.quantities import MISSING
 from analysis.tables import latex_escape, markdown_table
 
+LATEX_WORDS = r"p{0.18\linewidth}"
+LONGEST_LABEL, LONGEST_NUMBER = 20, 32  # characters: of more, a column has to be broken into lines
+
+
+def column_kinds(text: pd.DataFrame) -> list[str]:
+    """Of each column: "number" (figures, aligned right), "label" (short words) or "words" (long ones, to be broken)."""
+    kinds = []
+    for number, name in enumerate(text.columns):
+        column = text[name].astype(str)
+        is_text = number == 0 or column.str.match(r"[^\W\d_]").any()
+        if column.str.len().max() > (LONGEST_LABEL if is_text else LONGEST_NUMBER):
+            kinds.append("words")
+        else:
+            kinds.append("label" if is_text else "number")
+    return kinds
+
 
 @dataclass(frozen=True)
 class PaperTable:
@@ -36,10 +52,11 @@ class PaperTable:
 
     def to_latex(self) -> str:
         r"""A booktabs tabular to \input."""
+        columns = "".join({"number": "r", "label": "l", "words": LATEX_WORDS}[kind] for kind in column_kinds(self.text))
         rows = [[latex_escape(str(value)) for value in row] for row in self.text.itertuples(index=False)]
         lines = [
             f"% \\usepackage{{booktabs}}; {latex_escape(self.title)}: {latex_escape(self.caption)}",
-            f"\\begin{{tabular}}{{l{'r' * (self.text.shape[1] - 1)}}}",
+            f"\\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             " & ".join(latex_escape(str(name)) for name in self.text.columns) + r" \\",
             r"\midrule",

@@ -14,7 +14,7 @@ from analysis.isoflop import IsoFlop
 from analysis.law_figures import at_largest_budget, breakdown
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
 from analysis.paper_table import PaperTable, table_of
-from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours
+from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs
 from analysis.settings import DATA
 from analysis.significance import paired
 
@@ -101,6 +101,8 @@ def size_table(study: Study, found: Claims) -> PaperTable:
             "Seeds": (str(len(cell)), ids),
         }
         rows.append(row | _quantity_cells(study, cell))
+    if len(rows) < 2:
+        rows = []
     caption = f"Mean ± sample standard deviation over seeds; {about}."
     return table_of("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs, ABOUT))
 
@@ -136,7 +138,7 @@ def joint_table(found: Claims) -> PaperTable:
         for size, of_size in runs.groupby("size", sort=False):
             row = {"Size": (str(size), _ids(of_size))}
             for level in sorted(budget.dropna().unique()):
-                heading = f"{human_count(level * 1e15)}MACs" if by_compute else f"{human_hours(level)} h"
+                heading = human_macs(level * 1e15) if by_compute else f"{human_hours(level)} h"
                 row[heading] = _spread(of_size[budget.loc[of_size.index] == level], VALIDATION_LOSS)
             rows.append(row)
     what = "training compute" if by_compute else DATA[found.data]
@@ -162,7 +164,7 @@ def efficiency_table(study: Study, found: Claims) -> PaperTable:
         row = {
             "Size": str(first["size"]),
             "Hours seen": human_hours(float(first["audio_hours_seen"])),
-            "Training compute": f"{human_count(float(first['C']))}MACs",
+            "Training compute": human_macs(float(first["C"])),
             "Audio-s/s": human_count(float(cell["audio_seconds_per_second"].median())),
             "MACs/s achieved": human_count(
                 3 * first["macs_per_second"] * float(cell["audio_seconds_per_second"].median())

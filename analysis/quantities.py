@@ -82,6 +82,11 @@ def human_count(count: float, digits: int = 3) -> str:
     return f"{scaled:.{decimals}f} {' KMGTP'[scale]}"
 
 
+def human_macs(count: float) -> str:
+    """Multiply-accumulates: 1.60 TMACs."""
+    return f"{human_count(count)}MACs" if math.isfinite(count) else MISSING
+
+
 def human_hours(hours: float) -> str:
     """Hours of audio in three significant digits, never in powers of ten: 0.37, 9.4, 1,000."""
     if not math.isfinite(hours):

@@ -196,6 +196,10 @@ def _written_figure(figure: Figure | None, stem: Path) -> list[Path]:
     return []
 
 
+def _no_figure(name: str, why: str) -> str:
+    return f"No {name.replace('_', ' ')} figure: {why}."
+
+
 def _report_text(study: Study, table: ScalingTable, said: Sequence[str], figures: Figures) -> str:
     count = f"{len(study.finished)} of {len(study.runs)} planned runs finished"
     parts = [f"# Scaling study {study.directory.path.resolve().name}", f"{count}, in {len(table.cells)} cells."]
@@ -206,7 +210,7 @@ def _report_text(study: Study, table: ScalingTable, said: Sequence[str], figures
     parts.append("The same table: [CSV in full precision](scaling_table.csv), [LaTeX](scaling_table.tex).")
     parts.append("## Figures")
     for name, (figure, caption, why) in figures.items():
-        parts.append(f"No {name} figure: {why}." if figure is None else f"![{name}]({name}.png)\n\n{caption}")
+        parts.append(_no_figure(name, why) if figure is None else f"![{name}]({name}.png)\n\n{caption}")
     parts += ["## Which runs each row comes from", markdown_table(_sources(table))]
     parts.append("Every planned run with its numbers: [runs.csv](runs.csv).")
     parts += ["## Provenance", _provenance_text(study)]
@@ -234,9 +238,7 @@ def _html_page(
             elif name in figures:
                 figure, caption, why = figures[name]
                 parts.append(
-                    html.paragraph(f"No {name} figure: {why}.")
-                    if figure is None
-                    else html.figure(report / name, caption)
+                    html.paragraph(_no_figure(name, why)) if figure is None else html.figure(report / name, caption)
                 )
         return parts
 
@@ -308,7 +310,7 @@ def _missing(
     else:
         parts.append(html.paragraph("Every planned run has finished."))
     parts += [html.paper_table(tables[name], registry) for name in ("exclusions", "replaced_crops") if name in tables]
-    said = [f"No {name} figure: {why}." for name, (figure, _, why) in figures.items() if figure is None]
+    said = [_no_figure(name, why) for name, (figure, _, why) in figures.items() if figure is None]
     for claim in [*found.losses, *found.metrics]:
         if not claim.fitted.is_usable and claim.measure == found.settings.size:
             said.append(f"{claim.quantity.label}, {claim.law.name}: {claim.fitted.status}, {claim.fitted.reason}.")

@@ -63,7 +63,7 @@ def marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
 
 
-def log_axis(ax: Axes, low: float, high: float) -> None:
+def log_axis(ax: Axes, low: float, high: float, most_ticks: int = MOST_TICKS) -> None:
     """A logarithmic x axis over [low, high] with room at both ends and a few ticks in words."""
     ax.set_xscale("log")
     ratio = high / low
@@ -74,7 +74,7 @@ def log_axis(ax: Axes, low: float, high: float) -> None:
     powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
     ticks = [step * 10.0**power for power in powers for step in steps]
     ticks = [tick for tick in ticks if first <= tick <= last]
-    while len(ticks) > MOST_TICKS:
+    while len(ticks) > most_ticks:
         ticks = ticks[::2]
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.paper_table import column_kinds, table_of
 from analysis.report import main
-from scaling.records import append_record, to_json, write_records, write_whole
+from scaling.records import Record, append_record, to_json, write_records, write_whole
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +102,44 @@ def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: 
     assert "scored on 1 to 2 utterances" in remarks
     assert "| commit | 6df9ffe (1 run), 0123abc (1 run) | mixed |" in report
     assert "note: Provenance is mixed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("plan", "losses", "scores"),
+    [
+        ([plan_row("xt")], [0.2], True),
+        ([plan_row("xt", seed) for seed in range(3)], [0.2, 0.21, 0.22], True),
+        ([plan_row("xxt"), plan_row("xt")], [0.2, float("nan")], True),
+        ([plan_row("xxt"), plan_row("xt")], [float("nan")] * 2, True),
+        ([plan_row("xxt"), plan_row("xt")], [0.2, 0.1], False),
+        ([plan_row("xt", hours=hours) for hours in (0.1, 0.2)], [0.2, 0.1], False),
+    ],
+    ids=["one run", "one size", "a loss that is nan", "only nan", "no scores", "one size, two budgets, no scores"],
+)
+def test_a_study_with_little_to_say_has_its_report_without_an_empty_table(
+    write_study: WriteStudy, plan: list[Record], losses: list[float], scores: bool
+) -> None:
+    ids = [row["run_id"] for row in plan]
+    study = write_study(plan, dict(zip(ids, losses, strict=True)), None if scores else {run_id: [] for run_id in ids})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main([f"study={study.path}", "bootstraps=100"]) == 0
+    for path in (study.report / "tables").glob("*.csv"):
+        assert len(pd.read_csv(path)) > 0, path.name
+    page = (study.report / "report.html").read_text()
+    assert not re.search(r"\bnan\b", re.sub(r"<(style|script).*?</\1>|base64,[^\"]*", "", page, flags=re.S), re.I)
+    assert "NOT TESTED" in page
+    assert ("size_table" in page) == (len({row["size"]["name"] for row in plan}) > 1 and np.isfinite(losses).sum() > 1)
+
+
+def test_columns_of_words_are_left_and_those_of_numbers_right() -> None:
+    rows = [
+        {"Law": ("Loss: L(N, D)", ""), "Verdict": ("fail", ""), "Interval": ("0.1 to 0.2", ""), "Why": ("x" * 40, "")},
+        {"Law": ("PESQ: m(L)", ""), "Verdict": ("pass", ""), "Interval": ("–", ""), "Why": ("", "")},
+    ]
+    table = table_of("held_out", "Title", "Caption.", rows)
+    assert column_kinds(table.text) == ["label", "label", "number", "words"]
+    assert r"\begin{tabular}{llrp{0.18\linewidth}}" in table.to_latex()
 
 
 def test_crops_that_damage_replaced_are_told_of_each_run(write_study: WriteStudy) -> None:

@@ -32,6 +32,7 @@ LOOK = """<script>addEventListener("load", () => {
     images: images.length,
     broken: images.filter((image) => !image.complete || image.naturalWidth < 200).length,
     panel: document.getElementById("runs").textContent,
+    scrolled: [...document.querySelectorAll(".scroll")].filter((box) => box.scrollWidth > box.clientWidth).length,
     wide: document.documentElement.scrollWidth > document.documentElement.clientWidth,
   };
   document.documentElement.dataset.found = JSON.stringify(found);
@@ -80,13 +81,14 @@ def test_the_report_renders_in_a_browser_without_errors_and_its_screenshot_is_ke
     assert SCREENSHOT.stat().st_size > 300_000
     looked = tmp_path / "looked.html"
     looked.write_text(page.read_text().replace("</body>", f"{LOOK}</body>"))
-    dumped = browse(looked, tmp_path / "two", "--dump-dom", "--window-size=1200,900")
+    dumped = browse(looked, tmp_path / "two", "--dump-dom", "--window-size=1280,900")
     assert "CONSOLE" not in dumped.stderr
     said = re.search(r'data-found="([^"]*)"', dumped.stdout)
     assert said is not None, dumped.stderr
     found = json.loads(said[1].replace("&quot;", '"'))
     assert found["images"] >= 6
     assert (found["broken"], found["wide"]) == (0, False)
+    assert found["scrolled"] == 0, "a table is wider than a laptop's window"
     assert found["tables"] >= 10
     assert re.search(r"\d+ runs? behind", found["panel"])
     assert "seed" in found["panel"]
