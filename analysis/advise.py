@@ -38,8 +38,8 @@ FAR = 10.0  # times the audio of the study's longest run: further than a law of 
 
 REMEDIES = {
     UNIDENTIFIABLE: "vary sizes and budgets, as +sweep=isoflop does",
-    BOUND: "its curve holds within the cells alone; add larger budgets or sizes to the sweep (the best size of each "
-    "budget that was trained is in the report, under equal compute)",
+    BOUND: "its curve holds within the cells alone; add larger budgets or sizes to the sweep (the report says, under "
+    "equal compute, what each budget that was trained shows)",
     UNFINISHED: "add cells or seeds to the sweep",
 }
 

@@ -137,8 +137,11 @@ def _parabola(runs: pd.DataFrame, bootstraps: int, rng: np.random.Generator) -> 
     shape = (float(coefficients[0]), float(coefficients[1]), float(coefficients[2]))
     if not np.isfinite(best):
         side = "opens downwards" if coefficients[0] <= 0 else "has its minimum outside of the sizes trained"
-        slope = "larger" if np.polyval(coefficients, high) < np.polyval(coefficients, low) else "smaller"
-        reason = f"the parabola {side}; {slope} sizes are needed at this budget"
+        falls = np.polyval(coefficients, high) < np.polyval(coefficients, low)
+        needed = (
+            "larger sizes are needed, or smaller budgets" if falls else "smaller sizes are needed, or larger budgets"
+        )
+        reason = f"the parabola {side}; {needed}"
         return Parabola(compute, cells, AT_EDGE, reason, centre, shape, bootstrap=bootstrap)
     size = 10 ** (best + centre)
     loss = float(np.exp(np.polyval(coefficients, best)))

@@ -16,6 +16,7 @@ from analysis.claims import Claims, claims
 from analysis.fit import CONVERGED, UNIDENTIFIABLE
 from analysis.gather import gather
 from analysis.isoflop import AT_EDGE, isoflop
+from analysis.laws import joint_law
 from analysis.nodes import node_table
 from analysis.paper_tables import paper_tables
 from analysis.quantities import METRICS
@@ -183,6 +184,22 @@ def test_the_planner_refuses_where_the_law_is_not_identified(
     out = capsys.readouterr().out
     assert "Best between the sizes trained" in out
     assert "without the largest size (s): pass" in out
+
+
+def test_the_planner_says_of_a_law_at_a_bound_what_would_free_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for budget in (0.1, 1.0, 10.0):
+        for size in ("c8", "xt", "t", "s"):
+            hours = budget * 1e15 / COST / FAMILY[size][4]
+            plan = run_record(size, hours)  # every size and budget still gains, as if there were no floor
+            write_run(study, plan, float(joint_law(FAMILY[size][4], hours, **LAW | {"E": 0.0})), rng)
+            plans.append(plan)
+    study.plan.write_text(lines(plans))
+    assert main([f"study={study.path}", "gpu_hours=1", "bootstraps=100"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("no advice: L(N, D) of this study is at a bound (E = ")
+    assert "add larger budgets or sizes to the sweep" in told
+    assert "isoflop" not in told, "the study is of equal compute already"
 
 
 # --- significance --------------------------------------------------------------------------
