@@ -63,21 +63,23 @@ def last_log(plan: RunPlan) -> Path | None:
     return Path(logs[-1]) if logs and logs[-1] else None
 
 
-def run_locally(plans: Sequence[RunPlan], num_planned: int, cluster: ClusterConfig, show: Callable[[], None]) -> None:
-    """Bring all runs to their end, in the order given; one that fails leaves the others running.
+def run_locally(
+    todo: Sequence[RunPlan], planned: Sequence[RunPlan], cluster: ClusterConfig, show: Callable[[], None]
+) -> None:
+    """Bring all of `todo` to their end, in the order given; one that fails leaves the others running.
 
-    num_planned: runs of the whole sweep; the threads of a run follow from it and not from how
-        many are left, so a run that goes on later computes as it did before
+    planned: the runs of the whole sweep; how many run at once and with how many threads follows from them and
+        not from those that are left, so a run that goes on later computes as it did before
     show: called every half second, to show how far the runs are
     An interrupt ends the runs too; they go on from their checkpoints at the next call.
     """
     gpus = _visible_gpus()
-    sizes = {plan.run_id: cluster.for_run(plan.config.model.name, plan.axes).num_processes for plan in plans}
+    sizes = {plan.run_id: cluster.for_run(plan.config.model.name, plan.axes).num_processes for plan in planned}
     most = max(sizes.values(), default=1)
-    num_slots = cluster.max_parallel or max(1, (len(gpus) or min(num_planned * most, _num_cpus())) // most)
-    threads = max(1, _num_cpus() // (min(num_slots, num_planned) * most))  # of each process, in all runs the same
-    adopted = [plan for plan in plans if is_alive(plan)]
-    waiting = deque(plan for plan in plans if plan not in adopted)
+    num_slots = cluster.max_parallel or max(1, (len(gpus) or min(len(planned) * most, _num_cpus())) // most)
+    threads = max(1, _num_cpus() // (min(num_slots, len(planned)) * most))  # of each process, in all runs the same
+    adopted = [plan for plan in todo if is_alive(plan)]
+    waiting = deque(plan for plan in todo if plan not in adopted)
     running = [LocalJob(plan, slot, None) for slot, plan in enumerate(adopted)]
     try:
         while waiting or running:

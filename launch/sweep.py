@@ -98,7 +98,7 @@ def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfi
             assert config.sweep is not None
             # Where speed is what is studied, runs side by side would slow one another.
             cluster = replace(config.cluster, max_parallel=1) if config.sweep.compares_execution else config.cluster
-            run_locally(todo, len(plans), cluster, display.show)
+            run_locally(todo, plans, cluster, display.show)
     is_reported = _report(study)
     return max(_tell_failures(plans), 0 if is_reported else 1)
 

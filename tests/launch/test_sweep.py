@@ -304,6 +304,13 @@ def test_speed_against_processes_is_a_sweep_whose_runs_differ_in_nothing_else(
         last = [metrics for metrics in rows if metrics["kind"] == "train"][-1]
         assert ("communication_seconds" in last) == (size == 2)
     assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+    # The run of one process alone is executed again as it was beside that of two, with as many threads.
+    (alone,) = [study.run(row["run_id"]) for row in plan if row["axes"]["cluster.processes_per_node"] == 1]
+    alone.clear()
+    done = command("launch.sweep", *words)
+    assert "1 of 2 runs are settled, 1 to execute" in done.stdout, done.stderr
+    assert alone.read_events()[1]["hardware"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert [metrics["loss"] for metrics in alone.read_metrics()] == losses[1]
     table = (study.report / "tables" / "node_scaling.md").read_text()
     assert table.count("| xxt | strong |") == 2
 
