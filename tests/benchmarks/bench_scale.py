@@ -8,10 +8,8 @@ training of hours on record for one in two.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ import pytest
 
 from scaling.records import RunDirectory, StudyDirectory, append_record
 from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, running_cluster
 
 SECONDS = 10.0  # CPU time that each may take
 AXES = (
@@ -34,16 +32,8 @@ LATER = "cluster.additional_parameters={begin:'now+1hour'}"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    root = Path(tempfile.mkdtemp(prefix="slurm-"))
-    cluster = Cluster(root, max_array_size=5001)
-    try:
-        cluster.start()
-        os.environ.update(cluster.environment)
+    with running_cluster(("n1", "n2", "n3"), max_array_size=5001) as cluster:
         yield cluster
-    finally:
-        os.environ.pop("SLURM_CONF", None)
-        cluster.stop()
-        shutil.rmtree(root, ignore_errors=True)
 
 
 def timed(module: str, *words: str) -> tuple[float, float, str]:

@@ -17,8 +17,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -225,6 +226,26 @@ class Cluster:
                 start_new_session=True,
             )
         (self.root / "pids" / name).write_text(str(process.pid))
+
+
+@contextlib.contextmanager
+def running_cluster(nodes: tuple[str, ...], max_array_size: int = MAX_ARRAY_SIZE) -> Iterator[Cluster]:
+    """A cluster in a new folder, which SLURM's commands find from this process on; stopped and removed at the end.
+
+    SLURM_TEST_LOGS in the environment names a folder to keep the daemons' logs in.
+    """
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's own folder is closed to munge's user
+    cluster = Cluster(root, nodes, max_array_size)
+    try:
+        cluster.start()
+        os.environ.update(cluster.environment)
+        yield cluster
+    finally:
+        os.environ.pop("SLURM_CONF", None)
+        cluster.stop()
+        if logs := os.environ.get("SLURM_TEST_LOGS"):
+            shutil.copytree(root / "logs", logs, dirs_exist_ok=True)
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def require_programs() -> None:

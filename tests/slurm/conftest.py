@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scaling.records import RunDirectory, StudyDirectory
-from tests.slurm.cluster import Cluster, MissingError, require_programs
+from tests.slurm.cluster import Cluster, MissingError, require_programs, running_cluster
 
 # What runs on this cluster ask for beside the tests' tiny run: two processes over two nodes, no GPU.
 SLURM_RUN = (
@@ -40,18 +38,8 @@ def cluster() -> Iterator[Cluster]:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
-    root = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's own folder is closed to munge's user
-    cluster = Cluster(root, nodes=("n1", "n2", "n3", "n4"))
-    try:
-        cluster.start()
-        os.environ.update(cluster.environment)
+    with running_cluster(("n1", "n2", "n3", "n4")) as cluster:
         yield cluster
-    finally:
-        os.environ.pop("SLURM_CONF", None)
-        cluster.stop()
-        if logs := os.environ.get("SLURM_TEST_LOGS"):  # a folder to keep the daemons' logs in
-            shutil.copytree(root / "logs", logs, dirs_exist_ok=True)
-        shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
