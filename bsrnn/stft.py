@@ -52,8 +52,9 @@ class CompressedSTFT(nn.Module):
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.exponent = exponent
-        # The inverse divides by the window's square, so a factor of the window is undone there.
-        self.register_buffer("window", gain * torch.hann_window(n_fft), persistent=False)
+        # The inverse divides by the window's square, so a factor of the window is undone there. A window on the
+        # meta device, of a model that is only counted, would make torch load its decompositions: a second.
+        self.register_buffer("window", gain * torch.hann_window(n_fft, device="cpu"), persistent=False)
 
     def forward(self, waveform: Float[Tensor, "batch sample"]) -> Complex[Tensor, "batch bin frame"]:
         """The compressed spectrum of a waveform of at least one sample."""

@@ -138,9 +138,7 @@ def _submit(
 
 
 def _is_on_record(study: StudyDirectory, plans: Sequence[RunPlan]) -> bool:
-    if not study.plan.exists():
-        return False
-    return [row["run_id"] for row in study.read_plan()] == [plan.run_id for plan in plans]
+    return study.plan.exists() and study.read_run_ids() == [plan.run_id for plan in plans]
 
 
 def _is_live(plan: RunPlan, queue: Mapping[str, QueuedJob]) -> bool:

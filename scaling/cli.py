@@ -11,6 +11,7 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,6 +28,7 @@ CONFIG_FOLDER = Path(__file__).parent.parent / "conf"
 Config = TypeVar("Config")
 
 
+@lru_cache
 def is_group(key: str) -> bool:
     """Whether a key is a choice between files (`model`) rather than a setting."""
     return (CONFIG_FOLDER / key).is_dir()

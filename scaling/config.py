@@ -16,6 +16,7 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,27 @@ class ModelConfig:
 
     def architecture(self, norm_batch: int | None, sample_rate: int = SAMPLE_RATE) -> BSRNNConfig:
         """Of the network for audio of a rate, by default the shards'; UserError if there is none."""
-        front_end = FRONT_ENDS[self.front_end]
+        size = (self.num_channels, self.num_layers, self.front_end, self.norm, self.causal)
         try:
-            config = BSRNNConfig(
-                self.num_channels,
-                self.num_layers,
-                **vars(front_end),
-                norm_batch=norm_batch,
-                norm=self.norm,
-                causal=self.causal,
-            )
-            return config.at_sample_rate(sample_rate)
+            return _architecture(*size, norm_batch, sample_rate)
         except ValueError as error:
             raise UserError(f"model {self.name}: {error}") from None
+
+
+@lru_cache
+def _architecture(
+    num_channels: int,
+    num_layers: int,
+    front_end: str,
+    norm: str,
+    causal: bool,
+    norm_batch: int | None,
+    sample_rate: int,
+) -> BSRNNConfig:
+    """Every plan of a study asks for that of its size several times."""
+    bands = vars(FRONT_ENDS[front_end])
+    config = BSRNNConfig(num_channels, num_layers, **bands, norm_batch=norm_batch, norm=norm, causal=causal)
+    return config.at_sample_rate(sample_rate)
 
 
 @dataclass

@@ -21,6 +21,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -320,8 +321,20 @@ class StudyDirectory:
     def run(self, run_id: str) -> RunDirectory:
         return RunDirectory(self.runs / run_id)
 
+    @property
+    def _missing(self) -> RecordError:
+        return RecordError(f"no study at {self.path}: it has no plan.jsonl; make one with python -m launch.sweep")
+
     def read_plan(self) -> list[Record]:
         """The planned runs; RecordError if the study has no plan."""
         if not self.plan.exists():
-            raise RecordError(f"no study at {self.path}: it has no plan.jsonl; make one with python -m launch.sweep")
+            raise self._missing
         return list(read_records(self.plan))
+
+    def read_run_ids(self) -> list[str]:
+        """The ids of the planned runs, the rest of the plan unread: it is large; RecordError if there is none."""
+        try:
+            plan = self.plan.read_bytes()
+        except FileNotFoundError:
+            raise self._missing from None
+        return [run_id.decode() for run_id in re.findall(rb'^\{"run_id": "([^"]+)"', plan, re.MULTILINE)]
