@@ -30,6 +30,8 @@ from scaling.errors import UserError
 from scaling.records import Record, StudyDirectory
 
 SECONDS_BETWEEN_LOOKS = 10.0
+NARROW = 120  # columns of a terminal, below which the table leaves some of its own out
+LEFT_OUT = ("audio s/s", "nodes", "last event")
 MOST_ROWS = 100  # of a table for people
 STYLES = {"finished": "green", "failed": "red", "lost": "red", "running": "bold", "evaluating": "bold"}
 GOING = ("queued", "requeued", "starting", "running", "evaluating", "ending")
@@ -41,15 +43,20 @@ def main(words: Sequence[str]) -> int:
     plan = study.read_plan()
     console = Console(width=None if sys.stdout.isatty() else 200)
     states = study_states(study, plan)
+    is_narrow = console.width < NARROW
     if "--watch" in given:
         with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
-            live.update(status_table(study, plan, states), refresh=True)
+            live.update(status_table(study, plan, states, is_narrow), refresh=True)
             while any(state.state in GOING for state in states):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-                states = study_states(study, plan)
-                live.update(status_table(study, plan, states), refresh=True)
+                trouble = ""
+                try:
+                    states = study_states(study, plan)
+                except UserError as error:  # a controller that restarts ends no watch
+                    trouble = f"{error} Looking again."
+                live.update(Group(status_table(study, plan, states, is_narrow), trouble), refresh=True)
     else:
-        console.print(status_table(study, plan, states, given.get("all") == "true"))
+        console.print(status_table(study, plan, states, is_narrow, given.get("all") == "true"))
     return 1 if any(state.state in ("failed", "lost") for state in states) else 0
 
 
@@ -60,34 +67,40 @@ def study_states(study: StudyDirectory, plan: Sequence[Record]) -> list[RunState
 
 
 def status_table(
-    study: StudyDirectory, plan: Sequence[Record], states: Sequence[RunState], is_whole: bool = False
+    study: StudyDirectory,
+    plan: Sequence[Record],
+    states: Sequence[RunState],
+    is_narrow: bool = False,
+    is_whole: bool = False,
 ) -> RenderableType:
     """One row a run; of many runs those about which there is something to know, and the counts of all."""
     counts = Counter(state.state for state in states)
     summary = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
     table = Table(title=f"{study.path}: {len(states)} runs: {summary}", title_justify="left", box=None, pad_edge=False)
-    for name in ("run", "state", "step", "loss", "audio s/s", "left", "job", "nodes", "last event", ""):
+    names = ("run", "state", "step", "loss", "audio s/s", "left", "job", "nodes", "last event", "")
+    for name in (name for name in names if not (is_narrow and name in LEFT_OUT)):
         is_number = name in ("step", "loss", "audio s/s", "left")
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=name == "run")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=name not in ("", "last event"))
     shown = list(zip(states, plan, strict=True))
     if len(shown) > MOST_ROWS and not is_whole:
         telling = [pair for pair in shown if pair[0].state not in ("planned", "queued", "finished")]
         shown = (telling or shown)[:MOST_ROWS]
     now = time.time()
     for state, row in shown:
-        table.add_row(
-            state.run_id,
-            state.state,
-            f"{state.step}/{row['steps']}" if state.step else "",
-            f"{state.loss:.4f}" if state.loss is not None else "",
-            f"{state.speed:.0f}" if state.speed else "",
-            duration(state.seconds_left) if state.seconds_left is not None else "",
-            state.job,
-            state.nodes,
-            f"{state.last_event}, {duration(now - state.last_time)} ago" if state.last_time else "",
-            " ".join(state.why.split())[:160],
-            style=STYLES.get(state.state, "dim" if state.state in ("planned", "queued") else ""),
-        )
+        said = {
+            "run": state.run_id,
+            "state": state.state,
+            "step": f"{state.step}/{row['steps']}" if state.step else "",
+            "loss": f"{state.loss:.4f}" if state.loss is not None else "",
+            "audio s/s": f"{state.speed:.0f}" if state.speed else "",
+            "left": duration(state.seconds_left) if state.seconds_left is not None else "",
+            "job": state.job,
+            "nodes": state.nodes,
+            "last event": f"{state.last_event}, {duration(now - state.last_time)} ago" if state.last_time else "",
+            "": " ".join(state.why.split())[:160],
+        }
+        style = STYLES.get(state.state, "dim" if state.state in ("planned", "queued") else "")
+        table.add_row(*(said[str(column.header)] for column in table.columns), style=style)
     if len(shown) == len(states):
         return table
     return Group(table, f"{len(states) - len(shown)} more runs are not shown: all=true shows them")
