@@ -46,10 +46,16 @@ def read_queue() -> dict[str, QueuedJob]:
     except FileNotFoundError:
         raise UserError("squeue is not on the PATH: run this on a login node of the cluster") from None
     except subprocess.CalledProcessError as error:
-        raise UserError(f"squeue does not answer ({error.stderr.strip()}): is the cluster's controller up?") from None
+        raise UserError(f"squeue does not answer ({said(error.stderr)}): is the cluster's controller up?") from None
     except subprocess.TimeoutExpired:
         raise UserError(
             f"squeue does not answer within {SECONDS_TO_ANSWER} s: is the cluster's controller up?"
         ) from None
     jobs = (QueuedJob(*line.split("|", 4)) for line in result.stdout.splitlines() if line.count("|") >= 4)
     return {job.id: job for job in jobs}
+
+
+def said(stderr: str) -> str:
+    """What a command of SLURM complains of, each thing once, in a line."""
+    lines = [line.split("error: ", 1)[-1].strip() for line in stderr.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines))

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.config import ClusterConfig
-from launch.queue import QueuedJob
+from launch.queue import QueuedJob, said
 from launch.snapshot import take_snapshot
 from launch.submission import Settings, Submission, submissions
 from scaling.errors import UserError
@@ -214,8 +214,7 @@ def _arrays(plans: Sequence[RunPlan], cluster: ClusterConfig) -> list[tuple[Clus
 
 
 def _max_array_size() -> int:
-    said = _ask(["scontrol", "show", "config"])
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]), re.MULTILINE)
     return max(1, int(found[1])) if found else 1000
 
 
@@ -266,7 +265,7 @@ def try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
     )
     if done.returncode:
         asked = ", ".join(f"{name}={value}" for name, value in _resources(shape).items() if name not in OURS)
-        raise UserError(f"SLURM refuses a job with {asked}: {_said(done.stderr)}: check cluster's settings")
+        raise UserError(f"SLURM refuses a job with {asked}: {said(done.stderr)}: check cluster's settings")
 
 
 def sbatch(script: Path, lock: int | None = None) -> str:
@@ -282,7 +281,7 @@ def sbatch(script: Path, lock: int | None = None) -> str:
         start_new_session=True,  # an interrupt from the terminal reaches this process, not a submission under way
     )
     if done.returncode:
-        raise UserError(f"sbatch refused an array ({_said(done.stderr)}): what was submitted before it stays so")
+        raise UserError(f"sbatch refused an array ({said(done.stderr)}): what was submitted before it stays so")
     return done.stdout.strip().split(";")[0]
 
 
@@ -300,10 +299,5 @@ def _environment() -> dict[str, str]:
 def _ask(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
-        raise UserError(f"{' '.join(command)} does not answer ({_said(done.stderr)}): is the cluster's controller up?")
+        raise UserError(f"{' '.join(command)} does not answer ({said(done.stderr)}): is the cluster's controller up?")
     return done.stdout
-
-
-def _said(stderr: str) -> str:
-    lines = [line.split("error: ", 1)[-1].strip() for line in stderr.splitlines() if line.strip()]
-    return "; ".join(dict.fromkeys(lines))

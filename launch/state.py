@@ -122,7 +122,8 @@ def _on_slurm(
     if job is not None and job.is_live:
         if job.state == "PENDING":
             launched = newest_event(lines, "launched").get("time", 0) > submitted.get("time", 0)
-            waits = f"waits for {job.reason}" + (f", after {why}" if why and launched else "")
+            waits = "waits" if job.reason == "None" else f"waits for {job.reason}"
+            waits += f", after {why}" if why and launched else ""
             return ("requeued" if launched else "queued"), waits
         if job.state == "COMPLETING":
             return "ending", why
