@@ -22,7 +22,7 @@ import submitit
 
 from launch.config import ClusterConfig
 from launch.task import RunTask
-from scaling.locks import is_locked
+from scaling.locks import holder, is_locked
 from scaling.plan import RunPlan
 from scaling.ports import free_port
 
@@ -125,11 +125,11 @@ def _stop(jobs: Sequence[LocalJob]) -> None:
     """Interrupt runs, and kill those that have not ended within a few seconds."""
     processes: list[psutil.Process] = []
     for job in jobs:
-        with contextlib.suppress(psutil.Error, ValueError, OSError):
-            if job.job is not None:  # submitit names a local job by its controller's process
+        if job.job is not None:  # submitit names a local job by its controller's process
+            with contextlib.suppress(psutil.Error):
                 processes += psutil.Process(int(job.job.job_id)).children()
-            else:
-                processes.append(psutil.Process(int(job.plan.directory.lock.read_text())))
+        elif (process := holder(job.plan.directory.lock)) is not None:
+            processes.append(process)
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGINT)

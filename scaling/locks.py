@@ -10,8 +10,10 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from scaling.errors import UserError
 from scaling.records import RunDirectory
@@ -67,3 +69,15 @@ def is_held(lock: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def holder(lock: Path) -> psutil.Process | None:
+    """The process of this machine that holds a lock file.
+
+    Over a shared file system a lock may be held on another machine; the number in it is somebody else's here.
+    """
+    with suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int(lock.read_text()))
+        if is_held(lock) and any(Path(file.path) == lock.resolve() for file in process.open_files()):
+            return process
+    return None
