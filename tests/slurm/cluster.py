@@ -29,6 +29,7 @@ PROGRAMS = ("sbatch", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
 CPUS_A_NODE = 16  # more than there are: jobs of tests share the machine's cores
 MEMORY_MB = 64000  # likewise
 MAX_ARRAY_SIZE = 12
+FOLDERS = ("munge", "state", "pids", "logs", "spool", "database")
 NODE_DOWN_SECONDS = 10  # without word from a slurmd
 SECONDS_TO_START = 90.0
 
@@ -68,8 +69,8 @@ MessageTimeout=10
 MaxArraySize={max_array_size}
 MaxJobCount=50000
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
-PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1
-PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=9
+PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=9
 """
 
 NODE_LINE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory={mb}\n"
@@ -108,12 +109,18 @@ class Cluster:
         return {"SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
-        """Start everything and return when all nodes are idle; MissingError, RuntimeError with the logs' ends."""
+        """Start everything and return when all nodes are idle; MissingError, RuntimeError with the logs' ends.
+
+        What a cluster that was stopped has left in the folder is removed.
+        """
         require_programs()
+        if self.is_running():
+            raise RuntimeError(f"a cluster runs in {self.root} already: source {self.root / 'env'}, or stop it first")
         host = socket.gethostname()
         ports = dict(zip(("slurmctld", "slurmdbd", *self.nodes), _free_ports(2 + len(self.nodes)), strict=True))
-        for folder in ("munge", "state", "pids", "logs", "spool", "database"):
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        for folder in FOLDERS:
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+            (self.root / folder).mkdir(parents=True)
         for name in self.nodes:
             (self.root / "spool" / name).mkdir(exist_ok=True)
         self.root.chmod(0o755)
@@ -134,6 +141,10 @@ class Cluster:
             self.stop()
             raise
 
+    def is_running(self) -> bool:
+        """Whether any of the daemons is, by the pid files."""
+        return bool(self._daemons())
+
     def _start_munged(self) -> None:
         folder = self.root / "munge"
         key = folder / "key"
@@ -141,6 +152,8 @@ class Cluster:
         key.chmod(0o400)
         for path in (folder, key):
             shutil.chown(path, "munge", "munge")
+        if not succeeds(["runuser", "-u", "munge", "--", "test", "-x", str(folder)]):
+            raise MissingError(f"munge's user may not enter {self.root}: take a folder below /var/tmp")
         files = {"key-file": key, "socket": folder / "socket", "pid-file": folder / "pid"}
         files |= {"log-file": folder / "log", "seed-file": folder / "seed"}
         run(["runuser", "-u", "munge", "--", "munged", "--force", *(f"--{k}={v}" for k, v in files.items())])
@@ -201,11 +214,7 @@ class Cluster:
                 for pid in self._processes_on(name):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-        pids = []
-        for path in sorted((self.root / "pids").glob("*"), key=lambda path: -_stop_order(path.name)):
-            with contextlib.suppress(OSError, ValueError):
-                pids.append(int(path.read_text()))
-        for pid in pids:
+        for pid in self._daemons():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
             deadline = time.monotonic() + 10
@@ -213,6 +222,17 @@ class Cluster:
                 time.sleep(0.05)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _daemons(self) -> list[int]:
+        """The live processes that the pid files name, clients before what they talk to."""
+        pids = []
+        for path in sorted((self.root / "pids").glob("*"), key=lambda path: -_stop_order(path.name)):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(path.read_text())
+                said = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+                if str(self.root).encode() in said:  # not another's that came after, and has its number
+                    pids.append(pid)
+        return pids
 
     def _spawn(self, command: list[str], name: str, environment: dict[str, str] | None = None) -> None:
         """A daemon that stays in the foreground, put into the background."""
@@ -346,8 +366,8 @@ def main(words: list[str]) -> int:
             cluster.stop()
         else:
             cluster.start()
-            print(f"three nodes are up; now: source {cluster.root / 'env'}")
-    except (MissingError, RuntimeError) as error:
+            print(f"{len(cluster.nodes)} nodes are up; now: source {cluster.root / 'env'}")
+    except (MissingError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

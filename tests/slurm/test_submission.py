@@ -79,7 +79,7 @@ def test_a_shape_that_slurm_refuses_is_one_line_before_anything_is_queued(slurm_
     for words, said in (
         (["cluster.partition=nowhere"], "partition=nowhere: invalid partition"),
         (["cluster.sizes={xt:{mem_gb:900}}"], "mem=921600M"),
-        (["cluster.timeout_min=5000"], "is beyond partition main's limit of 60 minutes"),
+        (["cluster.timeout_min=5000"], "is beyond partition main's limit of 1440 minutes"),
     ):
         done = launch("sweep", *slurm_words, f"study={study}", "sweep.axes.model=[xxt,xt]", *words, check=False)
         assert done.returncode == 2, done.stdout + done.stderr
