@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from launch.queue import read_queue
 from scaling.records import RunDirectory
+from scaling.shards import ShardIndex
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import events_of, job_of, launch, runs_of, story, wait_for
 
@@ -21,6 +24,7 @@ class Case:
     attempts: int
     failure: str | None  # of the run; None: it finished after all
     reason: str
+    has_damaged_shards: bool = False
 
 
 ALONE = ("cluster.nodes=1", "cluster.processes_per_node=1")
@@ -60,18 +64,36 @@ CASES = {
         (f'{LOCAL}"export MASTER_ADDR=nowhere.invalid"]',), 1, "bad config", "nowhere.invalid"
     ),
     "diverged": Case((*ALONE, "train.optimiser.learning_rate=1e30"), 1, "diverged", "the loss of step"),
+    # Both processes meet them, on two nodes; no checkpoint mends them, so the job does not come back.
+    "shards are damaged": Case(
+        (), 1, "bad data", "more than data.max_damaged_share = 0.01: see python -m scaling.verify", True
+    ),
     "ended by what nobody foresaw": Case(
         (*ALONE, f'{LOCAL}"ulimit -t 2"]'), 1, "code error", "CPU time limit exceeded"
     ),
 }
 
 
+def damaged_copy(shards: Path, copy: Path) -> Path:
+    """Shards with every second half of a training shard overwritten, their sizes as they were."""
+    shutil.copytree(shards, copy)
+    for shard in copy.glob("train-*.tar"):
+        size = shard.stat().st_size
+        with shard.open("r+b") as file:
+            file.seek(size // 2)
+            file.write(b"\x55" * (size - size // 2))
+    return copy
+
+
 @pytest.fixture(scope="module")
-def runs(cluster: Cluster, slurm_words: list[str], tmp_path_factory) -> dict[str, RunDirectory]:
+def runs(cluster: Cluster, slurm_words: list[str], tiny_index: ShardIndex, tmp_path_factory) -> dict[str, RunDirectory]:
     studies = {name: tmp_path_factory.mktemp("study") / "study" for name in CASES}
 
     def go_through(name: str) -> RunDirectory:
-        launch("sweep", *slurm_words, *CASES[name].settings, f"study={studies[name]}")
+        words = [*slurm_words, *CASES[name].settings, f"study={studies[name]}"]
+        if CASES[name].has_damaged_shards:
+            words.append(f"data.shards={damaged_copy(tiny_index.root, studies[name].with_name('shards'))}")
+        launch("sweep", *words)
         (run,) = runs_of(studies[name])
 
         def is_over() -> bool:
