@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import job_of, launch, runs_of, wait_for
+from tests.slurm.conftest import events_of, job_of, launch, runs_of, train_losses, wait_for
 from tests.slurm.test_submission import LATER
 
 
@@ -92,3 +96,53 @@ def test_a_preflight_passes_and_its_speed_prices_the_next_sweep(slurm_words: lis
     assert failed.returncode == 1
     assert "FAILED  rendezvous: bad config: " in failed.stdout
     assert "nowhere.invalid" in failed.stdout
+
+
+def test_a_live_run_is_watched_through_a_controller_that_is_away_and_then_cancelled(
+    slurm_words: list[str], tmp_path: Path
+):
+    study, is_away = tmp_path / "study", tmp_path / "is_away"
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        f"#!/bin/bash\n[ ! -e {is_away} ] || {{ echo 'squeue: error: Unable to contact' >&2; exit 1; }}\n"
+        f'exec {shutil.which("squeue")} "$@"\n'
+    )
+    squeue.chmod(0o755)
+    endless = ["cluster.nodes=1", "train.budget.steps=100000", "execution.checkpoint_every=100000"]
+    launch("sweep", *slurm_words, *endless, f"study={study}")
+    (run,) = runs_of(study)
+    wait_for(lambda: len(train_losses(run)) > 3, "it trains", run=run)
+
+    terminal, its_end = pty.openpty()
+    watch = subprocess.Popen(
+        [sys.executable, "-m", "launch.status", f"study={study}", "--watch"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COLUMNS": "80", "TERM": "xterm"},
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+    )
+    os.close(its_end)
+    said = b""
+
+    def has_said(what: str) -> bool:
+        nonlocal said
+        while select.select([terminal], [], [], 0)[0]:
+            try:
+                said += os.read(terminal, 65536)
+            except OSError:  # it has ended
+                break
+        return what.encode() in said
+
+    wait_for(lambda: has_said("1 running"), "a table", seconds=60)
+    assert run.run_id.encode() in said
+    is_away.touch()
+    wait_for(lambda: has_said("Looking again"), "it has missed the controller", seconds=60)
+    is_away.unlink()
+    watch.send_signal(signal.SIGINT)
+    assert watch.wait(30) == 0
+    assert not has_said("Traceback")
+    os.close(terminal)
+
+    assert "told 1 run to stop" in launch("cancel", f"study={study}").stdout
+    wait_for(lambda: "1 cancelled" in launch("status", f"study={study}").stdout, "it is cancelled", seconds=60)
+    assert events_of(run, "checkpointed")[-1]["step"] > 3, "it has saved"
