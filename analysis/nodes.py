@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from analysis import style
 from analysis.gather import Study
@@ -115,6 +116,8 @@ def nodes_figure(table: pd.DataFrame) -> Figure | None:
             ax.grid(axis="y")
             sns.despine(ax=ax)
         left.set_yscale("log", base=2)
+        left.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))  # one octave of powers of 2 has one tick
+        left.yaxis.set_minor_locator(NullLocator())
         left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         left.set_ylabel("Audio-seconds a second")
         right.axhline(1, zorder=1, **style.REFERENCE)
