@@ -31,6 +31,9 @@ def main(words: Sequence[str]) -> int:
     keys = {"study": "the study's folder", "rank": "a rank", "attempt": "an attempt, from 0", "lines": "of each log"}
     given = parsed(words, keys, flags=("--follow",), rest="run")
     study = StudyDirectory(Path(given["study"])) if "study" in given else newest_study()
+    for key in ("rank", "attempt", "lines"):
+        if key in given and not given[key].isdecimal():
+            raise UserError(f"{key}={given[key]}: expected a whole number, from 0")
     if "run" not in given:
         raise UserError(f"which run? One of python -m launch.status study={study.path}")
     run, *others = named_runs(study, [given["run"]])
@@ -40,7 +43,8 @@ def main(words: Sequence[str]) -> int:
         )
     logs = logs_of(run, given.get("rank"), given.get("attempt"))
     if not logs:
-        print(f"run {run.run_id} has no log yet", file=sys.stderr)
+        of_what = "".join(f" of {key} {given[key]}" for key in ("attempt", "rank") if key in given)
+        print(f"run {run.run_id} has no log{of_what} yet", file=sys.stderr)
         return 1
     if "--follow" in given:
         sys.stdout.flush()

@@ -59,6 +59,7 @@ def test_mistakes_are_one_line(waiting: Path, tmp_path: Path):
         ("cancel", ["nobody", f"study={waiting}"], "is called nobody: python -m launch.status"),
         ("logs", [f"study={waiting}"], "error: which run?"),
         ("logs", ["xxt", f"study={waiting}"], "error: xxt begins 4 runs"),
+        ("logs", ["xxt", "lines=all", f"study={waiting}"], "error: lines=all: expected a whole number"),
     ):
         done = launch(module, *words, check=False)
         assert done.returncode == 2, done.stdout + done.stderr
