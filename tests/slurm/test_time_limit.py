@@ -49,6 +49,7 @@ def test_a_job_that_goes_first_takes_the_nodes_and_gives_them_back(slurm_words: 
     subprocess.run(["sbatch", *urgent], check=True, stdout=subprocess.DEVNULL)
     wait_for(lambda: len(events_of(run, "ended")) == 2, "it is finished after all", seconds=300)
     assert run.state()[0] == "finished", story(run)
-    assert events_of(run, "ended")[0]["failure"] == "preempted", story(run)
+    first = events_of(run, "ended")[0]
+    assert (first["failure"], first["exit_status"]) == ("preempted", 75), story(run)
     assert events_of(run, "requeued")[0]["by"] == "SLURM"
     assert [step for step, _ in train_losses(run)] == list(range(1, 401))
