@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -129,6 +129,11 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
             log.warning("run %s stops for %s; the same command goes on from its checkpoint", directory.run_id, stopped)
         if not stopped.by_all:
             processes.tell_failure(f"preempted: {stopped}")
+            return PREEMPTED
+        # A process that ends with its group's threads at work may be aborted by them. All have saved: one that is
+        # lost by now is no loss.
+        with suppress(LostRankError, RuntimeError):
+            processes.leave()
         return PREEMPTED
     except DivergedError as error:
         if processes.is_first:
