@@ -42,6 +42,7 @@ import errno
 import hashlib
 import json
 import os
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -369,7 +370,7 @@ def _checksums(content: memoryview, head: bytes | bytearray = b"", tail: bytes |
         found.append(crc(content[at:edge], value))
         value, at = 0, edge
     found.append(crc(tail, crc(content[at:], value)))
-    return "".join([f"{value:08x}" for value in found])
+    return struct.pack(f">{len(found)}I", *found).hex()
 
 
 def block_checksums(samples: Samples) -> str:

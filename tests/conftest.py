@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", choices=("quick", "full"), default="quick", help=counts)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes of pytest a file's tests share one, as those of the cluster do, which go first."""
     slurm = Path(__file__).parent / "slurm"
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_of_cluster = item.path.is_relative_to(slurm)
         item.add_marker(pytest.mark.xdist_group("slurm" if is_of_cluster else str(item.path)))
     items.sort(key=lambda item: not item.path.is_relative_to(slurm))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Several processes that did not keep to the groups would make every module's fixtures, and clusters, twice."""
+    if session.config.getoption("loadgroup", False) and any("@" not in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest-xdist does not see the tests' groups: install what constraints.txt has")
 
 
 @pytest.fixture(scope="session")

@@ -159,7 +159,7 @@ def test_a_budget_can_be_an_axis_and_quick_checks_stay_out_of_the_study(
 
 
 def test_an_interrupt_ends_the_runs_and_the_next_call_goes_on(sweep_words: list[str], tmp_path: Path, command):
-    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=200"]
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=500"]
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.sweep", *words], cwd=tmp_path, stdout=-3, stderr=subprocess.PIPE, text=True
     )

@@ -31,6 +31,8 @@ def test_status_asks_slurm_once_and_accounting_never(waiting: Path, tmp_path: Pa
         script = f'#!/bin/bash\necho {name} >> {calls}\nexec {shutil.which(name)} "$@"\n'
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
+    # SLURM looks at a job, and says what it waits for, a moment after it was submitted.
+    wait_for(lambda: "waits for BeginTime" in launch("status", f"study={waiting}").stdout, "SLURM has looked", 60)
     done = launch("status", f"study={waiting}", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert "4 runs: 4 queued" in done.stdout
     assert "waits for BeginTime" in done.stdout
@@ -140,7 +142,8 @@ def test_a_live_run_is_watched_through_a_controller_that_is_away_and_then_cancel
     wait_for(lambda: has_said("Looking again"), "it has missed the controller", seconds=60)
     is_away.unlink()
     watch.send_signal(signal.SIGINT)
-    assert watch.wait(30) == 0
+    wait_for(lambda: has_said("") and watch.poll() is not None, "it has ended", seconds=30)  # and is read to the end
+    assert watch.returncode == 0
     assert not has_said("Traceback")
     os.close(terminal)
 
