@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from scaling.prepare import open_shards
 from scaling.shards import ShardIndex
 from tests.commands import run_command
 
+# A shell that starts the tests in the background lets them, and all that they start, ignore an interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # One thread: where other work shares the cores, the threads of an LSTM wait for one another longer than they compute.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes that tests start

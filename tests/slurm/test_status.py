@@ -136,17 +136,21 @@ def test_a_live_run_is_watched_through_a_controller_that_is_away_and_then_cancel
                 break
         return what.encode() in said
 
-    wait_for(lambda: has_said("1 running"), "a table", seconds=60)
-    assert run.run_id.encode() in said
-    is_away.touch()
-    wait_for(lambda: has_said("Looking again"), "it has missed the controller", seconds=60)
-    is_away.unlink()
-    watch.send_signal(signal.SIGINT)
-    wait_for(lambda: has_said("") and watch.poll() is not None, "it has ended", seconds=30)  # and is read to the end
-    assert watch.returncode == 0
-    assert not has_said("Traceback")
-    os.close(terminal)
-
-    assert "told 1 run to stop" in launch("cancel", f"study={study}").stdout
+    try:
+        wait_for(lambda: has_said("1 running"), "a table", seconds=60)
+        assert run.run_id.encode() in said
+        is_away.touch()
+        wait_for(lambda: has_said("Looking again"), "it has missed the controller", seconds=60)
+        is_away.unlink()
+        watch.send_signal(signal.SIGINT)
+        wait_for(
+            lambda: has_said("") and watch.poll() is not None, "it has ended", seconds=30
+        )  # and is read to the end
+        assert watch.returncode == 0
+        assert not has_said("Traceback")
+        os.close(terminal)
+    finally:  # what would train on beside all other tests
+        cancelled = launch("cancel", f"study={study}")
+    assert "told 1 run to stop" in cancelled.stdout
     wait_for(lambda: "1 cancelled" in launch("status", f"study={study}").stdout, "it is cancelled", seconds=60)
     assert events_of(run, "checkpointed")[-1]["step"] > 3, "it has saved"
