@@ -127,7 +127,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error}): give another place") from None
+        refusal = OSError(f"{path}: cannot be written ({error.strerror or error}): give another place")
+        refusal.errno = error.errno  # by which a full disk is told from other errors
+        raise refusal from None
 
 
 def _mismatch(config: BSRNNConfig, state: dict[str, Tensor]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -122,8 +123,9 @@ def test_what_their_layout_cannot_say_is_refused(setting: dict[str, float]):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path):
     save_model(trained_like(BSRNNConfig(16, 1)), tmp_path / "ours.pt")
-    with pytest.raises(OSError, match=r"theirs.pth: cannot be written .*: give another place"):
+    with pytest.raises(OSError, match=r"theirs.pth: cannot be written .*: give another place") as raised:
         main([str(tmp_path / "ours.pt"), str(tmp_path / "ours.pt" / "theirs.pth")])
+    assert raised.value.errno in (errno.ENOTDIR, errno.EEXIST), "by its number a full disk is known"
 
 
 def test_a_folded_model_cannot_be_converted():
