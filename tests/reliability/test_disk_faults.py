@@ -106,7 +106,7 @@ def test_a_fault_anywhere_in_a_run_ends_it_with_one_line_and_status_2(
             num_harmless += 1
             continue
         assert row["status"] == 2, f"{row['failed']}: status {row['status']}\n{row['log']}"
-        errors = [line for line in row["log"].splitlines() if line.startswith("error: ")]
+        errors = [line for line in row["log"].splitlines() if "error: run " in line or line.startswith("error: ")]
         assert len(errors) == 1, f"{row['failed']}\n{row['log']}"
         # TensorBoard's own thread may print what it met, and what that came of.
         assert "Traceback" not in row["log"] or "Exception in thread" in row["log"], f"{row['failed']}\n{row['log']}"
