@@ -19,11 +19,14 @@ from scaling.prepare import open_shards
 from scaling.shards import ShardIndex
 from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
 
+NUM_UTTERANCES = 824  # of VoiceBank+DEMAND's test set
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     root = tmp_path_factory.mktemp("corpus")
-    words = [f"data.root={root / 'corpus'}", f"data.shards={root / 'shards'}", "data.demo.hours=0.04"]
+    words = [f"data.root={root / 'corpus'}", f"data.shards={root / 'shards'}"]
+    words += ["data.demo.hours=0.04", f"data.demo.test_utterances={NUM_UTTERANCES}"]
     return open_shards(load_config(RunConfig, "run", words).data)
 
 

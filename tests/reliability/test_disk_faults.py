@@ -123,10 +123,10 @@ def test_a_fault_anywhere_in_a_run_ends_it_with_one_line_and_status_2(
     broken = sum(row["fails"] > 0 for row in found) - num_harmless
     report(
         "disk runs",
-        f"A whole run of three steps makes {whole['calls']} such calls below its study; with one fault at every second, "
-        f"or faults from every eighth on, {broken} runs all ended with status 2 and one line, every committed checkpoint whole; "
-        f"{num_recorded} put it on record, the others had no record yet or no disk for it. Where the making of a "
-        f"folder failed that was there already ({num_harmless} runs) the run finished.",
+        f"A whole run of three steps makes {whole['calls']} such calls below its study; with one fault at every "
+        f"second, or faults from every eighth on, {broken} runs all ended with status 2 and one line, every committed "
+        f"checkpoint whole; {num_recorded} put it on record, the others had no record yet or no disk for it. Where the "
+        f"making of a folder failed that was there already ({num_harmless} runs) the run finished.",
     )
 
 
