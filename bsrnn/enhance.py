@@ -19,13 +19,15 @@ A model that is not causal, or whose norm is over the whole recording, hears eac
 gives anything back, and holds it in memory.
 
 Samples beyond full scale are clipped where the output's format holds whole numbers, and counted; samples of
-the input that are no numbers (NaN, infinite) count as silence, and are counted too.
+the input that are no numbers (NaN, infinite) count as silence, and are counted too. A WAV file that holds less
+than its header tells of is enhanced as far as it goes, and named.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -49,14 +51,17 @@ BLOCK_SECONDS = 4
 # Whole numbers, which end at full scale; any other subtype (float, double, compressed) keeps what lies beyond.
 WHOLE_NUMBERS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ALAC_16", "ALAC_24", "ULAW", "ALAW"}
 
+LENGTH_UNKNOWN = 0x7FFF0000  # bytes, from which on a WAV header means that its writer did not know the end
+
 
 @dataclass
 class Report:
-    """What had to be done to the samples beside enhancing them."""
+    """What had to be done to the samples beside enhancing them, and what is wrong with their file."""
 
     num_clipped: int = 0
     peak: float = 0.0
     num_invalid: int = 0
+    cut_short: str = ""
 
     def lines(self) -> list[str]:
         said = []
@@ -64,6 +69,8 @@ class Report:
             said.append(f"{self.num_clipped} samples beyond full scale were clipped (peak {self.peak:.2f})")
         if self.num_invalid:
             said.append(f"{self.num_invalid} samples that are no numbers counted as silence")
+        if self.cut_short:
+            said.append(self.cut_short)
         return said
 
 
@@ -142,10 +149,10 @@ def clip(samples: np.ndarray, report: Report) -> np.ndarray:
 
 def enhance_file(model: BSRNN, source: Path, target: Path, advance: Callable[[float], None] | None = None) -> Report:
     """Enhance a file; `advance` is called with seconds of audio done. ValueError or OSError for what cannot be."""
-    report = Report()
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target} is the input: give the output another name")
     with _open_audio(source) as reading:
+        report = Report(cut_short=_cut_short(reading))
         blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
         enhanced = enhance_blocks(model, blocks, reading.samplerate, reading.channels, report)
         write_whole(target, enhanced, reading, report, advance)
@@ -157,6 +164,14 @@ def _open_audio(source: Path) -> soundfile.SoundFile:
         return soundfile.SoundFile(source)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{source}: not readable as audio ({error.error_string})") from None
+
+
+def _cut_short(reading: soundfile.SoundFile) -> str:
+    """What a WAV file lacks of the samples that its header tells of, which libsndfile reads over; empty if nothing."""
+    found = re.search(r"^data : (\d+) \(should be (\d+)\)", reading.extra_info, re.MULTILINE)
+    if found is None or int(found[1]) >= LENGTH_UNKNOWN:
+        return ""
+    return f"cut short: it holds {found[2]} of the {found[1]} bytes of samples that its header tells of"
 
 
 def write_whole(
@@ -348,8 +363,8 @@ def _enhance_from_pipe(model: BSRNN, target: str, rate: int, channels: int) -> i
 
 
 def _enhance_to_pipe(model: BSRNN, source: Path) -> int:
-    report = Report()
     with _open_audio(source) as reading:
+        report = Report(cut_short=_cut_short(reading))
         form = PipeFormat(reading.samplerate, reading.channels, reading.subtype in ("FLOAT", "DOUBLE"), is_wav=True)
         blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
         _write_pipe(enhance_blocks(model, blocks, form.samplerate, form.channels, report), form, report)

@@ -67,6 +67,8 @@ def logs_of(run: RunDirectory, rank: str | None = None, attempt: str | None = No
         if found:
             ranks.setdefault(int(found[1]), []).append((int(found[2]), path))
     chosen = sorted(ranks.get(int(attempt) if attempt is not None else max(ranks, default=0), []))
+    if attempt is not None and not chosen:
+        return []  # not the batch shell's alone, as if that were all the attempt wrote
     if rank is not None:
         return [path for number, path in chosen if number == int(rank)]
     return [path for path in (batch, *(path for _, path in chosen)) if path.exists()]

@@ -167,6 +167,22 @@ def test_samples_that_are_no_numbers_count_as_silence_and_do_no_harm_beyond(
     assert np.isfinite(soundfile.read(tmp_path / "out.wav")[0]).all()
 
 
+def test_a_wav_file_that_ends_before_its_header_says_is_enhanced_as_far_as_it_goes_and_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cut, unknown = tmp_path / "cut.wav", tmp_path / "unknown.wav"
+    soundfile.write(cut, music(8_000, 16_000, 1), 16_000)
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: 44 + 2 * 5_000])
+    unknown.write_bytes(whole[:40] + b"\xff" * 4 + whole[44:])  # as tools write it into a pipe
+    run(folder / "model.pt", cut, tmp_path / "out.wav")
+    assert "cut.wav: cut short: it holds 10000 of the 16000 bytes" in capsys.readouterr().err
+    assert soundfile.info(tmp_path / "out.wav").frames == 5_000
+    run(folder / "model.pt", unknown, tmp_path / "out.wav")
+    assert capsys.readouterr().err == ""
+    assert soundfile.info(tmp_path / "out.wav").frames == 8_000
+
+
 def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
     audio = tmp_path / "in.wav"
     soundfile.write(audio, music(4_000, 16_000, 1), 16_000)

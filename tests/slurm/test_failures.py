@@ -142,3 +142,6 @@ def test_the_logs_of_a_run_are_one_command_away(runs):
     one = launch("logs", run.run_id, f"study={run.path.parents[1]}", "rank=1", "lines=3")
     assert one.stdout.count("==> ") == 1
     assert len(one.stdout.splitlines()) <= 4
+    none = launch("logs", run.run_id, f"study={run.path.parents[1]}", "attempt=7", check=False)
+    assert (none.returncode, none.stdout) == (1, "")
+    assert none.stderr.strip() == f"run {run.run_id} has no log of attempt 7 yet"
