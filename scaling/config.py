@@ -412,12 +412,15 @@ class EvaluateConfig:
     enhanced: str | None = None  # and enhanced; the scores go to
     scores: str | None = None  # this file
     processes: int | None = None  # null: all cores
-    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    metrics: list[str] | None = None  # null: the run's own; of wav files the default ones
 
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:
             raise UserError(f"processes = {self.processes}: expected at least 1, or null for all cores")
-        _require_metrics("metrics", self.metrics)
+        if self.metrics is not None:
+            _require_metrics("metrics", self.metrics)
         folders: list[Any] = [self.noisy, self.clean, self.enhanced, self.scores]
         if (self.run is None) == (not all(folders)) and not (self.run is not None and not any(folders)):
             raise UserError("evaluate needs run=DIR, or all of noisy=DIR clean=DIR enhanced=DIR scores=FILE")
+        if self.scores is not None and (not self.scores.endswith(".jsonl") or Path(self.scores).is_dir()):
+            raise UserError(f"scores = {self.scores}: expected a file to write, named like scores.jsonl")

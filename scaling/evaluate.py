@@ -5,7 +5,8 @@
 
 The first scores the trained model of a run's folder and writes its scores.jsonl. The second
 scores wav files, of any system, with the same names in three folders (16 kHz, mono).
-Other settings: processes=N (default: all cores), metrics=[pesq_wb,csig,dnsmos_ovrl,...].
+Other settings: processes=N (default: all cores), metrics=[pesq_wb,csig,dnsmos_ovrl,...] (default: the run's
+own; of wav files pesq_wb, stoi, estoi, si_sdr). What a run has of other metrics stays in its scores.jsonl.
 
 One row an utterance: id, speaker, noise, snr_db, duration in seconds; each of `metrics` of the
 enhanced signal, the same of the unprocessed one under `unprocessed_...`; and `refused`, which
@@ -31,7 +32,7 @@ from bsrnn import BSRNN
 from scaling.checkpoint import load_newest
 from scaling.cli import load_config
 from scaling.command import run_main
-from scaling.config import EvaluateConfig
+from scaling.config import DEFAULT_METRICS, EvaluateConfig
 from scaling.early_stopping import EarlyStopping
 from scaling.errors import UserError
 from scaling.metrics import METRICS, Waveform, score, versions
@@ -243,23 +244,40 @@ def main(words: list[str]) -> int:
         data = plan.config.data
         index = ShardIndex.load(replace(data, shards=config.shards or data.shards).shard_root)
         plan.check_index(index)
-        rows = evaluate_run(plan, index, model, processes, config.metrics)
+        metrics = config.metrics or plan.config.execution.metrics
+        rows = evaluate_run(plan, index, model, processes, metrics)
         target = directory.scores
     else:
         folders = (config.noisy, config.clean, config.enhanced)
         count, utterances = read_wav_triples(*(Path(str(folder)) for folder in folders))
-        rows = score_utterances(utterances, count, processes, config.metrics, {})
+        metrics = config.metrics or [*DEFAULT_METRICS]
+        rows = score_utterances(utterances, count, processes, metrics, {})
         target = Path(str(config.scores))
-    write_scores(target, rows, config.metrics)
-    print(json.dumps(summary(rows, config.metrics), indent=2))
+    write_scores(target, rows, metrics, add=config.run is not None)
+    print(json.dumps(summary(rows, metrics), indent=2))
     print(f"{len(rows)} utterances, one row each: {target}")
     return 0
 
 
-def write_scores(target: Path, rows: list[Record], metrics: Sequence[str]) -> None:
-    """The rows, and beside them the version of each metric."""
+def write_scores(target: Path, rows: list[Record], metrics: Sequence[str], add: bool = False) -> None:
+    """The rows, and beside them the version of each metric; `add`: what the file has of other metrics stays."""
+    beside = target.with_suffix(".versions.json")
+    taken = versions(metrics)
+    known = {row["id"]: row for row in read_records(target)} if add and beside.exists() else {}
+    if known.keys() == {row["id"] for row in rows}:
+        before: dict[str, str] = json.loads(beside.read_text(encoding="utf-8"))
+        others = {f"{prefix}{name}" for name in before.keys() - taken.keys() for prefix in ("", "unprocessed_")}
+        rows = [_with_columns(row, known[row["id"]], others) for row in rows]
+        taken = before | taken
     write_records(target, rows)
-    write_whole(target.with_suffix(".versions.json"), to_json(versions(metrics)) + "\n")
+    write_whole(beside, to_json(taken) + "\n")
+
+
+def _with_columns(row: Record, known: Record, columns: set[str]) -> Record:
+    """A row of scores with some of those that were known before, and the reasons of their refusals."""
+    before = {name: value for name, value in known.items() if name in columns}
+    refused = {name: reason for name, reason in known["refused"].items() if name in columns}
+    return row | before | {"refused": row["refused"] | refused}
 
 
 def summary(rows: list[Record], metrics: Sequence[str]) -> dict[str, float | int | None]:

@@ -138,11 +138,16 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     sync(path.parent)
 
 
@@ -213,6 +218,11 @@ class RunDirectory:
         return self.path / "quarantine"
 
     @property
+    def model(self) -> Path:
+        """The trained model under the name by which bsrnn's commands find it in a run's folder."""
+        return self.path / "model.pt"
+
+    @property
     def jobs(self) -> Path:
         """Logs and pickles of the jobs that ran this run."""
         return self.path / "jobs"
@@ -223,12 +233,12 @@ class RunDirectory:
         return self.path / "lock"
 
     def clear(self) -> None:
-        """Remove all the run's records and files, but for the lock that the caller holds."""
-        for path in self.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != self.lock:
-                path.unlink()
+        """Remove the run, but for the lock that the caller holds; what else somebody keeps in the folder stays."""
+        for folder in (self.checkpoints, self.tensorboard, self.quarantine, self.jobs):
+            shutil.rmtree(folder, ignore_errors=not folder.exists())
+        versions = self.scores.with_suffix(".versions.json")
+        for file in (self.metrics, self.events, self.scores, versions, self.model, self.plan):
+            file.unlink(missing_ok=True)
 
     def read_plan(self) -> Record:
         """The run's plan; RecordError if there is none."""

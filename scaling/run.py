@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 import torch
 
 from bsrnn import BSRNN
-from bsrnn.modelfile import MODEL_FILE, save_model
+from bsrnn.modelfile import save_model
 from scaling.allocator import keep_freed_memory
 from scaling.checkpoint import is_failed_write
 from scaling.errors import BadDataError, MeetingError, UserError
@@ -185,7 +185,7 @@ def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: St
 def _evaluate(plan: RunPlan, directory: RunDirectory, model: BSRNN, step: int) -> None:
     execution = plan.config.execution
     index = ShardIndex.load(plan.config.shard_root)
-    save_model(model, directory.path / MODEL_FILE)  # what bsrnn's commands take
+    save_model(model, directory.model)  # what bsrnn's commands take
     directory.log_event("evaluating", step=step, metrics=versions(execution.metrics))
     processes = execution.scoring_processes or torch.get_num_threads()
     rows = evaluate_run(plan, index, model, processes, execution.metrics)

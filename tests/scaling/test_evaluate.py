@@ -253,13 +253,18 @@ def test_folders_of_wavs_are_scored_one_row_an_utterance(speech, tmp_path: Path,
     done = command("scaling.evaluate", *words[:4], "metrics=[mos]")
     assert done.returncode == 2
     assert "metrics: mos is no metric; expected names among pesq_wb, stoi, " in done.stderr
+    (tmp_path / "folder.jsonl").mkdir()
+    for wrong in ("folder.jsonl", "enhanced/p1_001.wav"):
+        done = command("scaling.evaluate", *words[:3], f"scores={wrong}")
+        assert (done.returncode, done.stdout) == (2, ""), "before anything is scored"
+        assert f"scores = {wrong}: expected a file to write, named like scores.jsonl" in done.stderr
     done = command("scaling.evaluate", "noisy=noisy")
     assert done.returncode == 2
     assert "evaluate needs run=DIR, or all of" in done.stderr
 
 
 def test_a_finished_run_can_be_scored_again_and_an_unfinished_one_says_so(tiny_run: list[str], tmp_path: Path, command):
-    short = [*tiny_run, "train.budget.steps=3"]
+    short = [*tiny_run, "train.budget.steps=3", "execution.metrics=[si_sdr,stoi]"]
     assert command("scaling.train", *short).returncode == 0
     (run,) = (tmp_path / "study" / "runs").iterdir()
     before = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
@@ -270,6 +275,13 @@ def test_a_finished_run_can_be_scored_again_and_an_unfinished_one_says_so(tiny_r
     for old, new in zip(before, after, strict=True):
         for key, value in old.items():
             assert new[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
+    done = command("scaling.evaluate", f"run={run}", "processes=1", "metrics=[si_sdr,segmental_snr]")
+    assert done.returncode == 0, done.stderr
+    more = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in more] == [row["id"] for row in after]
+    assert {"segmental_snr", "unprocessed_segmental_snr"} == more[0].keys() - after[0].keys()
+    assert [row["stoi"] for row in more] == [row["stoi"] for row in after], "other metrics stay"
+    assert json.loads((run / "scores.versions.json").read_text()) == versions(["si_sdr", "stoi", "segmental_snr"])
     for checkpoint in (run / "checkpoints").iterdir():
         checkpoint.rename(checkpoint.with_name("step-00000001"))
     done = command("scaling.evaluate", f"run={run}")

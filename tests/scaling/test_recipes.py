@@ -176,9 +176,16 @@ def test_a_folder_of_ones_own_is_not_taken_from_another_run_and_goes_on_alone(
     assert (folder / "scores.jsonl").exists()
     assert [event["event"] for event in RunDirectory(folder).read_events()].count("resumed") == 1
 
-    done = command("scaling.train", *words[:-1], f"run={folder}", "seed=1", "force=true")
-    assert done.returncode == 0, done.stderr
-    assert RunDirectory(folder).read_plan()["seed"] == 1
+    own = folder / "papers" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    for more in (["seed=1", "force=true"], ["train.test=true", "force=true"], ["train.test=true"]):
+        (folder / "scores.jsonl").write_text("of the run before")
+        done = command("scaling.train", *words[:-1], f"run={folder}", *more)
+        assert done.returncode == 0, done.stderr
+        assert RunDirectory(folder).state()[0] == "finished"
+        assert "of the run before" not in (folder / "scores.jsonl").read_text()
+        assert own.read_text() == "mine", "what is no part of a run stays"
     done = command("scaling.train", f"run={tmp_path / 'nothing'}")
     assert done.returncode == 2
     assert f"no run at {tmp_path / 'nothing'}" in done.stderr
