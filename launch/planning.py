@@ -87,14 +87,17 @@ def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
 def plan_table(plans: Sequence[RunPlan], cluster: ClusterConfig) -> Table:
     """The runs with what they cost and what has become of them."""
     table = Table(title=f"{len(plans)} run{'s' * (len(plans) != 1)}", title_justify="left", box=None, pad_edge=False)
-    columns = ("run", "size", "params", "MACs/s", "data (h)", "steps", "audio seen (h)", "passes", "time", "state")
-    for name in columns:
+    others = _other_axes(plans)
+    titles = [axis.rpartition(".")[2] for axis in others]
+    columns = ("params", "MACs/s", "data (h)", "steps", "audio seen (h)", "passes", "time", "state")
+    for name in ("run", "size", *titles, *columns):
         table.add_column(name, justify="left" if name in ("run", "size", "state") else "right", no_wrap=name == "run")
     for plan in plans[:MOST_ROWS]:
         row = plan.to_record()
         table.add_row(
             plan.run_id,
             plan.config.model.name,
+            *(str(plan.axes.get(axis, "")) for axis in others),
             _with_unit(row["size"]["num_params"]),
             _with_unit(row["size"]["macs_per_second"]),
             f"{plan.hours:.3g}",
@@ -125,6 +128,16 @@ def plan_table(plans: Sequence[RunPlan], cluster: ClusterConfig) -> Table:
     table.caption = "; ".join(said)
     table.caption_justify = "left"
     return table
+
+
+def _other_axes(plans: Sequence[RunPlan]) -> list[str]:
+    """The axes that no column of the table shows, and in which runs differ."""
+
+    def is_shown(axis: str) -> bool:
+        return axis in ("model", "seed", "data.hours") or axis.startswith("train.budget.")
+
+    axes = dict.fromkeys(axis for plan in plans for axis in plan.axes if not is_shown(axis))
+    return [axis for axis in axes if len({repr(plan.axes.get(axis)) for plan in plans}) > 1]
 
 
 def why_none_can_start(plans: Sequence[RunPlan]) -> str:

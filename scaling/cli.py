@@ -27,6 +27,10 @@ CONFIG_FOLDER = Path(__file__).parent.parent / "conf"
 
 Config = TypeVar("Config")
 
+BOTH_AXES = (
+    "an axis and settings below it as axes do not go together so; write sweep.axes={model: [...], model.norm: [...]}"
+)
+
 
 @lru_cache
 def is_group(key: str) -> bool:
@@ -47,6 +51,8 @@ def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictCon
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema, overrides)) from None
     except ValueError as error:  # Hydra's own, for model=null or a nameless key
+        for key in _axes_with_parts(overrides):
+            raise UserError(f"{key}: {BOTH_AXES}") from None
         raise UserError(f"{' '.join(overrides)}: not understood ({_first_line(error)})") from None
     except AssertionError:  # OmegaConf's answer to data.demo.hours=1 where data.demo is null
         dotted = " ".join(word for word in overrides if "." in word.split("=")[0])
@@ -104,9 +110,20 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
     if isinstance(cause, (ConfigKeyError, AttributeError)) and key:
         return f"{key}: no such setting{_did_you_mean(str(key), all_keys(schema))}"
+    if key and "Cannot merge DictConfig with ListConfig" in str(cause):
+        return f"{key}: {BOTH_AXES}"
+    if key and "is not a ListConfig" in str(cause):
+        return f"{key}: expected a list, {key}=[...]"
     if key:
         return f"{key}: {_first_line(cause)}"
     return _first_line(error)
+
+
+def _axes_with_parts(overrides: Sequence[str]) -> list[str]:
+    """The axes among the overrides below which another one names an axis: sweep.axes.model, beside model.norm."""
+    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    axes = [key for key in keys if key.startswith("sweep.axes.")]
+    return [key for key in axes if any(other.startswith(f"{key}.") for other in axes)]
 
 
 def _unknown_choice(error: MissingConfigException, overrides: Sequence[str]) -> str:

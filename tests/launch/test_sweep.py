@@ -190,6 +190,10 @@ def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path
         ([*sweep_words, "sweep.axes.model=[xxt,huge]"], "error: model=huge: no such model"),
         ([*sweep_words, "sweep.axes.execution.num_workers=[1,2]"], "error: sweep sizes: cells {'model': 'xxt', 'seed'"),
         ([*sweep_words, "sweep.axes.train.sede=[1,2]"], "error: train.sede: no such setting"),
+        (
+            [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.model.norm=[batch]"],
+            "error: sweep.axes.model: an axis and settings below it as axes do not go together so; write sweep.axes={",
+        ),
         ([*sweep_words, "sweep.axis=3"], "error: axis: no such setting; did you mean axes?"),
         (
             [*sweep_words, "model.num_layers=3"],
@@ -220,6 +224,15 @@ def test_slurm_where_there_is_none_is_one_line(sweep_words: list[str], tmp_path:
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: cluster=slurm: sbatch and squeue are not on the PATH")
     assert not (tmp_path / "study").exists()
+
+
+def test_runs_that_differ_in_any_other_axis_can_be_told_apart_before_they_start(tiny_data: list[str], command):
+    axes = "sweep.axes={model: [xxt], train.optimiser.learning_rate: [0.001, 0.003], seed: [0]}"
+    done = command("launch.sweep", "+sweep=sizes", *tiny_data, axes, "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    heading, *rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("run ", "xxt"))]
+    column = heading.index("learning_rate")
+    assert [row[column] for row in rows] == ["0.001", "0.003"]
 
 
 @pytest.mark.parametrize("name", ["sizes", "budgets", "grid", "isoflop"])

@@ -18,6 +18,7 @@ MISTAKES = {
     "+sede=1": r"sede: no such setting; did you mean seed or data.demo.seed",
     "++train.optimiser.lerning_rate=1": r"lerning_rate: no such setting",
     "foo": r"foo: not understood as KEY=VALUE",
+    "execution.metrics=si_sdr": r"execution.metrics: expected a list, execution.metrics=\[\.\.\.\]",
     "seed=one": r"seed: Value 'one' of type 'str' could not be converted to Integer",
     "seed=-1": r"seed = -1: expected a whole number of at least 0",
     "data.hours=0": r"data.hours = 0.0: expected a number of hours above 0",
