@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -304,6 +305,8 @@ class MicroBatchSampler(Sampler[list[int]]):
 
 def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int) -> DataLoader[CropBatch]:
     """The micro-batches of a sampler, each a `CropBatch`."""
+    # Workers beyond the cores are a choice: they wait for storage. torch warns at every start of the loader.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # its __getitems__ makes the batch
         batch_sampler=sampler,
