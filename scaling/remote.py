@@ -30,6 +30,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 PART_BYTES = 8 * 2**20
 PART_SECONDS = 60.0  # after which a part that has not come is asked for again
 FETCH_PAUSES = (0.2, 1.0, 5.0, 20.0)  # seconds before the second, third, ... attempt at a part
+OWN_NAME = re.compile(r"\.?[0-9a-f]{64}\.")  # the cache's own files, beside whatever else its folder holds
 NUM_FETCHERS = 2  # threads a process that fetch ahead
 
 T = TypeVar("T")
@@ -148,6 +150,8 @@ class RemoteRoot:
         with _locked(self.cache / "lock"):
             held = []
             for path in self.cache.iterdir():
+                if not OWN_NAME.match(path.name):  # somebody's own file
+                    continue
                 if path.suffix == ".tmp":
                     with _locked(self.cache / f"{path.name.split('.')[1]}.lock", wait=False) as of_no_process:
                         if of_no_process:

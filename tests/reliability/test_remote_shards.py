@@ -216,6 +216,10 @@ def test_the_cache_keeps_its_bound_and_the_next_block_is_there_before_its_use(
 ):
     largest = max(shard.num_bytes for shard in local.shards["train"])
     bound = 5 * largest
+    own = [tmp_path / "cache" / name for name in ("corpus.tar", "notes.tmp")]  # of whoever named the folder
+    own[0].parent.mkdir()
+    for path in own:
+        path.write_bytes(b"")
     index = ShardIndex.load(remote(upload(), tmp_path / "cache", bound / 1e9))
     dataset = CropDataset(index.root, index.clips("train"), CROP, 5, block_shards=2)
     expected = iter(stream(local, block_shards=2, epochs=3))
@@ -237,6 +241,7 @@ def test_the_cache_keeps_its_bound_and_the_next_block_is_there_before_its_use(
                 assert coming <= here, "the next block is not fetched while this one is used"
     assert len(seen) > 9
     assert most <= bound
+    assert all(path.exists() for path in own), "the cache lets go of its own files only"
     with pytest.raises(UserError, match=r"data.cache_gb = .* does not hold the .* mixes all of them: raise it, or set"):
         CropDataset(index.root, index.clips("train"), CROP, 5)
     with pytest.raises(UserError, match=r"data.cache_gb = 1e-05 does not hold shard train-0000\d.tar"):
