@@ -20,7 +20,7 @@ gives anything back, and holds it in memory.
 
 Samples beyond full scale are clipped where the output's format holds whole numbers, and counted; samples of
 the input that are no numbers (NaN, infinite) count as silence, and are counted too. A WAV file that holds less
-than its header tells of is enhanced as far as it goes, and named.
+than its header tells of is enhanced as far as it goes, and named; what follows its samples is left out.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ BLOCK_SECONDS = 4
 WHOLE_NUMBERS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ALAC_16", "ALAC_24", "ULAW", "ALAW"}
 
 LENGTH_UNKNOWN = 0x7FFF0000  # bytes, from which on a WAV header means that its writer did not know the end
+HIGHEST_RATE, MOST_CHANNELS = 768_000, 1_024  # Hz, beyond what is recorded; and what libsndfile takes
 
 
 @dataclass
@@ -161,9 +162,21 @@ def enhance_file(model: BSRNN, source: Path, target: Path, advance: Callable[[fl
 
 def _open_audio(source: Path) -> soundfile.SoundFile:
     try:
-        return soundfile.SoundFile(source)
+        reading = soundfile.SoundFile(source)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{source}: not readable as audio ({error.error_string})") from None
+    _check_header(str(source), reading.samplerate, reading.channels)
+    return reading
+
+
+def _check_header(name: str, sample_rate: int, num_channels: int) -> None:
+    """ValueError for a rate or a number of channels that no recording has."""
+    if not 1 <= sample_rate <= HIGHEST_RATE:
+        raise ValueError(f"{name}: its header tells of {sample_rate} Hz; expected 1 to {HIGHEST_RATE}: write it anew")
+    if not 1 <= num_channels <= MOST_CHANNELS:
+        raise ValueError(
+            f"{name}: its header tells of {num_channels} channels; expected 1 to {MOST_CHANNELS}: write it anew"
+        )
 
 
 def _cut_short(reading: soundfile.SoundFile) -> str:
@@ -171,7 +184,11 @@ def _cut_short(reading: soundfile.SoundFile) -> str:
     found = re.search(r"^data : (\d+) \(should be (\d+)\)", reading.extra_info, re.MULTILINE)
     if found is None or int(found[1]) >= LENGTH_UNKNOWN:
         return ""
-    return f"cut short: it holds {found[2]} of the {found[1]} bytes of samples that its header tells of"
+    return _lacking(int(found[2]), int(found[1]))
+
+
+def _lacking(num_held: int, num_told: int) -> str:
+    return f"cut short: it holds {num_held} of the {num_told} bytes of samples that its header tells of"
 
 
 def write_whole(
@@ -293,11 +310,14 @@ class PipeFormat:
         return b"".join(chunks)
 
 
-def read_pipe_header(pipe: io.BufferedIOBase, rate: int, channels: int) -> tuple[PipeFormat, bytes]:
-    """(the format, the samples' bytes that were read on the way); ValueError for a WAV kind that a pipe cannot have."""
+def read_pipe_header(pipe: io.BufferedIOBase, rate: int, channels: int) -> tuple[PipeFormat, bytes, int | None]:
+    """(the format, the samples' bytes that were read on the way, how many bytes of samples there are if that is told).
+
+    ValueError for a WAV kind that a pipe cannot have, and for a header that is none.
+    """
     start = pipe.read(4)
     if start != b"RIFF":
-        return PipeFormat(rate, channels), start
+        return PipeFormat(rate, channels), start, None
     pipe.read(8)  # the length, and WAVE
     found: PipeFormat | None = None
     while True:
@@ -305,17 +325,27 @@ def read_pipe_header(pipe: io.BufferedIOBase, rate: int, channels: int) -> tuple
         if name == b"data":
             if found is None:
                 raise ValueError("standard input: a WAV file whose samples come before their format")
-            return found, b""
+            return found, b"", length if 0 < length < LENGTH_UNKNOWN else None
         body = _exactly(pipe, length + length % 2)
         if name == b"fmt ":
-            kind, num_channels, sample_rate, _, _, bits = struct.unpack("<HHIIHH", body[:16])
-            if kind == 0xFFFE:  # extensible: the kind is in its identifier
-                kind = struct.unpack("<H", body[24:26])[0]
-            if (kind, bits) not in ((1, 16), (3, 32)) or not num_channels or not sample_rate:
-                raise ValueError(
-                    f"standard input: WAV of kind {kind} with {bits} bits; expected 16-bit PCM or 32-bit float"
-                )
-            found = PipeFormat(sample_rate, num_channels, is_float=kind == 3, is_wav=True)
+            found = _wav_format(body)
+
+
+def _wav_format(body: bytes) -> PipeFormat:
+    """Of the body of a WAV file's `fmt ` chunk."""
+    is_extensible = body[:2] == b"\xfe\xff"
+    needed = 26 if is_extensible else 16  # bytes, up to the last that is read here
+    if len(body) < needed:
+        raise ValueError(
+            f"standard input: a WAV file whose format has {len(body)} bytes; expected at least {needed}: write it anew"
+        )
+    kind, channels, rate, _, _, bits = struct.unpack("<HHIIHH", body[:16])
+    if is_extensible:  # the kind is in its identifier
+        kind = struct.unpack("<H", body[24:26])[0]
+    if (kind, bits) not in ((1, 16), (3, 32)):
+        raise ValueError(f"standard input: WAV of kind {kind} with {bits} bits; expected 16-bit PCM or 32-bit float")
+    _check_header("standard input", rate, channels)
+    return PipeFormat(rate, channels, is_float=kind == 3, is_wav=True)
 
 
 def _exactly(pipe: io.BufferedIOBase, length: int) -> bytes:
@@ -325,16 +355,25 @@ def _exactly(pipe: io.BufferedIOBase, length: int) -> bytes:
     return data
 
 
-def pipe_blocks(pipe: io.BufferedIOBase, form: PipeFormat, start: bytes) -> Iterator[np.ndarray]:
-    """The samples of a pipe as they come, (samples, channels) float32."""
+def pipe_blocks(
+    pipe: io.BufferedIOBase, form: PipeFormat, start: bytes, num_bytes: int | None, report: Report
+) -> Iterator[np.ndarray]:
+    """The samples of a pipe as they come, (samples, channels) float32, `num_bytes` of them or up to its end."""
     frame = np.dtype(form.dtype).itemsize * form.channels
-    waiting = start
-    while data := pipe.read1(1 << 16):  # what there is, without waiting for more
+    waiting, num_read = start, len(start)
+    while num_bytes is None or num_read < num_bytes:
+        most = 1 << 16 if num_bytes is None else min(1 << 16, num_bytes - num_read)
+        data = pipe.read1(most)  # what there is, without waiting for more
+        if not data:
+            break
+        num_read += len(data)
         waiting += data
         whole = len(waiting) // frame * frame
         samples = np.frombuffer(waiting[:whole], form.dtype).reshape(-1, form.channels)
         waiting = waiting[whole:]
         yield samples.astype(np.float32) if form.is_float else samples.astype(np.float32) / 32768
+    if num_bytes is not None and num_read < num_bytes:
+        report.cut_short = _lacking(num_read, num_bytes)
 
 
 def to_bytes(samples: np.ndarray, form: PipeFormat, report: Report) -> bytes:
@@ -345,9 +384,9 @@ def to_bytes(samples: np.ndarray, form: PipeFormat, report: Report) -> bytes:
 
 def _enhance_from_pipe(model: BSRNN, target: str, rate: int, channels: int) -> int:
     pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
-    form, start = read_pipe_header(pipe, rate, channels)
+    form, start, num_bytes = read_pipe_header(pipe, rate, channels)
     report = Report()
-    blocks = pipe_blocks(pipe, form, start)
+    blocks = pipe_blocks(pipe, form, start, num_bytes, report)
     enhanced = enhance_blocks(model, blocks, form.samplerate, form.channels, report)
     if target == "-":
         _write_pipe(enhanced, form, report)
@@ -386,9 +425,11 @@ def _write_pipe(blocks: Iterable[np.ndarray], form: PipeFormat, report: Report) 
 def main(words: list[str]) -> int:
     known = {"threads": int, "rate": int, "channels": int}
     (checkpoint, source, target), given = settings(words, ["CHECKPOINT", "INPUT", "OUTPUT"], known)
+    most = {"rate": HIGHEST_RATE, "channels": MOST_CHANNELS}
     for name, value in given.items():
-        if value < 1:
-            raise ValueError(f"{name} = {value}: expected at least 1")
+        if not 1 <= value <= most.get(name, value):
+            expected = f"from 1 to {most[name]}" if name in most else "at least 1"
+            raise ValueError(f"{name} = {value}: expected {expected}")
     if source != "-" and ({"rate", "channels"} & set(given)):
         raise ValueError("rate and channels describe raw samples from a pipe: leave them out for files")
     if "threads" in given:

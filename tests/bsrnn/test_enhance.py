@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,8 @@ def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
         (["{models}/model.pt", "{audio}"], "expected CHECKPOINT INPUT OUTPUT"),
         (["{models}/model.pt", "{audio}", "out.wav", "speed=3"], "speed=3: no such setting"),
         (["{models}/model.pt", "{audio}", "out.wav", "rate=8000"], "leave them out for files"),
+        (["{models}/model.pt", "-", "-", "rate=4000000000"], "rate = 4000000000: expected from 1 to 768000"),
+        (["{models}/model.pt", "-", "-", "channels=0"], "channels = 0: expected from 1 to 1024"),
         (["{models}/model.pt", "{empty}", "out"], "holds no audio files"),
         (["{models}/model.pt", "{audio}", "{audio}/out.wav"], "out.wav: cannot be written .*: give another place"),
         (["{models}/model.pt", "{wide}", "{empty}/out.mp3"], "7 channels at 96000 Hz .* cannot be written as MP3"),
@@ -243,6 +246,13 @@ def test_a_pipe_does_not_overwrite_the_file_it_comes_from(
     assert audio.read_bytes() == before
 
 
+def wav(signal: np.ndarray, subtype: str = "PCM_16") -> bytes:
+    """A WAV file of 16 kHz, whose data length is in bytes 40 to 44 if it is 16-bit PCM."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, signal, 16_000, subtype=subtype, format="WAV")
+    return buffer.getvalue()
+
+
 def pipe(folder: Path, tmp_path: Path, *words: str, audio: bytes) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "bsrnn.enhance", str(folder / "through.pt"), *words]
     return subprocess.run(command, input=audio, capture_output=True, timeout=300, check=False, cwd=tmp_path)
@@ -268,9 +278,7 @@ def test_raw_samples_go_from_standard_input_to_standard_output(
 
 def test_a_wav_goes_through_a_pipe(folder: Path, tmp_path: Path):
     signal = music(20_000, 16_000, 1)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, signal, 16_000, subtype="FLOAT", format="WAV")
-    done = pipe(folder, tmp_path, "-", "-", audio=buffer.getvalue())
+    done = pipe(folder, tmp_path, "-", "-", audio=wav(signal, "FLOAT"))
     assert done.returncode == 0, done.stderr
     (tmp_path / "out.wav").write_bytes(done.stdout)
     enhanced, rate = soundfile.read(tmp_path / "out.wav", dtype="float32")
@@ -278,14 +286,53 @@ def test_a_wav_goes_through_a_pipe(folder: Path, tmp_path: Path):
     np.testing.assert_allclose(enhanced, signal[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [None, b"\xff\xff\xff\xff", bytes(4)], ids=["told", "2^32 - 1", "0"])
+def test_what_follows_the_samples_of_a_wav_in_a_pipe_is_no_audio(folder: Path, tmp_path: Path, length: bytes | None):
+    whole = wav(music(8_000, 16_000, 1))
+    if length is None:
+        sent = whole + b"LIST" + struct.pack("<I", 5_000) + b"INFO" + bytes(range(1, 250)) * 20
+    else:
+        sent = whole[:40] + length + whole[44:]  # as tools write it into a pipe: all that comes is audio
+    done = pipe(folder, tmp_path, "-", "out.wav", audio=sent)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert soundfile.info(tmp_path / "out.wav").frames == 8_000
+
+
+def test_a_wav_in_a_pipe_that_ends_before_its_header_says_is_enhanced_as_far_as_it_goes_and_named(
+    folder: Path, tmp_path: Path
+):
+    done = pipe(folder, tmp_path, "-", "out.wav", audio=wav(music(8_000, 16_000, 1))[: 44 + 2 * 5_000])
+    assert done.returncode == 0
+    assert done.stderr == (
+        b"standard input: cut short: it holds 10000 of the 16000 bytes of samples that its header tells of\n"
+    )
+    assert soundfile.info(tmp_path / "out.wav").frames == 5_000
+
+
+def wav_start(kind: int, channels: int, rate: int, bits: int, rest: bytes = b"") -> bytes:
+    form = struct.pack("<HHIIHH", kind, channels, rate, 0, 0, bits) + rest
+    return b"RIFF1234WAVEfmt " + struct.pack("<I", len(form)) + form
+
+
 @pytest.mark.parametrize(
     ("start", "said"),
     [
         (b"RIFF1234WAVEfmt " + bytes(3), "ends in its header"),
-        (b"RIFF1234WAVEfmt \x10\0\0\0\1\0\1\0" + bytes(10) + b"\x18\0", "kind 1 with 24 bits"),
+        (wav_start(1, 1, 16_000, 24), "kind 1 with 24 bits"),
         (b"RIFF1234WAVEdata" + bytes(4), "before their format"),
+        (b"RIFF1234WAVEfmt \4\0\0\0\1\0\1\0", "format has 4 bytes; expected at least 16"),
+        (wav_start(0xFFFE, 1, 16_000, 16), "format has 16 bytes; expected at least 26"),
+        (wav_start(1, 1, 4_000_000_000, 16), "tells of 4000000000 Hz; expected 1 to 768000"),
+        (wav_start(1, 0, 16_000, 16), "tells of 0 channels; expected 1 to 1024"),
     ],
 )
 def test_a_wav_that_a_pipe_cannot_have_is_refused_by_name(start: bytes, said: str):
     with pytest.raises(ValueError, match=said):
         read_pipe_header(io.BytesIO(start), 16_000, 1)
+
+
+def test_a_file_whose_header_tells_of_an_impossible_rate_is_refused_by_name(folder: Path, tmp_path: Path):
+    whole = wav(music(400, 16_000, 1))
+    (tmp_path / "in.wav").write_bytes(whole[:24] + struct.pack("<I", 2_000_000_000) + whole[28:])
+    with pytest.raises(ValueError, match=r"in.wav: its header tells of 2000000000 Hz; expected 1 to 768000"):
+        run(folder / "model.pt", tmp_path / "in.wav", tmp_path / "out.wav")
