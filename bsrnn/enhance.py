@@ -11,7 +11,8 @@ model's rate (8 kHz at 16 kHz) is lost. OUTPUT keeps the input's format and bit 
 another format. An input is never overwritten, and a file appears under its name when it is whole.
 
 `-` is standard input or output: WAV if it begins like a WAV file (16-bit or 32-bit float PCM), else raw 16-bit
-little-endian PCM at `rate` (default: the model's) with `channels` (default 1), interleaved. Standard output is of
+little-endian PCM at `rate` (default: the model's) with `channels` (default 1), interleaved. What begins like another
+format, FLAC for one, is refused. Standard output is of
 the same kind as standard input, WAV if that is a file; it follows the input by one STFT window (32 ms) and what
 two resamplers hold back where rates differ.
 
@@ -30,7 +31,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -310,15 +311,43 @@ class PipeFormat:
         return b"".join(chunks)
 
 
-def read_pipe_header(pipe: io.BufferedIOBase, rate: int, channels: int) -> tuple[PipeFormat, bytes, int | None]:
+# How other formats than WAV begin: (where, what, its name).
+OTHER_FORMATS = (
+    (0, b"fLaC", "FLAC"),
+    (0, b"OggS", "Ogg"),
+    (0, b"RF64", "RF64"),
+    (0, b"BW64", "BW64"),
+    (0, b"RIFX", "RIFX"),
+    (0, b"FORM", "AIFF"),
+    (0, b"ID3", "MP3"),
+    (0, b"caff", "CAF"),
+    (0, b".snd", "AU"),
+    (4, b"ftyp", "MP4"),
+)
+
+
+def read_pipe_header(
+    pipe: io.BufferedIOBase, default_rate: int, given: Mapping[str, int]
+) -> tuple[PipeFormat, bytes, int | None]:
     """(the format, the samples' bytes that were read on the way, how many bytes of samples there are if that is told).
 
-    ValueError for a WAV kind that a pipe cannot have, and for a header that is none.
+    given: `rate` and `channels` as the user gave them, for raw samples alone
+    ValueError for a format that a pipe cannot have, for a WAV header that is none, and for a WAV with `given`.
     """
-    start = pipe.read(4)
-    if start != b"RIFF":
-        return PipeFormat(rate, channels), start, None
-    pipe.read(8)  # the length, and WAVE
+    start = pipe.read(12)
+    for place, magic, name in OTHER_FORMATS:
+        if start[place:].startswith(magic):
+            raise ValueError(
+                f"standard input: begins like {name}; expected WAV or raw samples: "
+                "give the file by its name, or decode it to WAV"
+            )
+    if not start.startswith(b"RIFF"):
+        return PipeFormat(given.get("rate", default_rate), given.get("channels", 1)), start, None
+    if start[8:] != b"WAVE":
+        kind = start[8:].decode("latin-1")
+        raise ValueError(f"standard input: RIFF of kind {kind!r}; expected WAVE: decode it to WAV")
+    if given:
+        raise ValueError("standard input: a WAV says its rate and channels itself: leave out rate and channels")
     found: PipeFormat | None = None
     while True:
         name, length = struct.unpack("<4sI", _exactly(pipe, 8))
@@ -360,18 +389,18 @@ def pipe_blocks(
 ) -> Iterator[np.ndarray]:
     """The samples of a pipe as they come, (samples, channels) float32, `num_bytes` of them or up to its end."""
     frame = np.dtype(form.dtype).itemsize * form.channels
-    waiting, num_read = start, len(start)
-    while num_bytes is None or num_read < num_bytes:
-        most = 1 << 16 if num_bytes is None else min(1 << 16, num_bytes - num_read)
-        data = pipe.read1(most)  # what there is, without waiting for more
-        if not data:
-            break
-        num_read += len(data)
+    waiting, data, num_read = b"", start, len(start)
+    while True:
         waiting += data
         whole = len(waiting) // frame * frame
         samples = np.frombuffer(waiting[:whole], form.dtype).reshape(-1, form.channels)
         waiting = waiting[whole:]
         yield samples.astype(np.float32) if form.is_float else samples.astype(np.float32) / 32768
+        most = 1 << 16 if num_bytes is None else min(1 << 16, num_bytes - num_read)
+        data = pipe.read1(most)  # what there is, without waiting for more
+        if not data:
+            break
+        num_read += len(data)
     if num_bytes is not None and num_read < num_bytes:
         report.cut_short = _lacking(num_read, num_bytes)
 
@@ -382,9 +411,9 @@ def to_bytes(samples: np.ndarray, form: PipeFormat, report: Report) -> bytes:
     return np.clip(np.rint(clip(samples, report) * 32768), -32768, 32767).astype("<i2").tobytes()
 
 
-def _enhance_from_pipe(model: BSRNN, target: str, rate: int, channels: int) -> int:
+def _enhance_from_pipe(model: BSRNN, target: str, given: Mapping[str, int]) -> int:
     pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
-    form, start, num_bytes = read_pipe_header(pipe, rate, channels)
+    form, start, num_bytes = read_pipe_header(pipe, model.config.sample_rate, given)
     report = Report()
     blocks = pipe_blocks(pipe, form, start, num_bytes, report)
     enhanced = enhance_blocks(model, blocks, form.samplerate, form.channels, report)
@@ -430,7 +459,8 @@ def main(words: list[str]) -> int:
         if not 1 <= value <= most.get(name, value):
             expected = f"from 1 to {most[name]}" if name in most else "at least 1"
             raise ValueError(f"{name} = {value}: expected {expected}")
-    if source != "-" and ({"rate", "channels"} & set(given)):
+    of_samples: dict[str, int] = {name: value for name, value in given.items() if name in most}
+    if source != "-" and of_samples:
         raise ValueError("rate and channels describe raw samples from a pipe: leave them out for files")
     if "threads" in given:
         torch.set_num_threads(given["threads"])
@@ -438,7 +468,7 @@ def main(words: list[str]) -> int:
         raise FileNotFoundError(f"{source}: no such file or folder")
     model = load_model(Path(checkpoint))
     if source == "-":
-        return _enhance_from_pipe(model, target, given.get("rate", model.config.sample_rate), given.get("channels", 1))
+        return _enhance_from_pipe(model, target, of_samples)
     if Path(source).is_dir():
         if target == "-":
             raise ValueError(f"{source} is a folder: give a folder for the output")

@@ -15,7 +15,7 @@ import soxr
 import torch
 
 from bsrnn import BSRNN, BSRNNConfig
-from bsrnn.enhance import main, read_pipe_header
+from bsrnn.enhance import PipeFormat, Report, main, pipe_blocks, read_pipe_header
 from bsrnn.modelfile import load_model, save_model
 from tests.bsrnn.test_model import trained_like
 
@@ -328,7 +328,39 @@ def wav_start(kind: int, channels: int, rate: int, bits: int, rest: bytes = b"")
 )
 def test_a_wav_that_a_pipe_cannot_have_is_refused_by_name(start: bytes, said: str):
     with pytest.raises(ValueError, match=said):
-        read_pipe_header(io.BytesIO(start), 16_000, 1)
+        read_pipe_header(io.BytesIO(start), 16_000, {})
+
+
+@pytest.mark.parametrize("given", [{"rate": 48_000}, {"channels": 2}])
+def test_rate_and_channels_are_refused_for_a_wav_in_a_pipe(given: dict[str, int]):
+    with pytest.raises(ValueError, match="leave out rate and channels"):
+        read_pipe_header(io.BytesIO(wav(music(400, 16_000, 1))), 16_000, given)
+
+
+@pytest.mark.parametrize("name", ["FLAC", "OGG", "RF64", "AIFF", "CAF", "AU", "MP3"])
+def test_another_format_in_a_pipe_is_refused_and_not_taken_for_raw_samples(name: str, tmp_path: Path):
+    soundfile.write(tmp_path / "audio", music(16_000, 16_000, 1), 16_000, format=name)
+    start = (tmp_path / "audio").read_bytes()
+    if name == "MP3":
+        start = b"ID3\4\0\0\0\0\0\0" + start  # a tag, as players write it
+    with pytest.raises(ValueError, match=f"(?i)begins like {name}; .* decode it to WAV"):
+        read_pipe_header(io.BytesIO(start), 16_000, {})
+
+
+@pytest.mark.parametrize("start", [b"RIFX1234WAVEfmt ", b"\0\0\0\x20ftypM4A ", b"RIFF1234AVI LIST"])
+def test_a_container_that_is_no_wav_is_refused(start: bytes):
+    with pytest.raises(ValueError, match=r"expected WAV.*: .*decode it to WAV"):
+        read_pipe_header(io.BytesIO(start), 16_000, {})
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 5, 6, 100])
+def test_raw_samples_lose_nothing_to_the_look_at_their_beginning(num_samples: int):
+    samples = np.arange(num_samples, dtype="<i2")
+    source = io.BufferedReader(io.BytesIO(samples.tobytes()))  # type: ignore[arg-type]
+    form, start, num_bytes = read_pipe_header(source, 16_000, {"rate": 8_000})
+    assert (form, num_bytes) == (PipeFormat(8_000, 1), None)
+    read = np.concatenate([np.zeros((0, 1)), *pipe_blocks(source, form, start, num_bytes, Report())])
+    np.testing.assert_array_equal(read[:, 0] * 32_768, samples)
 
 
 def test_a_file_whose_header_tells_of_an_impossible_rate_is_refused_by_name(folder: Path, tmp_path: Path):
