@@ -6,6 +6,9 @@ on first use by the system's C compiler (`cc`, or what the environment variable 
 this machine's processor, which takes about a second, and kept in the user's cache folder.
 Where there is no compiler, or the model is not one that it knows, `FrameKernel.obstacle`
 says why, and torch does the work (bsrnn/streaming.py).
+
+Its vectors hold 16 channels. A model of another width runs at the next multiple, the weights of what is added being
+zero: a unit of such an LSTM has the cell 0 and the output 0 for ever, so that the sums stay what they were.
 """
 
 from __future__ import annotations
@@ -63,8 +66,6 @@ class FrameKernel:
         """Why this model cannot run in the kernel here; None if it can."""
         if next(model.parameters()).device.type != "cpu":
             return "its weights are not on the CPU"
-        if model.config.num_channels % LANES:
-            return f"num_channels = {model.config.num_channels} is no multiple of {LANES}"
         norms = [model.band_split.norm, model.mask_decoder.norm]
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -83,8 +84,9 @@ class FrameKernel:
         config = model.config
         self.config, self.num_streams = config, num_streams
         self._call = _library().bsrnn_step
-        packed = 4 * 4 * (2 * config.num_channels) ** 2 >= PACKED_FROM
-        arrays = list(_weights_in_order(model, packed))
+        self._channels = whole_vectors(config.num_channels)
+        packed = 4 * 4 * (2 * self._channels) ** 2 >= PACKED_FROM
+        arrays = list(_weights_in_order(model, self._channels, packed))
         self._weights = _aligned(sum(array.size for array in arrays))  # one after another, as they are used
         starts = np.cumsum([0, *(array.size for array in arrays)])
         np.concatenate(arrays, out=self._weights[: starts[-1]])
@@ -95,7 +97,7 @@ class FrameKernel:
             num_streams,
             config.num_bins,
             config.num_bands,
-            config.num_channels,
+            self._channels,
             config.num_layers,
             packed,
             self._widths.ctypes.data,
@@ -112,12 +114,15 @@ class FrameKernel:
         return [(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.config.num_layers)]
 
     def step(self, spectrum: Complex[Tensor, "stream bin"], states: list[BlockState]) -> Complex[Tensor, "stream bin"]:
-        """Enhance one frame of uncompressed spectra; `states` are renewed in place."""
+        """Enhance one frame of uncompressed spectra; `states` are renewed in place.
+
+        At the first step with them they are put into memory of the kernel's width, of which they are a view.
+        """
         spectrum = spectrum.contiguous()
         enhanced = torch.empty_like(spectrum)
         if self._pointers is None or self._pointers[0] is not states:
             for index, state in enumerate(states):
-                states[index] = (state[0].contiguous(), state[1].contiguous())
+                states[index] = (self._widened(state[0]), self._widened(state[1]))
             kind = ctypes.c_void_p * len(states)
             self._pointers = (
                 states,
@@ -129,52 +134,80 @@ class FrameKernel:
         )
         return enhanced
 
+    def _widened(self, part: Tensor) -> Tensor:
+        """A state's part (1, B·K, 2C) whose rows lie 2·`_channels` apart, zeros between them."""
+        return _filled(part, -1, 2 * self._channels).contiguous()[..., : part.shape[-1]]
+
     def _scratch_floats(self) -> int:
         """As kernel.c divides its scratch memory."""
-        config, streams = self.config, self.num_streams
-        hidden, rows = 2 * config.num_channels, streams * config.num_bands
-        widest = -(-2 * max(config.band_widths) // LANES) * LANES
-        over_blocks = rows * (config.num_channels + 8 * hidden + 2 * hidden) + 2 * streams * hidden
-        return streams * 2 * config.num_bins + over_blocks + streams * (8 * config.num_channels + 4 * widest)
+        config, streams, channels = self.config, self.num_streams, self._channels
+        hidden, rows = 2 * channels, streams * config.num_bands
+        widest = whole_vectors(2 * max(config.band_widths))
+        over_blocks = rows * (channels + 8 * hidden + 2 * hidden) + 2 * streams * hidden
+        return streams * 2 * config.num_bins + over_blocks + streams * (8 * channels + 4 * widest)
 
 
-def _weights_in_order(model: BSRNN, packed: bool) -> Iterator[np.ndarray]:
-    """Every weight as kernel.c meets it: matrices as (in, out), biases beside them."""
+def whole_vectors(num_channels: int) -> int:
+    """The channels that the kernel computes for so many: the next multiple of a vector's."""
+    return -(-num_channels // LANES) * LANES
+
+
+def _weights_in_order(model: BSRNN, channels: int, packed: bool) -> Iterator[np.ndarray]:
+    """Every weight as kernel.c meets it: matrices as (in, out), biases beside them; filled up to `channels`."""
+    hidden = 2 * channels
+
+    def gates(lstm: Any, part: str, suffix: str = "") -> Tensor:
+        """(in, 4 gates · hidden) of an LSTM's inputs (ih) or outputs (hh)."""
+        weight = _filled(getattr(lstm, f"weight_{part}_l0{suffix}"), -2, hidden, num_parts=4)
+        return _filled(weight, -1, channels if part == "ih" else hidden).T
+
+    def bias_of(lstm: Any, suffix: str = "") -> Tensor:
+        both = getattr(lstm, f"bias_ih_l0{suffix}") + getattr(lstm, f"bias_hh_l0{suffix}")
+        return _filled(both, -1, hidden, num_parts=4)
+
+    def to_channels(linear: nn.Linear, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of `num_parts` directions."""
+        weight = _filled(_filled(linear.weight, -1, hidden, num_parts), -2, channels)
+        return _in_panels(weight.T), _floats(_filled(linear.bias, -1, channels))
+
     for linear in model.band_split.linears:
         assert isinstance(linear, BandwiseLinear)
-        for weight, bias in zip(linear.weight, linear.bias, strict=True):
+        for weight, bias in zip(_filled(linear.weight, -1, channels), _filled(linear.bias, -1, channels), strict=True):
             yield from (_in_panels(weight), _floats(bias))
     for block in model.blocks:
         assert isinstance(block, Block)
-        time: Any = block.time_lstm  # torch declares an LSTM's weights by name only when it runs
-        band: Any = block.band_lstm
-        yield from (_in_panels(time.weight_ih_l0.T), _in_panels(time.weight_hh_l0.T))
-        yield _floats(time.bias_ih_l0 + time.bias_hh_l0)
-        yield from (_in_panels(block.time_linear.weight.T), _floats(block.time_linear.bias))
-        yield _in_panels(torch.cat([band.weight_ih_l0, band.weight_ih_l0_reverse]).T)
-        yield _floats(torch.cat([band.bias_ih_l0 + band.bias_hh_l0, band.bias_ih_l0_reverse + band.bias_hh_l0_reverse]))
-        recurrent = [band.weight_hh_l0.T, band.weight_hh_l0_reverse.T]
+        time, band, backwards = block.time_lstm, block.band_lstm, "_reverse"
+        yield from (_in_panels(gates(time, "ih")), _in_panels(gates(time, "hh")), _floats(bias_of(time)))
+        yield from to_channels(block.time_linear, 1)
+        yield _in_panels(torch.cat([gates(band, "ih"), gates(band, "ih", backwards)], dim=1))
+        yield _floats(torch.cat([bias_of(band), bias_of(band, backwards)]))
+        recurrent = [gates(band, "hh"), gates(band, "hh", backwards)]
         if packed:
             words, scales = zip(*(_packed(matrix) for matrix in recurrent), strict=True)
             yield from (np.concatenate(words), np.concatenate(scales))
         else:
             yield from (_in_panels(torch.stack(recurrent)), np.empty(0, np.float32))
-        yield from (_in_panels(block.band_linear.weight.T), _floats(block.band_linear.bias))
+        yield from to_channels(block.band_linear, 2)
     decoder = model.mask_decoder
-    expand = decoder.expand
+    expand_weight = _filled(_filled(decoder.expand.weight, -1, 4 * channels), -2, channels)  # (2K, C, 4C)
+    expand_bias = _filled(decoder.expand.bias, -1, 4 * channels)
     for group, linear in zip(decoder.groups, decoder.outputs, strict=True):
         assert isinstance(linear, BandwiseLinear)
+        features = whole_vectors(2 * group.width)
+        weights = _filled(_filled(linear.weight, -1, features, num_parts=2), -2, 4 * channels)  # values, then gates
+        biases = _filled(linear.bias, -1, features, num_parts=2)
         for k in range(group.num_bands):
             heads = slice(2 * k, 2 * k + 2)
             both = slice(2 * (group.first_band + k), 2 * (group.first_band + k) + 2)
-            yield from (_in_panels(torch.cat([*expand.weight[both]], dim=1)), _floats(torch.cat([*expand.bias[both]])))
-            yield from (_in_panels(_padded_glu(linear.weight[heads])), _floats(_padded_glu(linear.bias[heads])))
+            yield from (_in_panels(torch.cat([*expand_weight[both]], dim=1)), _floats(torch.cat([*expand_bias[both]])))
+            yield from (_in_panels(weights[heads]), _floats(biases[heads]))
 
 
-def _padded_glu(tensor: Tensor) -> Tensor:
-    """(..., 4·width), values then gates, each filled up with zeros to whole vectors."""
-    padding = -(tensor.shape[-1] // 2) % LANES
-    return nn.functional.pad(tensor.unflatten(-1, (2, -1)), (0, padding)).flatten(-2)
+def _filled(tensor: Tensor, axis: int, size: int, num_parts: int = 1) -> Tensor:
+    """Each of the equal parts of an axis, which is counted from the last, filled up with zeros to `size`."""
+    parts = tensor.unflatten(axis, (num_parts, -1))
+    before_axis = [0, 0] * (-axis - 1)  # torch names the axes from the last on
+    return nn.functional.pad(parts, (*before_axis, 0, size - parts.shape[axis])).flatten(axis - 1, axis)
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

@@ -23,12 +23,12 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from bsrnn.folding import fold
-from bsrnn.kernel import FrameKernel
+from bsrnn.kernel import FrameKernel, whole_vectors
 from bsrnn.model import BSRNN, BlockState
 from bsrnn.stft import compress, decompress, whole_hops
 
-# Over the square of the channels: the longest chunk, in frames, for which the kernel frame by frame is faster than
-# torch's batched products (measured: about 100 frames at 16 channels, 28 at 32, 9 at 64, 4 at 128).
+# Over the square of the kernel's channels: the longest chunk, in frames, for which the kernel frame by frame is faster
+# than torch's batched products (measured: about 100 frames at 16 channels, 28 at 32, 9 at 64, 4 at 128).
 KERNEL_WORK = 32_768
 
 
@@ -61,7 +61,7 @@ class Stream:
         self.num_streams = num_streams
         self._window = self._model.stft.window
         self._kernel = step
-        self._kernel_frames = max(1, KERNEL_WORK // self.config.num_channels**2)
+        self._kernel_frames = max(1, KERNEL_WORK // whole_vectors(self.config.num_channels) ** 2)
         if use_kernel is not False and step is None:
             reason = FrameKernel.obstacle(self._model)
             if reason is None:
