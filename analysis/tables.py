@@ -102,7 +102,9 @@ def scaling_table(study: Study) -> ScalingTable:
 def real_time_factors(study: Study, cells: pd.DataFrame) -> pd.Series:
     """Of each cell's size, as `python -m bsrnn.rtf study=DIR` last measured it; NaN where it did not."""
     rows = read_records(study.directory.path / "rtf.jsonl")
-    measured = {(row["num_params"], row["macs_per_second"]): row["rtf_torch"] for row in rows}
+    measured = {  # rows of earlier versions call it rtf_torch
+        (row["num_params"], row["macs_per_second"]): row["rtf"] if "rtf" in row else row["rtf_torch"] for row in rows
+    }
     sizes = zip(cells["num_params"], cells["macs_per_second"], strict=True)
     return pd.Series([measured.get(size, math.nan) for size in sizes], index=cells.index, dtype=float)
 

@@ -3,8 +3,9 @@
     python -m bsrnn.rtf [SIZE ...] [seconds=S] [study=DIR]
 
 SIZE is a name of the table (xxt to xl; default: all seven) or WIDTHxDEPTH. Audio comes hop by hop (16 ms), as from a
-microphone, through bsrnn/streaming.py: once with this project's step, once with the exported step in
-onnxruntime in its place, everything else the same. The two take turns, and the median of the turns
+microphone, through bsrnn/streaming.py: once with this project's step, which is the compiled kernel (bsrnn/kernel.py)
+or, where that is not to be had, torch, and once with the exported step in onnxruntime in its place, everything else
+the same. Which step it was stands in the row, with why if it was torch. The two take turns, and the median of the turns
 counts. A turn is S seconds of audio (default 1), or of CPU time where a size needs more than that: all seven take
 less than a minute. Below 1 a size keeps up with one stream on one such core. Weights are random: speed does not
 depend on them.
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from bsrnn.command import run_main, settings
 from bsrnn.counting import count_macs, count_parameters
+from bsrnn.folding import fold
+from bsrnn.kernel import FrameKernel
 from bsrnn.model import BSRNN, BlockState, BSRNNConfig
 from bsrnn.onnx import Session, export
 from bsrnn.streaming import Stream
@@ -44,7 +47,8 @@ class RealTimeFactor:
     num_layers: int
     num_params: int
     macs_per_second: float
-    rtf_torch: float  # this project's streaming
+    rtf: float  # this project's streaming
+    step: str  # what enhanced its frames: kernel, or torch and why the kernel could not
     rtf_onnxruntime: float  # the same with the step in onnxruntime
     threads: int
     cpu: str
@@ -74,7 +78,8 @@ def measure(config: BSRNNConfig, seconds: float) -> RealTimeFactor:
     torch.manual_seed(0)
     model = BSRNN(config).eval()
     hop = 0.1 * torch.randn(1, config.hop_length)
-    streams = [Stream(model), Stream(model, step=OnnxStep(model))]
+    obstacle = FrameKernel.obstacle(fold(model))
+    streams = [Stream(model, use_kernel=obstacle is None), Stream(model, step=OnnxStep(model))]
     for stream in streams:
         for _ in range(4):
             stream.process(hop)
@@ -90,7 +95,8 @@ def measure(config: BSRNNConfig, seconds: float) -> RealTimeFactor:
         num_layers=config.num_layers,
         num_params=count_parameters(config).total,
         macs_per_second=count_macs(config).total,
-        rtf_torch=ours,
+        rtf=ours,
+        step="kernel" if obstacle is None else f"torch: {' '.join(obstacle.split())}",
         rtf_onnxruntime=onnx,
         threads=1,
         cpu=_processor(),
@@ -120,7 +126,9 @@ def _config_of(size: str) -> BSRNNConfig:
         return BSRNNConfig(*SIZES[size])
     width, times, depth = size.partition("x")
     if not (times and width.isdigit() and depth.isdigit() and int(width) <= 1024 and int(depth) <= 100):
-        raise ValueError(f"{size}: no such size; expected one of {', '.join(SIZES)}, or WIDTHxDEPTH up to 1024x100")
+        raise ValueError(
+            f"{size}: no such size; expected one of {', '.join(SIZES)}, or WIDTHxDEPTH, such as 8x6, up to 1024x100"
+        )
     return BSRNNConfig(int(width), int(depth))
 
 
@@ -140,11 +148,11 @@ def main(words: list[str]) -> int:
         raise FileNotFoundError(f"{study}: no such folder; give the folder of a study")
     configs = {size: _config_of(size) for size in sizes or SIZES}
     print(f"one stream, hop by hop; seconds of one thread of {_processor()} a second of audio")
-    print(f"{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio")
+    print(f"{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio  step")
     for size, config in configs.items():
         row = measure(config, seconds)
-        ratio = row.rtf_torch / row.rtf_onnxruntime
-        print(f"{size:>8}  {row.rtf_torch:>12.4f}  {row.rtf_onnxruntime:>12.4f}  {ratio:5.2f}", flush=True)
+        ratio = row.rtf / row.rtf_onnxruntime
+        print(f"{size:>8}  {row.rtf:>12.4f}  {row.rtf_onnxruntime:>12.4f}  {ratio:5.2f}  {row.step}", flush=True)
         if study is not None:
             append_rows(study / "rtf.jsonl", [row])
     if study is not None:

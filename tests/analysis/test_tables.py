@@ -82,9 +82,11 @@ def test_the_last_measured_real_time_factor_of_a_size_stands_beside_it(write_stu
     assert "RTF" not in written(scaling_table(gather(study.path)))
     _, _, _, macs = SIZES["xt"]
     rows = [
-        {"num_params": SIZES["xt"][0], "macs_per_second": macs, "rtf_torch": factor, "rtf_onnxruntime": 0.05}
-        for factor in (0.5, 0.01234)
+        {"num_params": SIZES["xt"][0], "macs_per_second": macs, name: factor, "rtf_onnxruntime": 0.05}
+        for name, factor in (("rtf_torch", 0.5), ("rtf", 0.01234))  # the first as earlier versions wrote it
     ]
+    write_records(study.path / "rtf.jsonl", rows[:1])
+    assert list(written(scaling_table(gather(study.path)))["RTF"]) == ["–", "–", "0.5"]
     write_records(study.path / "rtf.jsonl", rows)
     table = scaling_table(gather(study.path))
     assert list(written(table)["RTF"]) == ["–", "–", "0.0123"]

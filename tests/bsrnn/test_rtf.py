@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -46,15 +48,35 @@ def test_the_command_appends_a_row_for_each_size(tmp_path: Path, capsys: pytest.
         assert (row["num_channels"], row["num_layers"], row["threads"]) == (*size, 1)
         assert row["num_params"] == count_parameters(config).total
         assert row["macs_per_second"] == count_macs(config).total
-        assert 1e-4 < row["rtf_torch"] < 10
+        assert 1e-4 < row["rtf"] < 10
+        assert row["step"] == "kernel"
         assert 1e-4 < row["rtf_onnxruntime"] < 10
-    assert "16x1" in capsys.readouterr().out
+    assert re.search(r"16x1 .* kernel\n", capsys.readouterr().out)
+
+
+def test_a_row_measured_in_torch_says_so_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("bsrnn.kernel._library", _no_compiler)
+    threads = torch.get_num_threads()
+    try:
+        assert main(["8x1", "seconds=0.05", f"study={tmp_path}"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    why = "torch: kernel.c could not be compiled (no cc)"
+    assert json.loads((tmp_path / "rtf.jsonl").read_text())["step"] == why
+    assert why in capsys.readouterr().out
+
+
+def _no_compiler() -> NoReturn:
+    raise OSError("no cc")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["huge"], "huge: no such size"),
+        (["c8"], "c8: no such size; .*WIDTHxDEPTH, such as 8x6,"),
         (["study=nowhere"], "nowhere: no such folder"),
         (["seconds=-1"], "seconds = -1"),
         (["threads=2"], "expected"),
