@@ -5,6 +5,7 @@
 
 CHECKPOINT is a run's directory, its model.pt, or what `python -m bsrnn.convert` wrote.
 INPUT is an audio file, or a folder, whose tree of audio files OUTPUT then mirrors; other files are left out.
+Of a file, OUTPUT may also be a folder, one to be made if it ends in /.
 Any sample rate and number of channels: each channel is resampled to the model's rate, enhanced by itself, and
 resampled back, so that the output has the input's rate, channels and length. What lies above half the
 model's rate (8 kHz at 16 kHz) is lost. OUTPUT keeps the input's format and bit depth, unless its name says
@@ -162,6 +163,11 @@ def enhance_file(model: BSRNN, source: Path, target: Path, advance: Callable[[fl
 
 
 def _open_audio(source: Path) -> soundfile.SoundFile:
+    if source.suffix.lower() == ".raw":
+        raise ValueError(
+            f"{source}: raw samples tell neither rate nor channels: pipe them in, with - for INPUT, < {source}, and "
+            "rate=HZ channels=N"
+        )
     try:
         reading = soundfile.SoundFile(source)
     except soundfile.LibsndfileError as error:
@@ -203,12 +209,18 @@ def write_whole(
 
     The file has its name once it is whole. ValueError if no format has that name.
     """
-    name = target.suffix.removeprefix(".").upper()
-    name = {"AIF": "AIFF", "OGA": "OGG", "OPUS": "OGG"}.get(name, name)
+    ending = target.suffix.removeprefix(".").upper()
+    name = {"AIF": "AIFF", "OGA": "OGG", "OPUS": "OGG"}.get(ending, ending)
     if name not in soundfile.available_formats():
         known = ", ".join(sorted(soundfile.available_formats())).lower()
-        raise ValueError(f"{target}: no audio format is called {target.suffix or 'nothing'}; expected one of {known}")
+        what = f"no audio format is called {target.suffix}" if ending else "no such folder, and no ending of a file"
+        hint = "" if ending else f", or {os.sep} for a folder to be made"
+        raise ValueError(f"{target}: {what}; expected one of {known}{hint}")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} is no file that could be replaced: give another name")
     subtype = like.subtype if soundfile.check_format(name, like.subtype) else soundfile.default_subtype(name)
+    if ending == "OPUS":
+        subtype = "OPUS"
     with whole_file(target) as temporary:
         temporary.touch()  # what the system refuses it says better than a library
         try:
@@ -220,7 +232,7 @@ def write_whole(
         except soundfile.LibsndfileError as error:
             raise ValueError(
                 f"{target}: {like.channels} channels at {like.samplerate} Hz cannot be read to the end, or cannot be "
-                f"written as {name} ({error.error_string}): .wav holds any"
+                f"written as {ending} ({error.error_string}): take .wav, which holds up to {MOST_CHANNELS} channels"
             ) from None
 
 
@@ -257,16 +269,20 @@ def enhance_folder(model: BSRNN, source: Path, target: Path) -> int:
     return 1 if failures else 0
 
 
-def _enhance_single(model: BSRNN, source: Path, target: Path) -> int:
-    if target.is_dir():
-        target = target / source.name
+def _enhance_single(model: BSRNN, source: Path, target: str) -> int:
+    path = Path(target, source.name) if _names_folder(target) else Path(target)
     with _open_audio(source) as reading:
         seconds = reading.frames / reading.samplerate
     with _progress() as progress:
         task = progress.add_task(source.name, total=round(seconds, 1))
-        report = enhance_file(model, source, target, lambda done: progress.advance(task, done))
+        report = enhance_file(model, source, path, lambda done: progress.advance(task, done))
     _tell(report, source.name)
     return 0
+
+
+def _names_folder(target: str) -> bool:
+    """Whether it is a folder, or one to be made, which ends like one."""
+    return target.endswith(os.sep) or Path(target).is_dir()
 
 
 def _progress() -> Progress:
@@ -412,6 +428,8 @@ def to_bytes(samples: np.ndarray, form: PipeFormat, report: Report) -> bytes:
 
 
 def _enhance_from_pipe(model: BSRNN, target: str, given: Mapping[str, int]) -> int:
+    if target != "-" and _names_folder(target):
+        raise ValueError(f"{target} is a folder: give a file for what comes from a pipe")
     pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
     form, start, num_bytes = read_pipe_header(pipe, model.config.sample_rate, given)
     report = Report()
@@ -421,8 +439,6 @@ def _enhance_from_pipe(model: BSRNN, target: str, given: Mapping[str, int]) -> i
         _write_pipe(enhanced, form, report)
     else:
         path = Path(target)
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is a folder: give a file for what comes from a pipe")
         if path.exists() and os.path.samestat(path.stat(), os.fstat(sys.stdin.fileno())):
             raise ValueError(f"{path} is the input: give the output another name")
         write_whole(path, enhanced, form, report)
@@ -473,9 +489,7 @@ def main(words: list[str]) -> int:
         if target == "-":
             raise ValueError(f"{source} is a folder: give a folder for the output")
         return enhance_folder(model, Path(source), Path(target))
-    return (
-        _enhance_to_pipe(model, Path(source)) if target == "-" else _enhance_single(model, Path(source), Path(target))
-    )
+    return _enhance_to_pipe(model, Path(source)) if target == "-" else _enhance_single(model, Path(source), target)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -184,6 +185,21 @@ def test_a_wav_file_that_ends_before_its_header_says_is_enhanced_as_far_as_it_go
     assert soundfile.info(tmp_path / "out.wav").frames == 8_000
 
 
+def test_a_file_goes_into_a_folder_that_is_made_for_it(folder: Path, tmp_path: Path):
+    soundfile.write(tmp_path / "in.wav", music(400, 16_000, 1), 16_000)
+    assert run(folder / "model.pt", tmp_path / "in.wav", f"{tmp_path}/new/er/") == 0
+    assert run(folder / "model.pt", tmp_path / "in.wav", tmp_path / "new") == 0
+    assert soundfile.info(tmp_path / "new" / "er" / "in.wav").frames == 400
+    assert soundfile.info(tmp_path / "new" / "in.wav").frames == 400
+
+
+def test_an_opus_file_holds_opus_and_an_ogg_file_vorbis(folder: Path, tmp_path: Path):
+    soundfile.write(tmp_path / "in.wav", music(4_800, 48_000, 1), 48_000)
+    for name, subtype in (("out.opus", "OPUS"), ("out.ogg", "VORBIS")):
+        assert run(folder / "model.pt", tmp_path / "in.wav", tmp_path / name) == 0
+        assert soundfile.info(tmp_path / name).subtype == subtype
+
+
 def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
     audio = tmp_path / "in.wav"
     soundfile.write(audio, music(4_000, 16_000, 1), 16_000)
@@ -214,6 +230,12 @@ def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
         (["{models}/model.pt", "{empty}", "out"], "holds no audio files"),
         (["{models}/model.pt", "{audio}", "{audio}/out.wav"], "out.wav: cannot be written .*: give another place"),
         (["{models}/model.pt", "{wide}", "{empty}/out.mp3"], "7 channels at 96000 Hz .* cannot be written as MP3"),
+        (["{models}/model.pt", "{wide}", "{empty}/out.mp3"], "take .wav, which holds up to 1024 channels"),
+        (["{models}/model.pt", "{wide}", "{empty}/out.opus"], "96000 Hz .* Opus only supports sample rates of 8000, "),
+        (["{models}/model.pt", "{raw}", "{empty}/out.wav"], "in.raw: raw samples tell neither .*: pipe .* rate=HZ"),
+        (["{models}/model.pt", "{audio}", "{empty}/out"], "empty/out: no such folder, and no ending .*, or / for a"),
+        (["{models}/model.pt", "{audio}", "{empty}/../fifo.wav"], "fifo.wav is no file that could be replaced"),
+        (["{models}/model.pt", "-", "{empty}/new/"], "new/ is a folder: give a file"),
         (["{models}/model.pt", "{wide}.none", "{empty}/out.wav"], "no such file or folder"),
         (["{models}/strange.pt", "{audio}", "out.wav"], "strange.pt: its configuration is none of a BSRNN"),
         (["{models}/objects.pt", "{audio}", "out.wav"], "objects.pt holds more than plain data"),
@@ -225,7 +247,9 @@ def test_a_users_mistake_is_one_line(folder: Path, tmp_path: Path, words: list[s
     soundfile.write(tmp_path / "wide.wav", music(960, 96_000, 7), 96_000)
     torch.save({"format": "bsrnn", "config": {"num_channels": 0}, "state": {}}, folder / "strange.pt")
     torch.save({"format": "bsrnn", "model": passing_through()}, folder / "objects.pt")
-    places = {"models": folder, "empty": tmp_path / "empty"}
+    (tmp_path / "in.raw").write_bytes(bytes(100))
+    os.mkfifo(tmp_path / "fifo.wav")
+    places = {"models": folder, "empty": tmp_path / "empty", "raw": tmp_path / "in.raw"}
     places |= {"audio": tmp_path / "in.wav", "wide": tmp_path / "wide.wav"}
     with pytest.raises((ValueError, OSError), match=said) as error:
         run(*(word.format(**places) for word in words))
