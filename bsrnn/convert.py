@@ -1,7 +1,7 @@
 """Checkpoints of the FastEnhancer repository's BSRNN to models of this project, and back.
 
     python -m bsrnn.convert FILE.pth [MODEL.pt]      # theirs to ours; default: FILE.pt beside it
-    python -m bsrnn.convert MODEL.pt FILE.pth        # ours, or a run's directory, to theirs
+    python -m bsrnn.convert MODEL.pt FILE.pth        # ours, or a run's directory, to theirs, which may not be named .pt
 
 The outputs are the same. Theirs (github.com/aask1357/fastenhancer, arXiv 2509.21867) has a module
 for each band, here bands of one width are one tensor (bsrnn/bands.py):
@@ -192,6 +192,11 @@ def main(words: list[str]) -> int:
     target = Path(rest[0]) if rest else path.with_suffix(".pt")
     if target.exists() and target.samefile(model_path(path)):
         raise ValueError(f"{target} is the input: give the output another name")
+    if is_ours and target.suffix == ".pt":
+        raise ValueError(
+            f"{target}: a model of this project is written as a checkpoint of the FastEnhancer repository, "
+            f"but .pt is the ending of this project's models: name it {target.with_suffix('.pth').name}"
+        )
     if is_ours:
         model = load_model(path)
         write_whole(target, {"model": to_reference(model)})
@@ -205,7 +210,8 @@ def main(words: list[str]) -> int:
             raise ValueError(f"{source}: {error}") from None
         save_model(model, target)
     config = model.config
-    print(f"{target}: {config.num_channels} channels, {config.num_layers} layers, {config.num_bands} bands")
+    kind = "a checkpoint of the FastEnhancer repository" if is_ours else "a model of this project"
+    print(f"{target}: {kind}, {config.num_channels} channels, {config.num_layers} layers, {config.num_bands} bands")
     return 0
 
 

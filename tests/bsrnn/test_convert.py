@@ -82,10 +82,11 @@ def test_the_command_converts_to_and_fro(tmp_path: Path, capsys: pytest.CaptureF
     wrapped = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}  # of a distributed training
     torch.save({"model": wrapped, "optim": {"lr": 2e-3}, "epoch": 500}, tmp_path / "00500.pth")
     assert main([str(tmp_path / "00500.pth")]) == 0
-    assert "16 channels, 2 layers, 31 bands" in capsys.readouterr().out
+    assert "00500.pt: a model of this project, 16 channels, 2 layers, 31 bands" in capsys.readouterr().out
     model = load_model(tmp_path / "00500.pt")
     assert model.config == BSRNNConfig(16, 2)
     assert main([str(tmp_path / "00500.pt"), str(tmp_path / "back.pth")]) == 0
+    assert "back.pth: a checkpoint of the FastEnhancer repository, 16 channels" in capsys.readouterr().out
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     assert all(torch.equal(back[name], theirs.state_dict()[name]) for name in back if "tracked" not in name)
 
@@ -113,6 +114,9 @@ def test_a_users_mistake_is_one_line(tmp_path: Path):
         main([str(tmp_path / "ours.pt")])
     with pytest.raises(ValueError, match="is the input"):
         main([str(tmp_path / "ours.pt"), str(tmp_path / "ours.pt")])
+    with pytest.raises(ValueError, match=r"other.pt: .* checkpoint of the FastEnhancer .*: name it other.pth"):
+        main([str(tmp_path / "ours.pt"), str(tmp_path / "other.pt")])
+    assert not (tmp_path / "other.pt").exists()
 
 
 @pytest.mark.parametrize("setting", [{"causal": False}, {"compression": 0.5}, {"hop_length": 128}])
