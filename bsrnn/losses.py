@@ -38,7 +38,7 @@ class LossConfig:
         weights = {term.name: getattr(self, term.name) for term in fields(self)}
         for name, weight in weights.items():
             if not 0 <= weight < math.inf:
-                raise ValueError(f"loss.{name} = {weight}: expected a finite weight of at least 0")
+                raise ValueError(f"train.losses.{name} = {weight}: expected a finite weight of at least 0")
         if not any(weights.values()):
             raise ValueError("every loss weight is 0: give at least one term a weight")
 

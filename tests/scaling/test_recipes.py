@@ -25,7 +25,7 @@ MISTAKES = {
     "train.optimiser.groups=[{pattern: a, lr_scale: -1}]": r"groups, a: lr_scale = -1.0: expected at least 0",
     "train.early_stopping={interval: 0, patience: 1}": r"train.early_stopping.interval = 0: expected at least 1",
     "train.early_stopping.patience=3": r"interval = None and patience = 3: give both or neither",
-    "train.losses.pesq=-1": r"loss.pesq = -1.0: expected a finite weight",
+    "train.losses.pesq=-1": r"train.losses.pesq = -1.0: expected a finite weight",
     "execution.metrics=[mos]": r"execution.metrics: mos is no metric; expected names among pesq_wb",
     "execution.metrics=[]": r"execution.metrics = \[\]: expected at least one of pesq_wb",
     "execution.samples_every=0": r"execution.samples_every = 0: expected at least 1, or null",
