@@ -70,11 +70,6 @@ class Stream:
                 raise ValueError(f"no kernel for this model: {reason}")
         self.reset()
 
-    @property
-    def latency(self) -> int:
-        """Samples that come in after a sample before its enhanced one is returned, at most."""
-        return self.config.n_fft
-
     def reset(self) -> None:
         """Forget everything: the next sample is the first of a new signal."""
         n_fft, hop = self.config.n_fft, self.config.hop_length
