@@ -9,13 +9,13 @@ Of a file, OUTPUT may also be a folder, one to be made if it ends in /.
 Any sample rate and number of channels: each channel is resampled to the model's rate, enhanced by itself, and
 resampled back, so that the output has the input's rate, channels and length. What lies above half the
 model's rate (8 kHz at 16 kHz) is lost. OUTPUT keeps the input's format and bit depth, unless its name says
-another format. An input is never overwritten, and a file appears under its name when it is whole.
+another format. An input is never overwritten; any other file of OUTPUT's name is replaced, once the new one is whole.
 
 `-` is standard input or output: WAV if it begins like a WAV file (16-bit or 32-bit float PCM), else raw 16-bit
 little-endian PCM at `rate` (default: the model's) with `channels` (default 1), interleaved. What begins like another
-format, FLAC for one, is refused. Standard output is of
-the same kind as standard input, WAV if that is a file; it follows the input by one STFT window (32 ms) and what
-two resamplers hold back where rates differ.
+format, FLAC for one, is refused. Standard output is of the same kind as standard input, WAV if that is a file; it
+follows the input by at most one STFT window (32 ms) and, where rates differ, what two resamplers hold back (at 48 kHz
+together at most 147 ms).
 
 A model that is not causal, or whose norm is over the whole recording, hears each recording to its end before it
 gives anything back, and holds it in memory.

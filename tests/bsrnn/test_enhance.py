@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import soxr
 import torch
 
 from bsrnn import BSRNN, BSRNNConfig
-from bsrnn.enhance import PipeFormat, Report, main, pipe_blocks, read_pipe_header
+from bsrnn.enhance import PipeFormat, Report, enhance_blocks, main, pipe_blocks, read_pipe_header
 from bsrnn.modelfile import load_model, save_model
 from tests.bsrnn.test_model import trained_like
 
@@ -183,6 +184,24 @@ def test_a_wav_file_that_ends_before_its_header_says_is_enhanced_as_far_as_it_go
     run(folder / "model.pt", unknown, tmp_path / "out.wav")
     assert capsys.readouterr().err == ""
     assert soundfile.info(tmp_path / "out.wav").frames == 8_000
+
+
+@pytest.mark.parametrize(("sample_rate", "most_ms"), [(8_000, 207), (16_000, 32), (44_100, 170), (48_000, 147)])
+def test_a_sample_is_held_back_as_long_as_the_documentation_says(sample_rate: int, most_ms: float):
+    model, block = BSRNN(BSRNNConfig(16, 1)), np.zeros((sample_rate // 1_000, 1), np.float32)
+    num_in = num_out = longest = 0
+
+    def blocks() -> Iterator[np.ndarray]:
+        nonlocal num_in
+        for _ in range(1_500):
+            num_in += len(block)
+            yield block
+
+    for enhanced in enhance_blocks(model, blocks(), sample_rate, 1, Report()):
+        if num_out < 1_400 * len(block):  # before the end, where all that is left comes at once
+            longest = max(longest, num_in - num_out)
+        num_out += len(enhanced)
+    assert 0.95 * most_ms < 1e3 * longest / sample_rate <= most_ms
 
 
 def test_a_file_goes_into_a_folder_that_is_made_for_it(folder: Path, tmp_path: Path):
