@@ -107,7 +107,7 @@ def advise(found: Claims, gpu_hours: float) -> Advice:
 
 def training_speeds(found: Claims) -> pd.DataFrame:
     """Audio-seconds that one process trains on in a second, a row a size: N, size, speed, runs; by N."""
-    runs = found.runs[np.isfinite(found.runs["audio_seconds_per_second"])]
+    runs = found.kept[np.isfinite(found.kept["audio_seconds_per_second"])]
     if runs.empty:
         raise RefusalError("no run has its speed (audio_seconds_per_second) on record")
     speed = runs["audio_seconds_per_second"] / runs["world_size"].fillna(1)
@@ -149,7 +149,7 @@ def _options(found: Claims, claim: Claim, speeds: pd.DataFrame, gpu_hours: float
 
 
 def _remarks(found: Claims, claim: Claim, hours: float, size: float, edge: bool) -> list[str]:
-    said = []
+    said = [found.other_axes.remark] if found.other_axes.chosen else []
     if edge:
         at = "largest" if size >= found.kept["N"].max() * 0.99 else "smallest"
         said.append(f"The best is the {at} size trained: the true optimum may lie beyond it. Train beyond it to know.")

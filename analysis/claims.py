@@ -1,6 +1,7 @@
 """From a study's runs to what may be claimed of them: laws with intervals, and their test on what they did not see.
 
-1. Rules leave runs out of every fit, each with the rule on record; every law is fitted both ways.
+1. Rules leave runs out of every fit, each with the rule on record; every law is fitted both ways. Of the settings
+   that any further axes make, one is fitted (`analysis.other_axes`).
 2. L(N) is fitted at one budget (of the budgets, the one with the most sizes), L(D) at one size, L(C) to
    the cells that no cheaper cell beats, L(N, D) to all.
 3. Metrics follow bounded laws of N, and of the loss.
@@ -19,7 +20,8 @@ import pandas as pd
 from analysis.fit import HUBER_DELTA, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
-from analysis.quantities import VALIDATION_LOSS, Quantity, human_hours, human_macs, round_hours
+from analysis.other_axes import OtherAxes, one_setting
+from analysis.quantities import VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
 from analysis.settings import DATA, SIZES, Settings
 
 CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}  # the highest value that the metric can take
@@ -71,14 +73,16 @@ class Claims:
 
     settings: Settings
     data: str  # what D is: a key of DATA
-    runs: pd.DataFrame  # the study's runs with N, D, C, cell, label and excluded (the rule, or "")
+    runs: pd.DataFrame  # the study's runs with N, D, C, cell, label, excluded (the rule, or "") and is_chosen
     exclusions: pd.DataFrame
     losses: list[Claim]
     metrics: list[Claim]
+    other_axes: OtherAxes
 
     @property
     def kept(self) -> pd.DataFrame:
-        return self.runs[self.runs["excluded"] == ""]
+        """The runs of the chosen setting that no rule excludes: what every law and table is made of."""
+        return self.runs[(self.runs["excluded"] == "") & self.runs["is_chosen"]]
 
     def loss(self, name: str, measure: str | None = None) -> Claim | None:
         """The claim of a law by its name ("L(N)"), with N as the settings have it."""
@@ -89,7 +93,9 @@ class Claims:
 def claims(study: Study, settings: Settings) -> Claims:
     """Fit and test every law that the study's axes allow."""
     data = varying_data(study.runs) if settings.data == "auto" else settings.data
-    runs, exclusions = prepared(study, settings, data)
+    everything, exclusions = prepared(study, settings, data)
+    is_chosen, other_axes = one_setting(everything, study.axes)
+    runs = everything[is_chosen]
     losses: list[Claim] = []
     for measure in (settings.size, *(name for name in SIZES if name != settings.size)):
         losses.append(_loss_against_size(runs, measure, settings))
@@ -101,7 +107,7 @@ def claims(study: Study, settings: Settings) -> Claims:
     for metric in study.metrics:
         if (runs[metric.key].notna() & (runs["excluded"] == "")).any():
             metrics += _metric_claims(runs, metric, settings)
-    return Claims(settings, data, runs, exclusions, losses, metrics)
+    return Claims(settings, data, everything.assign(is_chosen=is_chosen), exclusions, losses, metrics, other_axes)
 
 
 def varying_data(runs: pd.DataFrame) -> str:
@@ -116,6 +122,11 @@ def varying_data(runs: pd.DataFrame) -> str:
 def prepared(study: Study, settings: Settings, data: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(runs with N, D, C, cell, label, excluded; the table of exclusions)."""
     runs = study.runs.copy()
+    names = runs.groupby("size")["num_params"].transform("nunique")
+    runs["size"] = [  # a size that an axis changes is several sizes
+        size if count == 1 else f"{size}, {human_count(params)}"
+        for size, count, params in zip(runs["size"], names, runs["num_params"], strict=True)
+    ]
     runs["budget_hours"] = runs["hours"].map(round_hours)
     runs["N"], runs["C"] = runs[settings.size].astype(float), runs["train_macs"].astype(float)
     runs["D"] = runs["audio_hours_seen"].astype(float) if data == "audio_hours_seen" else runs["budget_hours"]

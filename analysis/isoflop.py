@@ -92,15 +92,25 @@ def isoflop(runs: pd.DataFrame, *, bootstraps: int, seed: int) -> IsoFlop:
 
 
 def _budgets(runs: pd.DataFrame) -> list[pd.DataFrame]:
-    """Runs by budget: as planned where compute is an axis, else those whose compute is nearly the same."""
+    """Runs by budget: as planned where compute is an axis, else those whose compute is nearly the same.
+
+    Where cells of a budget differ in the hours of data, those with the hours that the most sizes have, then the most.
+    """
     axis = "axes.train.budget.train_pmacs"
     if axis in runs and runs[axis].notna().any():
-        return [budget for _, budget in runs.groupby(axis)]
+        return [_of_one_data_budget(budget) for _, budget in runs.groupby(axis)]
     if runs.empty:
         return []
     ordered = runs.sort_values("C")
     group = np.concatenate([[0], np.cumsum(np.diff(np.log(ordered["C"].to_numpy(dtype=float))) > SAME_BUDGET)])
-    return [budget for _, budget in ordered.groupby(group)]
+    return [_of_one_data_budget(budget) for _, budget in ordered.groupby(group)]
+
+
+def _of_one_data_budget(runs: pd.DataFrame) -> pd.DataFrame:
+    if (runs.groupby("size")["budget_hours"].nunique() <= 1).all():
+        return runs
+    sizes = runs.groupby("budget_hours")["size"].nunique()
+    return runs[runs["budget_hours"] == sizes[sizes == sizes.max()].index.max()]
 
 
 def _parabola(runs: pd.DataFrame, bootstraps: int, rng: np.random.Generator) -> Parabola:

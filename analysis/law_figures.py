@@ -21,7 +21,7 @@ from analysis import published, style
 from analysis.claims import Claim, Claims
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
-from analysis.quantities import Quantity, human_count, human_macs
+from analysis.quantities import Quantity, human_count, human_macs, round_hours
 from analysis.settings import DATA, SIZES
 
 POINTS = 120  # of a curve
@@ -275,10 +275,12 @@ def breakdown(study: Study, found: Claims, metric: Quantity) -> pd.DataFrame:
 
 
 def at_largest_budget(study: Study, found: Claims) -> pd.DataFrame:
-    """The scores of each size's runs at the most audio that it has seen, with size and N."""
-    kept = found.kept
-    most = kept.groupby("size")["audio_hours_seen"].transform("max")
-    runs = kept[kept["audio_hours_seen"] >= most * 0.999][["run_id", "size", "N", "cell"]]
+    """The scores of one cell of each size, with size and N: of the most audio seen, then of the most hours of data."""
+    cells = found.kept.drop_duplicates("cell")
+    seen = cells["audio_hours_seen"].astype(float).map(round_hours)
+    ordered = cells.assign(seen=seen).sort_values(["seen", "budget_hours", "steps"], kind="stable")
+    largest = ordered.drop_duplicates("size", keep="last")["cell"]
+    runs = found.kept.loc[found.kept["cell"].isin(largest), ["run_id", "size", "N", "cell"]]
     scores = study.scores[study.scores["run_id"].isin(runs["run_id"])]
     return scores.assign(run_id=scores["run_id"].astype(str)).merge(runs, on="run_id")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from analysis.isoflop import IsoFlop
 from analysis.law_figures import at_largest_budget, breakdown
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
 from analysis.paper_table import PaperTable, table_of
-from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs
+from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
 from analysis.settings import DATA
 from analysis.significance import paired
+from analysis.tables import axis_value
 
 
 def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame) -> list[PaperTable]:
@@ -37,7 +39,12 @@ def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame)
         exclusions_table(found),
         replaced_table(study, found),
     ]
-    return [table for table in tables if len(table.text)]
+    note = found.other_axes.note
+    return [
+        replace(table, caption=f"{table.caption} {note}") if note and table.name in OF_ONE_SETTING else table
+        for table in tables
+        if len(table.text)
+    ]
 
 
 def _spread(runs: pd.DataFrame, quantity: Quantity) -> tuple[str, str]:
@@ -73,6 +80,9 @@ def _numbers(study: Study, runs: pd.DataFrame, about: Sequence[str]) -> pd.DataF
 
 
 MOST_CLIPS = 4  # named in a cell
+# The tables of cells of one setting of the further axes (`analysis.other_axes`).
+OF_ONE_SETTING = {"size_table", "data_table", "joint_table", "laws", "metric_laws", "fits_both_ways", "held_out"}
+OF_ONE_SETTING |= {"isoflop", "significance", "breakdown"}
 ABOUT = (
     "size",
     "num_params",
@@ -91,10 +101,10 @@ def size_table(study: Study, found: Claims) -> PaperTable:
     about = claim.about if claim else ""
     runs = found.kept[found.kept["run_id"].isin(claim.run_ids if claim else ())].sort_values("macs_per_second")
     rows = []
-    for size, cell in runs.groupby("size", sort=False):
+    for _, cell in runs.groupby("cell", sort=False):
         first, ids = cell.iloc[0], _ids(cell)
         row = {
-            "Size": (str(size), ids),
+            "Size": (str(first["size"]), ids),
             "Parameters": (human_count(first["num_params"]), ids),
             "outside decoder": (human_count(float(first["num_params_non_decoder"] or np.nan)), ids),
             "MACs/s": (human_count(first["macs_per_second"]), ids),
@@ -128,27 +138,44 @@ def data_table(study: Study, found: Claims) -> PaperTable:
 
 
 def joint_table(found: Claims) -> PaperTable:
-    """Loss by size (rows) and budget (columns: compute where sizes share it, else hours)."""
+    """Loss by size (rows) and budget (columns: compute where sizes share it, else hours, and what else it needs)."""
     runs = found.kept.sort_values("macs_per_second")
     axis = "axes.train.budget.train_pmacs"
     by_compute = axis in runs and runs[axis].notna().any()
-    budget = runs[axis].astype(float) if by_compute else runs["D"].map(lambda d: float(f"{d:.3g}"))
-    rows = []
-    if budget.nunique() > 1 and runs["size"].nunique() > 1:
+    seen = runs["audio_hours_seen"].astype(float)
+    runs = runs.assign(
+        budget=runs[axis].astype(float) if by_compute else runs["D"].map(round_hours), seen=seen.map(round_hours)
+    )
+    key, rows = _cell_key(runs), []
+    levels = runs[key].dropna().drop_duplicates().sort_values(key)
+    if len(levels) > 1 and runs["size"].nunique() > 1:
         for size, of_size in runs.groupby("size", sort=False):
             row = {"Size": (str(size), _ids(of_size))}
-            for level in sorted(budget.dropna().unique()):
-                heading = human_macs(level * 1e15) if by_compute else f"{human_hours(level)} h"
-                row[heading] = _spread(of_size[budget.loc[of_size.index] == level], VALIDATION_LOSS)
+            for _, level in levels.iterrows():
+                first = human_macs(level["budget"] * 1e15) if by_compute else f"{human_hours(level['budget'])} h"
+                heading = ", ".join([first, *(BUDGET_WORDS[name](level[name]) for name in key[1:])])
+                row[heading] = _spread(of_size[(of_size[key] == level).all(axis=1)], VALIDATION_LOSS)
             rows.append(row)
     what = "training compute" if by_compute else DATA[found.data]
-    data = (
-        runs.assign(budget=budget)
-        .groupby(["size", "budget"], sort=False)["validation_loss"]
-        .agg(["mean", "std", "count"])
-    )
+    data = runs.groupby(["size", *key], sort=False)["validation_loss"].agg(["mean", "std", "count"])
     caption = f"Validation loss, mean ± sample standard deviation over seeds, by size and {what}."
     return table_of("joint_table", "Sizes and budgets together", caption, rows, data.reset_index() if rows else None)
+
+
+BUDGET_WORDS: dict[str, Callable[[float], str]] = {
+    "budget_hours": lambda hours: f"{human_hours(hours)} h of data",
+    "seen": lambda hours: f"{human_hours(hours)} h seen",
+    "steps": lambda steps: f"{steps:,.0f} steps",
+}
+
+
+def _cell_key(runs: pd.DataFrame) -> list[str]:
+    """What beside the size tells cells apart: the budget, and of BUDGET_WORDS as many as it takes."""
+    key = ["budget"]
+    for name in BUDGET_WORDS:
+        if (runs.groupby(["size", *key])["cell"].nunique() > 1).any():
+            key.append(name)
+    return key
 
 
 def efficiency_table(study: Study, found: Claims) -> PaperTable:
@@ -163,6 +190,7 @@ def efficiency_table(study: Study, found: Claims) -> PaperTable:
         gained = 1 - loss / float(cell["unprocessed_validation_loss"].mean())
         row = {
             "Size": str(first["size"]),
+            **{axis: axis_value(first[f"axes.{axis}"]) for axis in found.other_axes.chosen},
             "Hours seen": human_hours(float(first["audio_hours_seen"])),
             "Training compute": human_macs(float(first["C"])),
             "Audio-s/s": human_count(float(cell["audio_seconds_per_second"].median())),
@@ -217,8 +245,8 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
         }
         rows.append({heading: (text, str(pair["run_ids"])) for heading, text in row.items()})
     caption = (
-        f"Paired over utterances at each size's largest budget; {settings.level:.0%} intervals of bootstraps over "
-        "utterances and seeds. With one seed a size, the spread between seeds is not in them."
+        f"Paired over utterances, a cell of each size: its largest budget; {settings.level:.0%} intervals of bootstraps "
+        "over utterances and seeds. With one seed a size, the spread between seeds is not in them."
     )
     return table_of("significance", "Is one size better than another?", caption, rows, pairs)
 

@@ -102,7 +102,7 @@ def write_report(settings: Settings) -> Report:
     iso = isoflop(found.kept, bootstraps=settings.bootstraps, seed=settings.seed)
     nodes = node_table(study)
     tables = paper_tables(study, found, iso, nodes)
-    said = remarks(study, table)
+    said = [*filter(None, [found.other_axes.remark]), *remarks(study, table)]
     figures = _figures(study, table, found, iso, nodes)
     report = study.directory.report
     texts = {
@@ -184,6 +184,10 @@ def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nod
             )
             why = "the scores name neither several SNRs nor several noises"
             figures[f"breakdown_{metric.key}"] = (breakdown_figure(study, found, metric), caption, why)
+    if note := found.other_axes.note:
+        for name, (figure, caption, why) in figures.items():
+            if name in ("loss_laws", "isoflop_curves", "published") or name.startswith("breakdown_"):
+                figures[name] = (figure, f"{caption} {note}", why)
     return figures
 
 

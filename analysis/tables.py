@@ -129,7 +129,7 @@ def _labels(cells: pd.DataFrame, axes: Sequence[str]) -> list[str]:
             parts.append(f"{human_hours(cell['hours'])} h")
         if cells["steps"].nunique() > 1:
             parts.append(f"{cell['steps']:,} steps")
-        labels.append(" · ".join(parts + [f"{axis}={_value(cell[f'axes.{axis}'])}" for axis in axes]))
+        labels.append(" · ".join(parts + [f"{axis}={axis_value(cell[f'axes.{axis}'])}" for axis in axes]))
     return labels
 
 
@@ -167,7 +167,7 @@ def written(table: ScalingTable) -> pd.DataFrame:
         row["Hours"] = human_hours(cell["hours"]) if has_cell else MISSING
         row["Steps"] = f"{cell['steps']:,}" if has_cell else MISSING
         for axis in table.axes:
-            row[axis] = _value(cell[f"axes.{axis}"]) if has_cell else MISSING
+            row[axis] = axis_value(cell[f"axes.{axis}"]) if has_cell else MISSING
         row["Seeds"] = f"{cell['seeds_finished']} of {cell['seeds_planned']}" if has_cell else MISSING
         for quantity in (VALIDATION_LOSS, *table.metrics):
             gain = cell.get(f"{quantity.key}_gain_mean")
@@ -190,7 +190,8 @@ def _mean_and_spread(cell: pd.Series, quantity: Quantity, sign: str = "") -> str
     return f"{text} ± {spread}"
 
 
-def _value(value: object) -> str:
+def axis_value(value: object) -> str:
+    """The value of an axis as text."""
     if value is None or value != value:
         return MISSING
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,132 @@
+"""Cells that differ in more than the seed are never taken for seeds of one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.advise import advise
+from analysis.claims import Claims, claims
+from analysis.gather import Study, gather
+from analysis.isoflop import isoflop
+from analysis.law_figures import at_largest_budget
+from analysis.nodes import node_table
+from analysis.paper_table import PaperTable
+from analysis.paper_tables import paper_tables
+from analysis.report import main
+from analysis.settings import Settings
+from scaling.records import StudyDirectory
+from tests.analysis.generated import COST, FAMILY, Record, lines, run_record, true_loss, write_run
+
+RATE = "train.optimiser.learning_rate"
+
+
+def write_grid(path: Path, cells: Sequence[Record], loss: Callable[[Record], float], seeds: int = 2) -> StudyDirectory:
+    """cells: size, hours_seen, hours of data and further axes of each."""
+    study, rng, plans = StudyDirectory(path), np.random.default_rng(0), []
+    for number, cell in enumerate(cells):
+        for seed in range(seeds):
+            plan = run_record(cell["size"], cell["hours_seen"], seed, hours=cell["hours"], axes=cell["axes"])
+            plan["run_id"] = f"cell{number}-{plan['run_id']}"
+            write_run(study, plan, loss(cell) * float(np.exp(rng.normal(0, 0.003))), rng)
+            plans.append(plan)
+    study.plan.write_text(lines(plans))
+    return study
+
+
+def tables_of(study: Study, found: Claims) -> dict[str, PaperTable]:
+    iso = isoflop(found.kept, bootstraps=100, seed=0)
+    return {table.name: table for table in paper_tables(study, found, iso, node_table(study))}
+
+
+def test_a_size_is_compared_by_its_cell_of_the_most_data_where_all_have_seen_the_same_audio(tmp_path: Path):
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": hours, "axes": {"data.hours": hours}}
+        for size in ("c8", "xt", "t")
+        for hours in (1.0, 3.0, 9.0)
+    ]
+    path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], cell["hours"])).path
+    study, settings = gather(path), Settings(path, bootstraps=100)
+    found = claims(study, settings)
+    chosen = found.runs[found.runs["run_id"].isin(at_largest_budget(study, found)["run_id"])]
+    assert (set(chosen["hours"]), chosen.groupby("size").size().to_dict()) == ({9.0}, {"c8": 2, "xt": 2, "t": 2})
+    tables = tables_of(study, found)
+    assert set(tables["significance"].text["Seeds"]) == {"2 and 2"}
+    by_seen = tables_of(study, claims(study, Settings(path, data="audio_hours_seen", bootstraps=100)))
+    assert "50 h, 3 h of data" in by_seen["joint_table"].text.columns
+    assert list(by_seen["joint_table"].data["count"]) == [2] * 9
+
+
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
+    """5 sizes x 3 budgets of equal compute x 3 learning rates; the best rate lacks a cell, the worst is 30 % off."""
+    loss = {0.001: 1.05, 0.002: 1.3, 0.004: 1.0}
+    cells = [
+        {"size": size, "hours_seen": pmacs * 1e15 / COST / FAMILY[size][4], "hours": 9.0}
+        | {"axes": {RATE: rate, "train.budget.train_pmacs": pmacs}}
+        for size in ("c8", "xt", "c24", "t", "c48")
+        for pmacs in (0.3, 1.0, 3.0)
+        for rate in loss
+        if not (size == "c48" and pmacs == 0.3 and rate == 0.004)
+    ]
+    return write_grid(
+        tmp_path_factory.mktemp("rates") / "study",
+        cells,
+        lambda cell: true_loss(cell["size"], cell["hours_seen"]) * loss[cell["axes"][RATE]],
+    )
+
+
+def test_laws_and_tables_are_of_the_setting_that_covers_the_most_cells_with_the_lowest_loss(rates: StudyDirectory):
+    study = gather(rates.path)
+    found = claims(study, Settings(rates.path, bootstraps=100))
+    other = found.other_axes
+    assert (other.setting, other.settings, other.rivals, other.cells_left_out) == (f"{RATE}=0.001", 3, 2, 29)
+    assert set(found.kept[f"axes.{RATE}"]) == {0.001}
+    assert (len(found.runs), len(found.kept)) == (88, 30)
+    rate = dict(zip(found.runs["run_id"], found.runs[f"axes.{RATE}"], strict=True))
+    for claim in [*found.losses, *found.metrics]:
+        assert {rate[run_id] for run_id in claim.run_ids} <= {0.001}, claim.law.name
+        assert claim.with_excluded is None
+    law = found.loss("L(N, D)")
+    assert law is not None
+    assert law.fitted.data.num_cells == 15
+    for parabola in isoflop(found.kept, bootstraps=100, seed=0).parabolas:
+        assert list(parabola.cells["seeds"]) == [2] * 5
+
+
+def test_no_table_counts_runs_of_several_settings_as_seeds_and_captions_name_the_setting(rates: StudyDirectory):
+    study = gather(rates.path)
+    found = claims(study, Settings(rates.path, bootstraps=100))
+    rate = dict(zip(found.runs["run_id"], found.runs[f"axes.{RATE}"], strict=True))
+    tables = tables_of(study, found)
+    for name, table in tables.items():
+        for ids in table.sources.to_numpy().ravel():
+            assert len({rate[run_id] for run_id in ids.split()}) <= 1, name
+        is_of_one = name not in ("efficiency_table", "exclusions")
+        assert (f"Of {RATE}=0.001; 29 cells of other settings are left out." in table.caption) == is_of_one, name
+    assert tables["efficiency_table"].text[RATE].nunique() == 3
+    assert advise(found, 0.05).remarks[0].startswith("Laws, minima and the tables")
+
+
+def test_the_report_remarks_on_the_setting_and_its_scaling_table_has_all(
+    rates: StudyDirectory, capsys: pytest.CaptureFixture[str]
+):
+    assert main([f"study={rates.path}", "bootstraps=100"]) == 0
+    said = f"are of {RATE}=0.001: of 3 settings of {RATE} one that covers the most cells, of 2 that do so the one with"
+    assert said in capsys.readouterr().out
+    report = (rates.report / "report.md").read_text()
+    assert said in report
+    assert "88 of 88 planned runs finished, in 44 cells." in report
+
+
+def test_an_axis_that_the_size_settles_makes_no_further_settings(tmp_path: Path):
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {RATE: rate}}
+        for size, rate in (("c8", 0.004), ("xt", 0.002), ("t", 0.001))
+    ]
+    path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0)).path
+    found = claims(gather(path), Settings(path, bootstraps=100))
+    assert (found.other_axes.chosen, found.other_axes.note, len(found.kept)) == ({}, "", 6)
