@@ -34,7 +34,8 @@ from scaling.records import RecordError
 USAGE = "usage: python -m analysis.advise study=DIR gpu_hours=H"
 ADVISE_KEYS = KEYS | {"gpu_hours": "of one GPU (or CPU core) of the study's kind, to spend on one training"}
 GRID = 400  # sizes between the smallest and the largest that are compared
-FAR = 10.0  # times the audio of the study's longest run: further than a law of it should be trusted
+FAR = 10.0  # times the audio of the study's longest run, or of its shortest: further than a law of it should be trusted
+MOST_HOURS = 1e9
 
 REMEDIES = {
     UNIDENTIFIABLE: "vary sizes and budgets, as +sweep=isoflop does",
@@ -50,8 +51,7 @@ class Advice:
 
     options: one row a size of the study: size, N, hours of audio that the budget buys, passes over the data, loss
         with its prediction interval, and in what share of bootstraps it is the best of them.
-    best_size: N of the least predicted loss between the sizes trained, with the interval over bootstraps;
-    is_at_edge: whether that is the smallest or largest size of the study.
+    best_size: N of the least predicted loss between the sizes trained, with the interval over bootstraps.
     """
 
     gpu_hours: float
@@ -61,7 +61,6 @@ class Advice:
     hours: float
     loss: float
     loss_interval: tuple[float, float]
-    is_at_edge: bool
     remarks: list[str]
 
 
@@ -89,6 +88,12 @@ def advise(found: Claims, gpu_hours: float) -> Advice:
     losses = law.predict({"N": grid, "D": hours})
     drawn = _predicted(law, grid, hours)
     best = int(np.argmin(losses))
+    shortest = float(found.kept["D"].min())
+    if hours[best] * FAR < shortest:
+        raise RefusalError(
+            f"gpu_hours={gpu_hours:g} buys {human_hours(float(hours[best]))} h of audio, less than a tenth of the "
+            f"study's shortest run ({human_hours(shortest)} h), of which its law says nothing; give more hours"
+        )
     bests = grid[np.argmin(drawn, axis=1)]
     low, high = law.prediction_interval({"N": grid[best], "D": hours[best]}, level, seed=found.settings.seed)
     edge = best in (0, GRID - 1)
@@ -100,7 +105,6 @@ def advise(found: Claims, gpu_hours: float) -> Advice:
         float(hours[best]),
         float(losses[best]),
         (float(low[0]), float(high[0])),
-        edge,
         _remarks(found, claim, float(hours[best]), float(grid[best]), edge),
     )
 
@@ -139,7 +143,7 @@ def _options(found: Claims, claim: Claim, speeds: pd.DataFrame, gpu_hours: float
             "size": speeds["size"].to_numpy(),
             "N": sizes,
             "hours": hours,
-            "passes": hours / float(found.runs["hours"].max()),
+            "passes": hours / float(found.kept["hours"].max()),
             "loss": law.predict({"N": sizes, "D": hours}),
             "low": low,
             "high": high,
@@ -153,11 +157,15 @@ def _remarks(found: Claims, claim: Claim, hours: float, size: float, edge: bool)
     if edge:
         at = "largest" if size >= found.kept["N"].max() * 0.99 else "smallest"
         said.append(f"The best is the {at} size trained: the true optimum may lie beyond it. Train beyond it to know.")
-    longest = float(found.kept["D"].max())
+    shortest, longest = float(found.kept["D"].min()), float(found.kept["D"].max())
+    if hours < shortest:
+        said.append(
+            f"This is {hours / shortest:.2g} times the audio of the study's shortest run: below what the law is of."
+        )
     if hours > longest:
         far = f"{hours / longest:.3g} times the audio of the study's longest run"
         said.append(f"This is {far}{': too far for the interval to be trusted' if hours > FAR * longest else ''}.")
-    passes, seen = hours / float(found.runs["hours"].max()), longest / float(found.runs["hours"].max())
+    passes, seen = hours / float(found.kept["hours"].max()), longest / float(found.kept["hours"].max())
     if passes > 1.5 * seen:
         said.append(
             f"{passes:.3g} passes over the data; the study has seen {seen:.3g}, so nothing shows what repetition costs."
@@ -234,8 +242,8 @@ def _positive(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"gpu_hours={text}: expected a number above 0")
+    if not 0 < value <= MOST_HOURS:
+        raise UsageError(f"gpu_hours={text}: expected a number above 0 and at most {MOST_HOURS:g}")
     return value
 
 

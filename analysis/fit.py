@@ -130,7 +130,8 @@ class Fit:
         """
         curves = self.predict_bootstraps(x)
         deviation, freedom = self.scatter(seeds)
-        noise = deviation * np.random.default_rng(seed).standard_t(freedom, curves.shape)
+        # the same for every x, so that a point has one interval whatever others are asked for with it
+        noise = deviation * np.random.default_rng(seed).standard_t(freedom, (len(curves), 1))
         return _quantiles(curves * np.exp(noise) if self.law.is_log else curves + noise, level)
 
     def scatter(self, seeds: int = 1) -> tuple[float, int]:

@@ -245,8 +245,8 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
         }
         rows.append({heading: (text, str(pair["run_ids"])) for heading, text in row.items()})
     caption = (
-        f"Paired over utterances, a cell of each size: its largest budget; {settings.level:.0%} intervals of bootstraps "
-        "over utterances and seeds. With one seed a size, the spread between seeds is not in them."
+        f"Paired over utterances, a cell of each size: its largest budget; {settings.level:.0%} intervals of "
+        "bootstraps over utterances and seeds. With one seed a size, the spread between seeds is not in them."
     )
     return table_of("significance", "Is one size better than another?", caption, rows, pairs)
 

@@ -167,7 +167,29 @@ def test_the_planner_recommends_what_the_law_and_the_speeds_make_best(found: Cla
     assert advice.loss_interval[0] < losses.min() < advice.loss_interval[1]
     assert advice.best_size_interval[0] <= advice.best_size <= advice.best_size_interval[1]
     assert advise(found, 0.01).best_size < advice.best_size
-    assert advise(found, 1e5).is_at_edge
+    largest = advise(found, 1e5)
+    assert largest.remarks[0].startswith("The best is the largest size trained")
+    last = largest.options.iloc[-1]
+    assert (last["low"], last["high"]) == pytest.approx(largest.loss_interval, rel=1e-9), "one interval a point"
+
+
+def test_the_planner_says_when_its_audio_lies_below_the_study_and_refuses_far_below(found: Claims):
+    few = advise(found, 0.0005)
+    assert few.hours < found.kept["D"].min()
+    assert any("times the audio of the study's shortest run: below" in remark for remark in few.remarks)
+    with pytest.raises(RefusalError, match=r"gpu_hours=1e-09 buys \S+ h of audio, less than a tenth of the study's"):
+        advise(found, 1e-9)
+
+
+def test_the_planner_recommends_no_size_whose_runs_all_diverged(tmp_path: Path):
+    study = grid_study(tmp_path / "study")
+    for row in study.read_plan():
+        if row["size"]["name"] == "s":
+            failed = {"event": "failed", "failure": "diverged", "reason": "the loss of step 9 is nan", "time": 1.7e9}
+            study.run(row["run_id"]).events.write_text(lines([failed]))
+    advice = advise(claims(gather(study.path), Settings(study.path, bootstraps=100)), 1e4)
+    assert list(advice.options["size"]) == ["c8", "xt", "c24", "t", "c48"]
+    assert advice.best_size <= FAMILY["c48"][4] * (1 + 1e-9)
 
 
 def test_the_planner_refuses_where_the_law_is_not_identified(
@@ -178,8 +200,9 @@ def test_the_planner_refuses_where_the_law_is_not_identified(
         advise(claims(gather(study.path), Settings(study.path, bootstraps=100)), 1.0)
     assert main([f"study={study.path}", "gpu_hours=1"]) == 1
     assert capsys.readouterr().err.startswith("no advice: L(N, D) of this study is unidentifiable (D has 1 level")
-    assert main([f"study={grid.path}", "gpu_hours=-1"]) == 2
-    assert capsys.readouterr().err == "error: gpu_hours=-1: expected a number above 0\n"
+    for hours in ("-1", "nan", "1e300"):
+        assert main([f"study={grid.path}", f"gpu_hours={hours}"]) == 2
+        assert capsys.readouterr().err == f"error: gpu_hours={hours}: expected a number above 0 and at most 1e+09\n"
     assert main([f"study={grid.path}", "gpu_hours=3", "bootstraps=200"]) == 0
     out = capsys.readouterr().out
     assert "Best between the sizes trained" in out
