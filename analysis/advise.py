@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.claims import Claim, Claims, claims
-from analysis.fit import BOUND, CONVERGED, UNFINISHED, UNIDENTIFIABLE, Fit, quantiles
+from analysis.fit import BOUND, CONVERGED, FEWEST_FREEDOM, UNFINISHED, UNIDENTIFIABLE, Fit, quantiles
 from analysis.gather import gather
 from analysis.laws import Array
 from analysis.quantities import human_count, human_hours
@@ -75,6 +75,11 @@ def advise(found: Claims, gpu_hours: float) -> Advice:
     if claim.fitted.status != CONVERGED:
         raise RefusalError(
             f"L(N, D) of this study is {claim.fitted.status} ({claim.fitted.reason}): {REMEDIES[claim.fitted.status]}"
+        )
+    if not claim.fitted.has_interval:
+        raise RefusalError(
+            f"L(N, D) of this study has {claim.fitted.freedom} degrees of freedom, of at least {FEWEST_FREEDOM} for an "
+            f"interval: {REMEDIES[UNFINISHED]}"
         )
     if found.data != "audio_hours_seen":
         raise RefusalError(

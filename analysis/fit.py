@@ -8,7 +8,8 @@
    condition of the problem from 10^11 to 10 or so.
 3. The best starts go through Newton's method in all parameters, with analytic gradient and Hessian,
    damped and projected on the bounds, all of them at once in numpy.
-4. Bootstraps are the same problem with other weights, so thousands run as one batch from the optimum.
+4. Bootstraps are the same problem with other weights or values, so thousands run as one batch from the optimum. Their
+   spread is that of Student's t, since few seeds or cells tell little of the scatter.
 
 `analysis.problem` has the numbers of 2 to 4.
 """
@@ -27,6 +28,7 @@ from analysis.laws import Array, Law
 from analysis.problem import STEPS, Problem
 
 HUBER_DELTA = 1e-3  # of residuals of log loss, as Hoffmann et al. 2022
+FEWEST_FREEDOM = 3  # degrees of freedom of the scatter; with fewer an interval says nothing, and is not given
 MOST_CORRELATION = 0.98  # of two variables' logarithms; beyond, their exponents cannot be told apart
 
 CONVERGED, BOUND, UNIDENTIFIABLE, UNFINISHED = "converged", "at a bound", "unidentifiable", "not converged"
@@ -82,6 +84,8 @@ class Fit:
     parameters: name → value. objective: of the optimum. huber: delta, or None for least squares.
     bootstrap: name → (B,) values of the bootstraps; empty if there were none.
     resampled: "seeds" or "cells", what the bootstraps drew.
+    widening: (B,) by which each bootstrap's distance from the optimum counts in an interval; standard errors are
+        of the bootstraps as drawn.
     residuals: (cells,) of the cells' means, of log y or y.
     """
 
@@ -95,6 +99,17 @@ class Fit:
     residuals: Array = field(default_factory=lambda: np.empty(0))
     bootstrap: dict[str, Array] = field(default_factory=dict)
     resampled: str = ""
+    widening: Array = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the scatter that the bootstraps draw from."""
+        within = len(self.data.y) - self.data.num_cells
+        return within if self.resampled == "seeds" else self.data.num_cells - self.law.num_parameters
+
+    @property
+    def has_interval(self) -> bool:
+        return bool(self.bootstrap) and self.freedom >= FEWEST_FREEDOM
 
     @property
     def is_usable(self) -> bool:
@@ -105,19 +120,24 @@ class Fit:
         return {name: float(np.std(values, ddof=1)) for name, values in self.bootstrap.items()}
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
-        return quantiles(self.bootstrap[name], level)
+        """Of a parameter; NaN where there are too few degrees of freedom."""
+        if not self.has_interval:
+            return np.nan, np.nan
+        return quantiles(_widened(self.parameters[name], self.bootstrap[name], self.widening), level)
 
     def predict(self, x: Mapping[str, ArrayLike]) -> Array:
         """The law at x (m,)."""
         return self.law.predict(x, self.parameters)
 
     def predict_bootstraps(self, x: Mapping[str, ArrayLike]) -> Array:
-        """The bootstraps' laws at x: (B, m)."""
+        """The bootstraps' laws at x, as they count in an interval: (B, m)."""
         points = {name: np.atleast_1d(np.asarray(values, dtype=float))[None] for name, values in x.items()}
-        return self.law.predict(points, {name: values[:, None] for name, values in self.bootstrap.items()})
+        curves = self.law.predict(points, {name: values[:, None] for name, values in self.bootstrap.items()})
+        optimum = self.law.predict(points, {name: np.float64(value) for name, value in self.parameters.items()})
+        return _widened(optimum, curves, self.widening[:, None])
 
     def band(self, x: Mapping[str, ArrayLike], level: float = 0.95) -> tuple[Array, Array]:
-        """Interval of the law itself at x: (m,), (m,)."""
+        """Interval of the law itself at x: (m,), (m,); see `has_interval`."""
         return _quantiles(self.predict_bootstraps(x), level)
 
     def prediction_interval(
@@ -169,6 +189,16 @@ def quantiles(values: Array, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _widened(optimum: float | Array, drawn: Array, widening: Array) -> Array:
+    """Bootstraps moved away from the optimum by a factor: of their logarithms where all are positive."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.all(drawn > 0) and np.all(np.asarray(optimum) > 0):
+            away = (np.log(drawn) - np.log(optimum)) * widening
+            return np.asarray(optimum * np.exp(np.clip(away, -600, 600)), dtype=np.float64)
+        moved = optimum + (drawn - optimum) * widening
+        return np.asarray(np.maximum(moved, 0.0) if np.all(drawn >= 0) else moved, dtype=np.float64)
+
+
 def _quantiles(values: Array, level: float) -> tuple[Array, Array]:
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
@@ -206,15 +236,20 @@ def fit(
     residuals = problem.residuals(point[None])[0]
     values = {name: float(value[0]) for name, value in problem.named(point[None]).items()}
     drawn: dict[str, Array] = {}
+    widening = np.empty(0)
     if bootstraps:
         if resample == "auto":
             resample = "seeds" if (data.counts > 1).all() and "L" not in law.variables else "cells"
         rng = np.random.default_rng(seed)
         if resample == "seeds":
             draws, y = np.tile(weights, (bootstraps, 1)), draw_seeds(data, bootstraps, law.is_log, rng)
+            widening = np.ones(bootstraps)
         elif resample == "cells":
             chosen = rng.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), bootstraps)
             draws, y = chosen * weights, None
+            # A resample of n cells scatters like the n - p of the residuals, whose own scatter is as chi-squared.
+            freedom = len(weights) - law.num_parameters
+            widening = np.sqrt(len(weights) / rng.chisquare(freedom, bootstraps))
         else:
             raise ValueError(f"resample = {resample!r}: expected seeds, cells or auto")
         # The runner-up valley too: another sample may prefer it.
@@ -232,6 +267,7 @@ def fit(
         residuals,
         drawn,
         resample if bootstraps else "",
+        widening,
     )
 
 
@@ -246,20 +282,22 @@ def _status(problem: Problem, point: Array, converged: bool) -> tuple[str, str]:
 
 
 def draw_seeds(data: Data, bootstraps: int, is_log: bool, rng: np.random.Generator) -> Array:
-    """Means of the cells (B, cells), each over seeds drawn again from its own.
+    """Means of the cells (B, cells) over seeds drawn again: each its cell's mean and a deviation of any cell's seed.
 
-    Of k seeds k - 1 are drawn, with replacement, which makes the variance of the mean unbiased for small k
-    (Rao & Wu 1988); a cell's only seed stays as it is.
+    A few seeds of one cell tell little of their spread, those of all cells together more. Deviations from a mean of k
+    seeds count sqrt(k / (k - 1)) times, which makes the variance unbiased, and those of a sample share a factor that
+    gives them Student's tails. Every cell needs several seeds.
     """
     y = np.log(data.y) if is_log else np.asarray(data.y, dtype=float)
-    means = np.empty((bootstraps, data.num_cells))
-    for cell, k in enumerate(data.counts):
-        seeds = y[data.codes == cell]
-        if k == 1:
-            means[:, cell] = seeds[0]
-        else:
-            means[:, cell] = seeds[rng.integers(k, size=(bootstraps, k - 1))].mean(axis=1)
-    return np.exp(means) if is_log else means
+    counts, codes = data.counts, data.codes
+    means = np.bincount(codes, weights=y) / counts
+    deviations = (y - means[codes]) * np.sqrt(counts / (counts - 1))[codes]
+    freedom = len(y) - len(counts)
+    tails = np.sqrt(freedom / rng.chisquare(freedom, bootstraps))
+    shares = np.zeros((len(y), len(counts)))
+    shares[np.arange(len(y)), codes] = 1 / counts[codes]
+    drawn = means + tails[:, None] * (rng.choice(deviations, (bootstraps, len(y))) @ shares)
+    return np.exp(drawn) if is_log else drawn
 
 
 def unidentifiable(law: Law, data: Data) -> str:

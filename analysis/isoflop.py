@@ -1,24 +1,26 @@
 """isoFLOP curves: at each budget of training compute, which size is best, and the path through the best sizes.
 
 At one budget C loss against log N is a parabola about its best size N*(C) (Hoffmann et al. 2022, approach 2); the
-minima follow N* = k C^a, and with D* = C / (cost N*) the audio grows as C^(1 - a). Intervals are of bootstraps over the
-seeds of each cell, or where cells have one seed over the residuals about the parabola; a parabola whose minimum
-lies outside of the sizes that were trained, or opens downwards, has no minimum to report.
+minima follow N* = k C^a, and with D* = C / (cost N*) the audio grows as C^(1 - a). Intervals are of draws from the
+multivariate Student distribution of the coefficients, with the residuals of all runs about the parabolas of all
+budgets; a parabola whose minimum lies outside of the sizes that were trained, or opens downwards, has no minimum to
+report.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from analysis.fit import CONVERGED, UNIDENTIFIABLE, Data, draw_seeds, quantiles
+from analysis.fit import CONVERGED, FEWEST_FREEDOM, UNIDENTIFIABLE, Data
 from analysis.laws import Array
 
 SAME_BUDGET = 0.1  # relative: steps are whole numbers, so the cells of a budget differ by some percent in compute
 FEWEST_SIZES = 4  # a parabola through three points has nothing left to say how good it is
+MOST_LOST = 0.05  # of the draws of a path: beyond, what is left of them says nothing of the rest
 AT_EDGE = "at an edge"
 
 
@@ -28,7 +30,8 @@ class Parabola:
 
     compute: mean training compute of its cells, in multiply-accumulates. coefficients: (3,) of log loss in
     log10 N - centre, highest power first. best_size, best_loss: at the minimum, with intervals; NaN without one.
-    bootstrap: (B,) of best_size, NaN where a bootstrap has no minimum within the sizes.
+    bootstrap: (B,) draws of best_size: 0 where it lies below the sizes trained, infinite where beyond; None where the
+        degrees of freedom are too few.
     status: converged; at an edge: the best size may lie beyond those trained; unidentifiable, with the reason.
     """
 
@@ -40,15 +43,20 @@ class Parabola:
     coefficients: tuple[float, ...] = ()
     best_size: float = np.nan
     best_loss: float = np.nan
+    squares: float = np.nan  # of the residuals of log loss of its runs
+    freedom: int = 0  # runs without the three that the parabola takes
+    covariance: Array | None = None  # of the coefficients, for a scatter of 1
     bootstrap: Array | None = None
 
     def loss(self, sizes: Array) -> Array:
         return np.exp(np.polyval(self.coefficients, np.log10(sizes) - self.centre))
 
     def interval(self, level: float) -> tuple[float, float]:
-        if self.bootstrap is None or np.isfinite(self.bootstrap).mean() < 0.5:
+        """Of best_size: 0 or infinite where it is open on that side, NaN without one."""
+        if self.bootstrap is None:
             return np.nan, np.nan
-        return quantiles(self.bootstrap, level)
+        low, high = np.quantile(self.bootstrap, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+        return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class IsoFlop:
     parabolas: list[Parabola]
     path: Path
     reason: str = ""  # why there are no parabolas
+    freedom: int = 0  # degrees of freedom of the scatter about them
 
 
 def isoflop(runs: pd.DataFrame, *, bootstraps: int, seed: int) -> IsoFlop:
@@ -86,9 +95,9 @@ def isoflop(runs: pd.DataFrame, *, bootstraps: int, seed: int) -> IsoFlop:
     if not budgets:
         reason = "no budget of compute is shared by cells of different sizes (+sweep=isoflop plans such cells)"
         return IsoFlop([], Path(UNIDENTIFIABLE, reason), reason)
-    rng = np.random.default_rng(seed)
-    parabolas = [_parabola(budget, bootstraps, rng) for budget in budgets]
-    return IsoFlop(parabolas, _path(parabolas))
+    found = [_parabola(budget) for budget in budgets]
+    parabolas, freedom = _with_draws(found, bootstraps, np.random.default_rng(seed))
+    return IsoFlop(parabolas, _path(parabolas), freedom=freedom)
 
 
 def _budgets(runs: pd.DataFrame) -> list[pd.DataFrame]:
@@ -113,7 +122,28 @@ def _of_one_data_budget(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["budget_hours"] == sizes[sizes == sizes.max()].index.max()]
 
 
-def _parabola(runs: pd.DataFrame, bootstraps: int, rng: np.random.Generator) -> Parabola:
+def _with_draws(parabolas: list[Parabola], bootstraps: int, rng: np.random.Generator) -> tuple[list[Parabola], int]:
+    """The parabolas with draws of their best sizes, and the degrees of freedom of the scatter that they share."""
+    fitted = [parabola for parabola in parabolas if parabola.coefficients]
+    freedom = sum(parabola.freedom for parabola in fitted)
+    if freedom < FEWEST_FREEDOM:
+        return parabolas, freedom
+    variance = sum(parabola.squares for parabola in fitted) / freedom
+    tails = np.sqrt(freedom * variance / rng.chisquare(freedom, bootstraps))
+    drawn = []
+    for parabola in parabolas:
+        if parabola.coefficients:
+            root = np.linalg.cholesky(np.asarray(parabola.covariance))
+            scatter = tails[:, None] * (rng.normal(size=(bootstraps, 3)) @ root.T)
+            u = np.log10(parabola.cells["N"].to_numpy(dtype=float)) - parabola.centre
+            at = _least(parabola.coefficients + scatter, u.min(), u.max())
+            drawn.append(replace(parabola, bootstrap=10 ** (at + parabola.centre)))
+        else:
+            drawn.append(parabola)
+    return drawn, freedom
+
+
+def _parabola(runs: pd.DataFrame) -> Parabola:
     ordered = runs.sort_values("N", kind="stable")
     data = Data(
         {"N": ordered["N"].to_numpy(float)}, ordered["validation_loss"].to_numpy(float), ordered["cell"].to_numpy()
@@ -131,20 +161,17 @@ def _parabola(runs: pd.DataFrame, bootstraps: int, rng: np.random.Generator) -> 
     u = np.log10(means.x["N"])
     centre = float(u.mean())
     design = np.vander(u - centre, 3)
-    weight = np.sqrt(data.counts)
-    solver = np.linalg.pinv(design * weight[:, None]) * weight
-    y = np.log(means.y)
-    coefficients = solver @ y
+    covariance = np.linalg.inv(design.T @ (design * data.counts[:, None]))
+    coefficients = covariance @ (design.T @ (data.counts * np.log(means.y)))
     low, high = u.min() - centre, u.max() - centre
-    best = float(_minimum(np.asarray(coefficients[None], dtype=np.float64), low, high)[0])
-    fitted = design @ coefficients
-    if (data.counts > 1).all():
-        drawn = np.log(draw_seeds(data, bootstraps, True, rng))
-    else:  # one seed a cell: its scatter about the parabola is all there is to go by
-        residuals = (y - fitted) * np.sqrt(len(y) / (len(y) - 3))
-        drawn = fitted + rng.choice(residuals, (bootstraps, len(y)))
-    bootstrap = 10 ** (_minimum(drawn @ solver.T, low, high) + centre)
+    best = float(_least(np.asarray(coefficients[None], dtype=np.float64), low, high)[0])
+    residuals = np.log(data.y) - (design @ coefficients)[data.codes]
     shape = (float(coefficients[0]), float(coefficients[1]), float(coefficients[2]))
+    about: dict[str, Any] = {
+        "squares": float(residuals @ residuals),
+        "freedom": len(data.y) - 3,
+        "covariance": covariance,
+    }
     if not np.isfinite(best):
         side = "opens downwards" if coefficients[0] <= 0 else "has its minimum outside of the sizes trained"
         falls = np.polyval(coefficients, high) < np.polyval(coefficients, low)
@@ -152,17 +179,19 @@ def _parabola(runs: pd.DataFrame, bootstraps: int, rng: np.random.Generator) -> 
             "larger sizes are needed, or smaller budgets" if falls else "smaller sizes are needed, or larger budgets"
         )
         reason = f"the parabola {side}; {needed}"
-        return Parabola(compute, cells, AT_EDGE, reason, centre, shape, bootstrap=bootstrap)
+        return Parabola(compute, cells, AT_EDGE, reason, centre, shape, **about)
     size = 10 ** (best + centre)
     loss = float(np.exp(np.polyval(coefficients, best)))
-    return Parabola(compute, cells, CONVERGED, "", centre, shape, size, loss, bootstrap)
+    return Parabola(compute, cells, CONVERGED, "", centre, shape, size, loss, **about)
 
 
-def _minimum(coefficients: Array, low: float, high: float) -> Array:
-    """Where parabolas (B, 3) are least; NaN if they open downwards or that is outside of [low, high]."""
+def _least(coefficients: Array, low: float, high: float) -> Array:
+    """Where parabolas (B, 3) are least; -inf or inf outside of [low, high], or where they open downwards."""
     with np.errstate(all="ignore"):
         at = -coefficients[:, 1] / (2 * coefficients[:, 0])
-    return np.where((coefficients[:, 0] > 0) & (at >= low) & (at <= high), at, np.nan)
+    falls = coefficients @ (np.array([high**2, high, 1.0]) - np.array([low**2, low, 1.0])) < 0
+    within = (coefficients[:, 0] > 0) & (at >= low) & (at <= high)
+    return np.where(within, at, np.where(falls, np.inf, -np.inf))
 
 
 def _path(parabolas: list[Parabola]) -> Path:
@@ -171,11 +200,16 @@ def _path(parabolas: list[Parabola]) -> Path:
         return Path(UNIDENTIFIABLE, f"{len(found)} of {len(parabolas)} budgets have a minimum; a path needs 2")
     compute = np.log10([parabola.compute for parabola in found])
     exponent, intercept = np.polyfit(compute, np.log10([parabola.best_size for parabola in found]), 1)
-    drawn = np.stack([np.log10(parabola.bootstrap) for parabola in found if parabola.bootstrap is not None])
-    whole: NDArray[np.bool_] = np.isfinite(drawn).all(axis=0)
-    if whole.mean() < 0.5:
-        reason = f"in {1 - whole.mean():.0%} of bootstraps a budget has no minimum within the sizes trained"
-        return Path(UNIDENTIFIABLE, reason, float(exponent), float(intercept))
+    few = "" if len(found) > 2 else "two budgets: nothing shows whether the path is a power law"
+    draws = [parabola.bootstrap for parabola in found if parabola.bootstrap is not None]
+    if not draws:
+        return Path(CONVERGED, few, float(exponent), float(intercept))
+    with np.errstate(divide="ignore"):
+        drawn = np.log10(np.stack(draws))
+    whole = np.asarray(np.isfinite(drawn).all(axis=0))
+    lost = f"in {1 - whole.mean():.1%} of the draws a budget has no minimum within the sizes trained"
+    if 1 - whole.mean() > MOST_LOST:
+        return Path(UNIDENTIFIABLE, f"No interval: {lost}.", float(exponent), float(intercept))
     exponents, intercepts = np.polyfit(compute, drawn[:, whole], 1)
-    reason = "" if len(found) > 2 else "two budgets: nothing shows whether the path is a power law"
+    reason = "; ".join(filter(None, [few, "" if whole.all() else f"{lost}, left out of the interval"]))
     return Path(CONVERGED, reason, float(exponent), float(intercept), (exponents, intercepts))

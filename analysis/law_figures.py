@@ -52,7 +52,7 @@ def _law_panel(ax: Axes, found: Claims, claim: Claim) -> None:
     x = np.geomspace(low / REACH**0.5, high * REACH, POINTS)
     level = found.settings.level
     law = claim.fitted
-    if law.bootstrap:
+    if law.has_interval:
         ax.fill_between(x, *law.prediction_interval({variable: x}, level), color="0.9", linewidth=0)
         ax.fill_between(x, *law.band({variable: x}, level), color="0.75", linewidth=0)
     ax.plot(x, law.predict({variable: x}), color=style.color(0), linewidth=1.4)
@@ -130,8 +130,8 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
             compute = np.array([p.compute for p in minima])
             ends: list[float] = []
             for p in minima:
-                low, high = p.interval(level)
-                bar = None if not np.isfinite(low) else [[p.best_size - low], [high - p.best_size]]
+                low, high = np.clip(p.interval(level), p.cells["N"].min(), p.cells["N"].max())
+                bar = None if p.bootstrap is None else [[p.best_size - low], [high - p.best_size]]
                 ends += [p.best_size] if bar is None else [low, high]
                 right.errorbar([p.compute], [p.best_size], bar, fmt="*", markersize=9, color="black", capsize=3)
             if np.isfinite(iso.path.exponent):

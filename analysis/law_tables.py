@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.claims import Claim, Claims
-from analysis.fit import UNIDENTIFIABLE
+from analysis.fit import FEWEST_FREEDOM, UNIDENTIFIABLE, Fit, quantiles
 from analysis.isoflop import IsoFlop
 from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import MISSING, human_count, human_macs
@@ -33,7 +33,7 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> P
             "N is": SIZES[claim.measure] if needs_size else MISSING,
             "Cells": str(law.data.num_cells),
             "Runs": str(len(claim.run_ids)),
-            "Status": law.status + (f" ({law.reason})" if law.reason else ""),
+            "Status": law.status + (f" ({law.reason})" if law.reason else "") + _no_interval(law),
             "Parameters": values,
             "AICc": f"{aicc:.1f}" if np.isfinite(aicc) else MISSING,
             "Held-out error": f"{test.error:.3g}" if test else MISSING,
@@ -47,26 +47,39 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> P
                 "status": law.status,
             }
             entry |= {"parameter": parameter, "value": value, "resampled": law.resampled}
-            if law.bootstrap:
+            if law.has_interval:
                 low, high = law.interval(parameter, level)
                 entry |= {"standard_error": law.standard_errors()[parameter], "low": low, "high": high}
             numbers.append(entry | {"run_ids": ids})
-    resampled = {c.fitted.resampled for c in found if c.fitted.resampled}
-    drawn = {"seeds": "the seeds within each cell", "cells": "cells (not every cell has several seeds)"}
+    resampled = {c.fitted.resampled for c in found if c.fitted.has_interval}
+    drawn = {"seeds": "seeds within cells", "cells": "cells (not every cell has several seeds)"}
     how = " or ".join(drawn[r] for r in sorted(resampled)) or MISSING
     formulas = "; ".join(dict.fromkeys(f"{claim.law.name}: {claim.law.formula}" for claim in found))
     caption = (
-        f"{formulas}. {level:.0%} intervals in brackets, of bootstraps over {how}. Losses: Huber on log residuals."
+        f"{formulas}. {level:.0%} intervals in brackets, of bootstraps over {how}, with Student's tails. "
+        "Losses: Huber on log residuals."
     )
     return table_of(name, title, caption, rows, numbers)
 
 
 def _parameter(claim: Claim, name: str, level: float) -> str:
     text = f"{name} {claim.fitted.parameters[name]:.3g}"
-    if not claim.fitted.bootstrap:
+    if not claim.fitted.has_interval:
         return text
     low, high = claim.fitted.interval(name, level)
     return f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def _no_interval(law: Fit) -> str:
+    """Why a law that was fitted has no intervals."""
+    if not law.bootstrap or law.has_interval:
+        return ""
+    cells = f"{law.data.num_cells} cells of one seed leave {_degrees(law.freedom)}"
+    return f"; no intervals: {cells}, of at least {FEWEST_FREEDOM}"
+
+
+def _degrees(freedom: int) -> str:
+    return f"{freedom} degree{'s' * (freedom != 1)} of freedom"
 
 
 def exclusions_effect_table(found: Claims) -> PaperTable:
@@ -146,7 +159,7 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
             "Training compute": human_macs(parabola.compute),
             "Sizes": str(parabola.cells["size"].nunique()),
             "Best size": human_count(parabola.best_size) if has_best else MISSING,
-            "Interval": f"{human_count(low)} to {human_count(high)}" if np.isfinite(low) else MISSING,
+            "Interval": f"{_low_end(low)} to {_high_end(high)}" if parabola.bootstrap is not None else MISSING,
             "Loss there": f"{parabola.best_loss:.4f}" if has_best else MISSING,
             "Status": parabola.status + (f": {parabola.reason}" if parabola.reason else ""),
         }
@@ -155,13 +168,32 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
     if np.isfinite(path.exponent):
         bounds = ""
         if path.bootstrap is not None:
-            low, high = np.nanquantile(path.bootstrap[0], [(1 - level) / 2, (1 + level) / 2])
+            low, high = quantiles(path.bootstrap[0], level)
             bounds = f" ({low:.3f} to {high:.3f})"
         told = f"N* grows as C^{path.exponent:.3f}{bounds}. {path.reason}"
     else:
         told = f"No path: {path.reason}."
-    caption = f"The best size is in {SIZES[found.settings.size]}. {told}"
+    caption = f"The best size is in {SIZES[found.settings.size]}. {told} {_isoflop_intervals(iso, level)}"
     return table_of("isoflop", "Best size at each budget of compute", caption, rows)
+
+
+def _low_end(low: float) -> str:
+    return human_count(low) if low > 0 else "below the smallest"
+
+
+def _high_end(high: float) -> str:
+    return human_count(high) if np.isfinite(high) else "beyond the largest"
+
+
+def _isoflop_intervals(iso: IsoFlop, level: float) -> str:
+    if iso.freedom < FEWEST_FREEDOM:
+        return (
+            f"No intervals: {_degrees(iso.freedom)} of the scatter about the parabolas, of at least {FEWEST_FREEDOM}."
+        )
+    return (
+        f"{level:.0%} intervals: runs scatter about the parabolas of all budgets alike, with {_degrees(iso.freedom)}; "
+        "open where a share of the draws has its minimum beyond the sizes trained."
+    )
 
 
 def exclusions_table(found: Claims) -> PaperTable:

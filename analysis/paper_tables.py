@@ -237,18 +237,23 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
             "Size": str(pair["size"]),
             "against": str(pair["against"]),
             "Difference": f"{pair['difference']:+.{d}f}",
-            "Interval": f"{pair['low']:+.{d}f} to {pair['high']:+.{d}f}",
-            "p": f"{pair['p']:.2g}",
-            "p (Holm)": f"{pair['p_holm']:.2g}",
+            "Interval": f"{pair['low']:+.{d}f} to {pair['high']:+.{d}f}" if np.isfinite(pair["low"]) else MISSING,
+            "p": _p_text(pair["p"], pair["is_bound"]),
+            "p (Holm)": _p_text(pair["p_holm"], pair["is_bound"]),
             "Utterances": str(pair["utterances"]),
             "Seeds": str(pair["seeds"]),
         }
         rows.append({heading: (text, str(pair["run_ids"])) for heading, text in row.items()})
     caption = (
         f"Paired over utterances, a cell of each size: its largest budget; {settings.level:.0%} intervals of "
-        "bootstraps over utterances and seeds. With one seed a size, the spread between seeds is not in them."
+        "bootstraps over utterances, with Student's t for the scatter of seeds; none, and no p, without two degrees of "
+        "freedom of seeds (two seeds of either size)."
     )
     return table_of("significance", "Is one size better than another?", caption, rows, pairs)
+
+
+def _p_text(p: float, is_bound: bool) -> str:
+    return f"{'<' if is_bound else ''}{p:.2g}" if np.isfinite(p) else MISSING
 
 
 def breakdown_table(study: Study, found: Claims) -> PaperTable:

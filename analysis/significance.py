@@ -1,9 +1,10 @@
 """Is one size better than another, utterance by utterance, or did the seeds and the test set decide?
 
-A bootstrap of the difference of mean scores between two sizes: utterances are drawn again (the same ones for
-both, since both were scored on them), and the seeds of each size too, with k - 1 of k drawn so that few seeds do not
-pass for no spread. p is twice the smaller share of samples on either side of 0, and of all pairs of a metric
-Holm's step-down correction (Holm 1979) holds the chance of a single false claim.
+A bootstrap of the difference of mean scores between two sizes: utterances are drawn again (the same ones for all
+sizes, since all were scored on them), and seeds scatter by Student's t, with the standard deviation of the means of
+both sizes' seeds and its degrees of freedom, so that few seeds do not pass for little spread. p is twice the smaller
+share of samples on either side of 0, (k + 1) / (B + 1) where k of B are, and of all pairs of a metric Holm's step-down
+correction (Holm 1979) holds the chance of a single false claim.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ from analysis.fit import quantiles
 from analysis.laws import Array
 from analysis.quantities import Quantity
 
-COLUMNS = ["metric", "size", "against", "difference", "low", "high", "p", "p_holm", "utterances", "seeds", "run_ids"]
+COLUMNS = ["metric", "size", "against", "difference", "low", "high", "p", "p_holm", "is_bound"]
+COLUMNS += ["utterances", "seeds", "run_ids"]
 NEIGHBOURS_BEYOND = 6  # of more sizes only neighbours are compared
+FEWEST_SAMPLES = 10_000  # so that Holm's correction of the least p among the pairs of six sizes is far below 0.05
+FEWEST_FREEDOM = 2  # degrees of freedom of seeds, those of two seeds of either size; with fewer there is no p
+CHUNK = 1000  # samples at once
 
 
 def paired(
     scores: pd.DataFrame, metrics: Sequence[Quantity], *, bootstraps: int, level: float, seed: int
 ) -> pd.DataFrame:
-    """A row a metric and pair of sizes: mean of `size` minus mean of `against`.
+    """A row a metric and pair of sizes: mean of `size` minus mean of `against`; no interval and p of too few seeds.
 
+    is_bound: no sample lies on the other side of 0, and p and p_holm are what they are below.
+    bootstraps: samples, if more than FEWEST_SAMPLES.
     scores: one row a run and utterance with size, N, run_id, id and a column a metric.
     Utterances that a metric refused in any run are left out for all.
     """
@@ -34,6 +41,7 @@ def paired(
     pairs = (
         list(itertools.combinations(sizes, 2)) if len(sizes) <= NEIGHBOURS_BEYOND else list(itertools.pairwise(sizes))
     )
+    bootstraps = max(bootstraps, FEWEST_SAMPLES)
     rng = np.random.default_rng(seed)
     rows = []
     for metric in metrics:
@@ -43,11 +51,17 @@ def paired(
         if tables is None:
             continue
         found = []
+        means = dict(zip(sizes, _drawn_means([tables[size] for size in sizes], bootstraps, rng).T, strict=True))
         for against, size in pairs:
             one, other = tables[size].to_numpy(dtype=float), tables[against].to_numpy(dtype=float)
-            drawn = _differences(one, other, bootstraps, rng)
-            low, high = quantiles(drawn, level)
-            share = min((drawn <= 0).mean(), (drawn >= 0).mean())
+            deviation, freedom = _seed_scatter(one, other)
+            low = high = p = np.nan
+            least = 0
+            if freedom >= FEWEST_FREEDOM:
+                drawn = means[size] - means[against] + deviation * rng.standard_t(freedom, bootstraps)
+                low, high = quantiles(drawn, level)
+                least = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+                p = min(1.0, 2 * (least + 1) / (bootstraps + 1))
             found.append(
                 {
                     "metric": metric.key,
@@ -56,8 +70,8 @@ def paired(
                     "difference": float(one.mean() - other.mean()),
                     "low": low,
                     "high": high,
-                    # no sample on the other side: fewer than one in so many
-                    "p": max(2 * float(share), 2 / bootstraps),
+                    "p": p,
+                    "is_bound": freedom >= FEWEST_FREEDOM and least == 0,
                     "utterances": one.shape[1],
                     "seeds": f"{len(one)} and {len(other)}",
                     "run_ids": " ".join([*tables[size].index.astype(str), *tables[against].index.astype(str)]),
@@ -77,27 +91,33 @@ def _tables(scores: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame] | None
     return {str(size): part.droplevel("size") for size, part in wide.groupby(level="size", observed=True)}
 
 
-def _differences(one: Array, other: Array, bootstraps: int, rng: np.random.Generator) -> Array:
-    """Of two sizes' scores (seeds, utterances): bootstrapped differences of means (B,)."""
-    count = one.shape[1]
-    utterances = rng.multinomial(count, np.full(count, 1 / count), bootstraps) / count  # (B, utterances)
+def _drawn_means(tables: Sequence[pd.DataFrame], bootstraps: int, rng: np.random.Generator) -> Array:
+    """Of sizes' scores (seeds, utterances): their means (B, sizes) over the same utterances drawn again."""
+    scores = np.stack([table.to_numpy(dtype=float).mean(axis=0) for table in tables], axis=1)  # (utterances, sizes)
+    count = len(scores)
+    means = np.empty((bootstraps, len(tables)))
+    for first in range(0, bootstraps, CHUNK):
+        part = means[first : first + CHUNK]
+        part[:] = rng.multinomial(count, np.full(count, 1 / count), len(part)) @ scores / count
+    return means
 
-    def means(table: Array) -> Array:
-        k = len(table)
-        by_seed = utterances @ table.T  # (B, seeds)
-        if k == 1:
-            return by_seed[:, 0]
-        weights = rng.multinomial(k - 1, np.full(k, 1 / k), bootstraps) / (k - 1)
-        return np.einsum("bk,bk->b", by_seed, weights)
 
-    return means(one) - means(other)
+def _seed_scatter(one: Array, other: Array) -> tuple[float, int]:
+    """Standard deviation of the difference of two sizes' means over seeds, and its degrees of freedom."""
+    means = one.mean(axis=1), other.mean(axis=1)
+    freedom = len(one) + len(other) - 2
+    if freedom == 0:
+        return 0.0, 0
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in means)
+    return float(np.sqrt(squares / freedom * (1 / len(one) + 1 / len(other)))), freedom
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's corrected p values, in the order given."""
-    order = np.argsort(p)
-    corrected, highest = np.empty(len(p)), 0.0
+    """Holm's corrected p values, in the order given; NaN stays and does not count."""
+    tested = int(np.isfinite(p).sum())
+    order = np.argsort(p)[:tested]  # NaN comes last
+    corrected, highest = np.full(len(p), np.nan), 0.0
     for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
+        highest = max(highest, min(1.0, (tested - rank) * p[index]))
         corrected[index] = highest
     return [float(value) for value in corrected]

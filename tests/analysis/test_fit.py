@@ -183,16 +183,16 @@ def test_intervals_cover_what_made_the_data():
     assert 0.85 <= predictions / trials <= 1.0
 
 
-def test_seeds_are_resampled_within_their_cells_with_an_unbiased_variance():
-    data = Data({"N": np.ones(6)}, np.array([1.0, 2, 4, 8, 9, 7]), np.array(["a", "a", "a", "b", "b", "c"]))
+def test_seeds_are_drawn_about_their_cells_with_the_variance_of_all_and_students_tails():
+    y = np.concatenate([np.random.default_rng(1).normal(mean, 0.1, 3) for mean in (1, 2, 4, 8)])
+    data = Data({"N": np.ones(12)}, y, np.repeat(list("abcd"), 3))
     means = draw_seeds(data, 40_000, False, np.random.default_rng(0))
-    assert means.shape == (40_000, 3)
-    assert means[:, 0].mean() == pytest.approx(7 / 3, rel=0.01)
-    assert means[:, 0].var() == pytest.approx(np.var([1, 2, 4], ddof=1) / 3, rel=0.03)
-    assert set(means[:, 1]) == {8.0, 9.0}
-    assert (means[:, 2] == 7).all()
-    logs = draw_seeds(data, 5, True, np.random.default_rng(0))
-    assert set(np.round(logs[:, 1], 9)) <= {8.0, 9.0}
+    assert means.shape == (40_000, 4)
+    assert means.mean(axis=0) == pytest.approx(y.reshape(4, 3).mean(axis=1), rel=0.01)
+    pooled = y.reshape(4, 3).var(axis=1, ddof=1).mean()
+    assert means.var(axis=0) == pytest.approx(np.full(4, pooled / 3 * 8 / (8 - 2)), rel=0.05)  # of t with 8 degrees
+    logs = draw_seeds(data, 40_000, True, np.random.default_rng(0))
+    assert np.log(logs).mean(axis=0) == pytest.approx(np.log(y).reshape(4, 3).mean(axis=1), abs=0.01)
 
 
 def test_more_seeds_of_the_same_noise_narrow_the_interval():

@@ -1,0 +1,103 @@
+"""Intervals of 95 % hold what made the data about as often as they say, also from few sizes and few seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.fit import HUBER_DELTA, Data, fit
+from analysis.isoflop import IsoFlop, isoflop
+from analysis.laws import loss_law, power_law
+from analysis.quantities import METRICS
+from analysis.significance import paired
+
+FEWEST_COVERED = 0.90
+LAW = {"E": 0.02, "A": 7.8, "alpha": 0.3}
+
+
+def parabolas(
+    rng: np.random.Generator, sizes: int, seeds: int, budgets: int, scatter: float = 0.01
+) -> tuple[pd.DataFrame, float]:
+    """Runs of exact parabolas with Gaussian scatter of the log loss, and the best size of the first budget."""
+    n = np.geomspace(6e7, 4e9, sizes)
+    best = np.log10(n).mean() + (np.arange(budgets) - (budgets - 1) / 2) * np.log10(3) / 2
+    rows = [
+        {"N": size, "size": f"{size:g}", "D": 1.0, "C": 3.0**budget, "cell": f"{budget}/{size:g}", "budget_hours": 9.0}
+        | {"validation_loss": 0.03 * np.exp(0.15 * (np.log10(size) - best[budget]) ** 2 + rng.normal(0, scatter))}
+        for budget in range(budgets)
+        for size in n
+        for _ in range(seeds)
+    ]
+    return pd.DataFrame(rows), 10 ** float(best[0])
+
+
+@pytest.mark.parametrize(("sizes", "seeds", "budgets"), [(6, 1, 1), (4, 1, 3), (4, 2, 1), (6, 2, 1)])
+def test_the_best_size_lies_in_its_interval(sizes: int, seeds: int, budgets: int):
+    rng, hits, trials = np.random.default_rng(1), 0, 250
+    for trial in range(trials):
+        runs, best = parabolas(rng, sizes, seeds, budgets)
+        low, high = isoflop(runs, bootstraps=400, seed=trial).parabolas[0].interval(0.95)
+        hits += low <= best <= high
+    assert hits / trials >= FEWEST_COVERED
+
+
+@pytest.mark.parametrize(("sizes", "seeds"), [(6, 1), (6, 2)])
+def test_the_exponent_and_the_law_lie_in_their_intervals(sizes: int, seeds: int):
+    rng, exponents, values, trials = np.random.default_rng(0), 0, 0, 100
+    x = np.repeat(np.geomspace(1e8, 1e10, sizes), seeds)
+    for trial in range(trials):
+        y = power_law(x, **LAW) * np.exp(rng.normal(0, 0.01, len(x)))
+        fitted = fit(loss_law("N"), Data({"N": x}, y, x), huber=HUBER_DELTA, bootstraps=200, seed=trial)
+        low, high = fitted.interval("alpha")
+        exponents += low <= LAW["alpha"] <= high
+        (low,), (high,) = fitted.band({"N": [1e10]})
+        values += low <= power_law(1e10, **LAW) <= high
+    assert min(exponents, values) / trials >= FEWEST_COVERED
+
+
+def no_difference(rng: np.random.Generator, seeds: int) -> pd.DataFrame:
+    hardness = rng.normal(0, 0.5, 20)
+    rows = [
+        {"size": size, "N": n, "run_id": f"{size}{seed}", "id": number, "pesq_wb": score}
+        for size, n in (("small", 1.0), ("large", 2.0))
+        for seed in range(seeds)
+        for number, score in enumerate(3 + hardness + rng.normal(0, 0.1) + rng.normal(0, 0.02, 20))
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_sizes_that_do_not_differ_are_seldom_called_different(seeds: int):
+    rng, rejected, trials = np.random.default_rng(2), 0, 200
+    for trial in range(trials):
+        table = paired(no_difference(rng, seeds), METRICS[:1], bootstraps=1000, level=0.95, seed=trial)
+        rejected += int(table.loc[0, "p"] < 0.05)
+    assert rejected / trials <= 1 - FEWEST_COVERED
+
+
+def test_too_few_degrees_of_freedom_give_no_interval_and_no_p():
+    runs, _ = parabolas(np.random.default_rng(0), 5, 1, 1)
+    iso: IsoFlop = isoflop(runs, bootstraps=100, seed=0)
+    assert (iso.freedom, iso.parabolas[0].bootstrap) == (2, None)
+    assert np.isnan(iso.parabolas[0].interval(0.95)).all()
+    x = np.geomspace(1e8, 1e10, 5)
+    fitted = fit(loss_law("N"), Data({"N": x}, power_law(x, **LAW) * [1, 1.01, 0.99, 1, 1.01], x), bootstraps=100)
+    assert (fitted.freedom, fitted.has_interval) == (2, False)
+    assert np.isnan(fitted.interval("alpha")).all()
+    scores = no_difference(np.random.default_rng(0), 1)
+    (row,) = paired(scores, METRICS[:1], bootstraps=100, level=0.95, seed=0).to_dict("records")
+    assert np.isnan([row["low"], row["high"], row["p"], row["p_holm"]]).all()
+    assert row["difference"] != 0
+
+
+def test_an_interval_of_a_best_size_is_open_where_draws_have_no_minimum_within_the_sizes():
+    runs, _ = parabolas(np.random.default_rng(3), 6, 1, 1, scatter=0.0)
+    steep = runs["validation_loss"] * np.exp(0.2 * (np.log10(runs["N"]) - 8.7))  # the minimum moves to smaller sizes
+    rng = np.random.default_rng(0)
+    runs = runs.assign(validation_loss=steep * np.exp(rng.normal(0, 0.03, len(runs))))
+    (parabola,) = isoflop(runs, bootstraps=1000, seed=0).parabolas
+    assert parabola.bootstrap is not None
+    low, high = parabola.interval(0.95)
+    assert (np.mean(parabola.bootstrap == 0) > 0.025, low) == (True, 0.0)
+    assert high > runs["N"].min()
