@@ -24,7 +24,10 @@ from analysis.other_axes import OtherAxes, one_setting
 from analysis.quantities import VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
 from analysis.settings import DATA, SIZES, Settings
 
-CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}  # the highest value that the metric can take
+# The highest value that the metric can take.
+CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}
+CEILINGS |= {"csig": 5.0, "cbak": 5.0, "covl": 5.0, "dnsmos_p808": 5.0}
+CEILINGS |= {"dnsmos_sig": 4.443, "dnsmos_bak": 4.521, "dnsmos_ovrl": 4.644}  # the tops of the published polynomials
 SAME_COMPUTE = 0.05  # relative: steps are whole, so equal budgets are equal to within some percent
 
 

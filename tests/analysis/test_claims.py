@@ -12,16 +12,17 @@ import pandas as pd
 import pytest
 
 from analysis.advise import RefusalError, advise, main
-from analysis.claims import Claims, claims
+from analysis.claims import CEILINGS, Claims, claims
 from analysis.fit import CONVERGED, UNIDENTIFIABLE
 from analysis.gather import gather
 from analysis.isoflop import AT_EDGE, isoflop
 from analysis.laws import joint_law
 from analysis.nodes import node_table
 from analysis.paper_tables import paper_tables
-from analysis.quantities import METRICS
+from analysis.quantities import CHOSEN_METRICS, METRICS
 from analysis.settings import Settings
 from analysis.significance import holm, paired
+from scaling.dnsmos import CALIBRATION
 from scaling.records import StudyDirectory
 from tests.analysis.generated import COST, FAMILY, LAW, grid_study, lines, run_record, true_loss, write_run
 
@@ -126,6 +127,15 @@ def test_three_sizes_give_a_reason_and_no_law(tmp_path: Path):
     assert claim.fitted.status == UNIDENTIFIABLE
     assert claim.fitted.reason == "3 distinct points of N for 3 parameters; at least 4 are needed"
     assert claim.held_out[0].verdict == "not possible"
+
+
+def test_a_fixed_ceiling_is_the_highest_value_that_its_metric_can_take():
+    names = ("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl")
+    for name, (square, slope, constant) in zip(names, CALIBRATION, strict=True):
+        assert CEILINGS[name] == pytest.approx(constant - slope**2 / (4 * square), abs=1e-3)
+    assert {CEILINGS[name] for name in ("csig", "cbak", "covl", "dnsmos_p808")} == {5.0}
+    unbounded = {"si_sdr", "segmental_snr"}
+    assert set(CEILINGS) == {metric.key for metric in METRICS + CHOSEN_METRICS} - unbounded
 
 
 # --- equal compute, and advice -------------------------------------------------------------
@@ -257,6 +267,22 @@ def test_a_difference_within_the_spread_of_seeds_is_not_significant():
 
 def test_holms_correction_is_the_published_one():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    corrected = holm([0.01, np.nan, 0.03])
+    assert (corrected[0], corrected[2], np.isnan(corrected[1])) == (pytest.approx(0.02), pytest.approx(0.03), True)
+
+
+def test_a_p_that_no_sample_contradicts_is_written_as_a_bound_whatever_the_bootstraps(tmp_path: Path):
+    path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t", "c48"), pmacs=(0.3, 3.0), utterances=40).path
+    study = gather(path)
+    found = claims(study, Settings(path, bootstraps=100))
+    tables = paper_tables(study, found, isoflop(found.kept, bootstraps=100, seed=0), node_table(study))
+    (table,) = (table for table in tables if table.name == "significance")
+    bound = table.data["is_bound"]
+    assert bound.sum() > 10
+    assert table.data.loc[bound, "p"].to_numpy() == pytest.approx(2 / 10_001)
+    assert set(table.text.loc[bound.to_numpy(), "p"]) == {"<0.0002"}
+    assert table.text.loc[bound.to_numpy(), "p (Holm)"].str.startswith("<0.00").all()
+    assert not table.text.loc[~bound.to_numpy(), "p"].str.startswith("<").any()
 
 
 # --- processes -----------------------------------------------------------------------------
