@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -57,6 +58,7 @@ PLAN_COLUMNS = {
     "estimated_hours": ("estimated_hours",),
     "seed": ("seed",),
 }
+NUMBERS = tuple(name for name in PLAN_COLUMNS if name not in ("run_id", "name", "size", "data", "index_hash"))
 REQUIRED = ("run_id", "size", "num_params", "macs_per_second", "hours", "steps", "seed")
 
 
@@ -262,17 +264,30 @@ def _stacked_scores(read: Sequence[RunRecords], run_ids: Sequence[str]) -> pd.Da
 
 
 def _checked_plan(study: StudyDirectory) -> dict[str, Record]:
-    """run_id → its row, the last one written; RecordError names what a row lacks."""
+    """run_id → its row, the last one written; RecordError names what a row lacks, and what is no number."""
     plan: dict[str, Record] = {}
     for number, row in enumerate(study.read_plan(), start=1):
         for column in REQUIRED:
             if _at(row, PLAN_COLUMNS[column]) is None:
                 key = ".".join(PLAN_COLUMNS[column])
                 raise RecordError(f"{study.plan}: row {number} has no {key}; plan the study again")
+        for column in NUMBERS:
+            value = _at(row, PLAN_COLUMNS[column])
+            if value is not None and not is_number(value):
+                key = ".".join(PLAN_COLUMNS[column])
+                raise RecordError(f"{study.plan}: row {number} has {key} {value!r}, not a number; plan the study again")
+        if not isinstance(row.get("axes") or {}, dict):
+            raise RecordError(
+                f"{study.plan}: row {number} has axes {row['axes']!r}, not an object; plan the study again"
+            )
         plan[str(row["run_id"])] = row
     if not plan:
         raise RecordError(f"{study.plan} holds no planned run; plan the study again with python -m launch.sweep")
     return plan
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _planned(planned: Record, axes: Sequence[str]) -> dict[str, Any]:

@@ -268,14 +268,19 @@ class RunDirectory:
         return list(read_records(self.events))
 
     def read_metrics(self, loads: Loads = json.loads) -> list[Record]:
-        """The run's metrics, one row a (kind, step), in order of step.
+        """The run's metrics, one row a (kind, step), in order of step; RecordError for a step that is no whole number.
 
         A run that was killed repeats the steps since its last checkpoint; the row written
         last is the one that belongs to the weights the run went on with.
         """
         last: dict[tuple[str, int], Record] = {}
-        for row in read_records(self.metrics, loads):
+        for number, row in enumerate(read_records(self.metrics, loads), start=1):
             if "kind" in row and "step" in row:
+                if not isinstance(row["step"], int) or not isinstance(row["kind"], str):
+                    raise RecordError(
+                        f"{self.metrics}: row {number} has kind {row['kind']!r} and step {row['step']!r}, not a word "
+                        "and a whole number; mend or delete the row"
+                    )
                 last[row["kind"], row["step"]] = row
         return [last[key] for key in sorted(last, key=lambda key: (key[1], key[0]))]
 

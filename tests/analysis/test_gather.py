@@ -141,6 +141,40 @@ def test_a_plan_without_a_needed_entry_is_refused_by_name(write_study: WriteStud
         gather(study.path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("size", "macs_per_second"), "fast", r"row 1 has size\.macs_per_second 'fast', not a number"),
+        (("train_macs",), "many", "row 1 has train_macs 'many', not a number"),
+        (("steps",), float("nan"), "row 1 has no steps"),
+        (("axes",), ["xt"], r"row 1 has axes \['xt'\], not an object"),
+    ],
+)
+def test_a_planned_entry_that_is_no_number_is_refused_by_name(
+    write_study: WriteStudy, place: tuple[str, ...], value: object, said: str
+) -> None:
+    row = plan_row()
+    study = write_study([row])
+    inner = row
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    write_records(study.plan, [row])
+    with pytest.raises(RecordError, match=said):
+        gather(study.path)
+
+
+@pytest.mark.parametrize("step", ['"x"', "null", "[1]", "1.5"])
+def test_a_step_that_is_no_whole_number_is_refused_with_its_file_and_row(write_study: WriteStudy, step: str) -> None:
+    row = plan_row()
+    study = write_study([row])
+    metrics = study.run(row["run_id"]).metrics
+    with metrics.open("a") as file:
+        file.write(f'{{"kind": "train", "step": {step}, "loss": 0.1}}\n')
+    with pytest.raises(RecordError, match=rf"{metrics}: row 45 has kind 'train' and step .*; mend or delete the row"):
+        gather(study.path)
+
+
 def test_a_run_costs_what_all_its_jobs_took(write_study: WriteStudy):
     plan = [plan_row(seed=0), plan_row(seed=1)]
     study = write_study(plan, skip=[row["run_id"] for row in plan])
