@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from analysis.report import main
 from scaling.records import StudyDirectory
@@ -127,3 +128,18 @@ def test_a_notebook_runs_from_start_to_end_and_is_kept_without_output(notebook: 
     shown = [output for cell in read.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in shown) >= 2
     assert not any(output["output_type"] == "error" for output in shown)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_without_its_study_stops_at_the_first_cell_with_one_line(notebook: Path, tmp_path: Path):
+    read = nbformat.read(notebook, as_version=4)
+    environment = os.environ | {"STUDY": str(tmp_path / "nowhere"), "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    client = NotebookClient(read, timeout=300, resources={"metadata": {"path": str(notebook.parent)}})
+    with pytest.raises(CellExecutionError):
+        client.execute(env=environment)
+    code = [cell for cell in read.cells if cell.cell_type == "code"]
+    assert [cell.get("execution_count") for cell in code] == [1] + [None] * (len(code) - 1)
+    (error,) = [output for output in code[0].outputs if output["output_type"] == "error"]
+    assert (error["ename"], error["evalue"].count("\n")) == ("SystemExit", 0)
+    assert error["evalue"].startswith(f"no study at {tmp_path / 'nowhere'}: no plan.jsonl; set STUDY")
