@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.claims import Claim, Claims, claims
+from analysis.command import run_main
 from analysis.fit import BOUND, CONVERGED, FEWEST_FREEDOM, UNFINISHED, UNIDENTIFIABLE, Fit, quantiles
 from analysis.gather import gather
 from analysis.laws import Array
@@ -253,4 +254,4 @@ def _positive(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, "interrupted: no advice")

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from analysis import html, style
 from analysis.claims import Claims, claims
+from analysis.command import run_main
 from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import IsoFlop, isoflop
@@ -345,4 +346,4 @@ def _provenance_text(study: Study) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, "interrupted: the report is not whole; run the same command again")

@@ -77,6 +77,22 @@ def test_a_mistake_is_answered_in_one_line(arguments: list[str], said: str, caps
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("module", ["report", "advise"])
+def test_an_interrupt_ends_a_command_with_130_and_a_word(module: str, tmp_path: Path) -> None:
+    words = f"study={tmp_path}" + (" gpu_hours=1" if module == "advise" else "")
+    program = (
+        "import runpy, sys\n"
+        "import analysis.gather\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "analysis.gather.gather = interrupted\n"
+        f"sys.argv = ['{module}', *{words.split()!r}]\n"
+        f"runpy.run_module('analysis.{module}', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (130, 1), result.stderr
+    assert result.stderr.startswith("interrupted: ")
+
+
 def test_help_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "usage: python -m analysis.report study=DIR" in capsys.readouterr().out
