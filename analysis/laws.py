@@ -51,12 +51,6 @@ def metric_from_loss(loss: ArrayLike, *, floor: float, k: float, gamma: float) -
     return floor + k * np.exp(-gamma * np.asarray(loss, dtype=float))
 
 
-def compute_optimal_size(compute: ArrayLike, *, A: float, alpha: float, B: float, beta: float, cost: float) -> Array:
-    """N that minimises A / N^alpha + B / D^beta under compute = cost * N * D (Hoffmann et al., eq. 4)."""
-    ratio = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
-    return ratio * (np.asarray(compute, dtype=float) / cost) ** (beta / (alpha + beta))
-
-
 # --- the same in the form that is fitted ---------------------------------------------------
 
 EXPONENTS = (0.01, 3.0)  # a power outside of these is no scaling law that this range of x could show

@@ -18,7 +18,7 @@ from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
 from analysis.settings import DATA
 from analysis.significance import paired
-from analysis.tables import axis_value
+from analysis.tables import axis_value, mean_and_spread
 
 
 def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame) -> list[PaperTable]:
@@ -51,11 +51,7 @@ def _spread(runs: pd.DataFrame, quantity: Quantity) -> tuple[str, str]:
     """Mean ± standard deviation over seeds, and the runs."""
     values = runs.loc[runs[quantity.key].notna(), quantity.key].astype(float)
     ids = " ".join(runs.loc[values.index, "run_id"])
-    if values.empty:
-        return MISSING, ""
-    digits = quantity.digits
-    text = f"{values.mean():.{digits}f}"
-    return (f"{text} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else text), ids
+    return mean_and_spread(values.mean(), values.std(ddof=1), quantity), ids
 
 
 def _ids(runs: pd.DataFrame) -> str:

@@ -21,7 +21,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from analysis.gather import UNPROCESSED, Study
+from analysis.gather import UNPROCESSED, Study, is_number
 from analysis.quantities import (
     MISSING,
     NOISIEST_GAIN,
@@ -31,7 +31,7 @@ from analysis.quantities import (
     human_hours,
     round_hours,
 )
-from scaling.records import read_records
+from scaling.records import RecordError, read_records
 
 SIZE_COLUMNS = ("size", "num_params", "num_params_folded", "num_params_non_decoder", "macs_per_second")
 NOTE = (
@@ -101,10 +101,16 @@ def scaling_table(study: Study) -> ScalingTable:
 
 def real_time_factors(study: Study, cells: pd.DataFrame) -> pd.Series:
     """Of each cell's size, as `python -m bsrnn.rtf study=DIR` last measured it; NaN where it did not."""
-    rows = read_records(study.directory.path / "rtf.jsonl")
-    measured = {  # rows of earlier versions call it rtf_torch
-        (row["num_params"], row["macs_per_second"]): row["rtf"] if "rtf" in row else row["rtf_torch"] for row in rows
-    }
+    path, measured = study.directory.path / "rtf.jsonl", {}
+    for number, row in enumerate(read_records(path), start=1):
+        rtf = "rtf" if "rtf" in row else "rtf_torch"  # as rows of earlier versions call it
+        for key in ("num_params", "macs_per_second", rtf):
+            if not is_number(row.get(key)):
+                raise RecordError(
+                    f"{path}: row {number} has {key} {row.get(key)!r}, not a number; delete the row, or the file, "
+                    "and measure again with python -m bsrnn.rtf"
+                )
+        measured[row["num_params"], row["macs_per_second"]] = row[rtf]
     sizes = zip(cells["num_params"], cells["macs_per_second"], strict=True)
     return pd.Series([measured.get(size, math.nan) for size in sizes], index=cells.index, dtype=float)
 
@@ -172,14 +178,19 @@ def written(table: ScalingTable) -> pd.DataFrame:
         for quantity in (VALIDATION_LOSS, *table.metrics):
             gain = cell.get(f"{quantity.key}_gain_mean")
             shown = "" if gain is None or pd.isna(gain) else f" ({gain:+.{quantity.digits}f})"
-            row[quantity.heading] = _mean_and_spread(cell, quantity) + shown
-        row[NOISIEST_GAIN.heading] = _mean_and_spread(cell, NOISIEST_GAIN, sign="+")
+            row[quantity.heading] = _cell_text(cell, quantity) + shown
+        row[NOISIEST_GAIN.heading] = _cell_text(cell, NOISIEST_GAIN, sign="+")
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _mean_and_spread(cell: pd.Series, quantity: Quantity, sign: str = "") -> str:
+def _cell_text(cell: pd.Series, quantity: Quantity, sign: str = "") -> str:
     mean, std = cell.get(f"{quantity.key}_mean"), cell.get(f"{quantity.key}_std")
+    return mean_and_spread(mean, std, quantity, sign)
+
+
+def mean_and_spread(mean: float | None, std: float | None, quantity: Quantity, sign: str = "") -> str:
+    """Mean ± standard deviation in the quantity's digits; a spread below what they can show is given as a bound."""
     if mean is None or pd.isna(mean):
         return MISSING
     text = f"{mean:{sign}.{quantity.digits}f}"

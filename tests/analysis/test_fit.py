@@ -13,7 +13,6 @@ from scipy.optimize import approx_fprime, minimize
 from analysis.fit import BOUND, CONVERGED, UNIDENTIFIABLE, Data, draw_seeds, fit
 from analysis.laws import (
     Law,
-    compute_optimal_size,
     joint_law,
     joint_loss_law,
     loss_law,
@@ -89,15 +88,6 @@ def test_the_fitted_form_is_the_law_as_written(law: Law):
     named = {name: float(value[0]) for name, value in problem.named(points).items()}
     assert set(named) == set(law.parameters)
     np.testing.assert_allclose(law.predict(data.x, named), fitted, rtol=1e-9)
-
-
-def test_the_compute_optimal_size_is_the_minimum_along_equal_compute():
-    law = {"A": 400.0, "alpha": 0.34, "B": 900.0, "beta": 0.28}
-    best = float(compute_optimal_size(1e21, cost=6.0, **law))
-    sizes = best * np.array([0.99, 1, 1.01])
-    losses = joint_law(sizes, 1e21 / 6 / sizes, E=1.7, **law)
-    assert losses[1] < losses[0]
-    assert losses[1] < losses[2]
 
 
 # --- published figures ---------------------------------------------------------------------

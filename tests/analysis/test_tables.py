@@ -11,10 +11,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from analysis.claims import claims
 from analysis.gather import gather
+from analysis.paper_tables import size_table
 from analysis.quantities import human_count, human_hours
+from analysis.settings import Settings
 from analysis.tables import latex_escape, scaling_table, to_csv, to_latex, to_markdown, to_terminal, written
-from scaling.records import write_records
+from scaling.records import RecordError, write_records
 from tests.analysis.conftest import SIZES, WriteStudy, plan_row, score_row
 
 
@@ -91,6 +94,26 @@ def test_the_last_measured_real_time_factor_of_a_size_stands_beside_it(write_stu
     table = scaling_table(gather(study.path))
     assert list(written(table)["RTF"]) == ["–", "–", "0.0123"]
     assert pd.read_csv(io.StringIO(to_csv(table)))["rtf"].tolist()[2] == 0.01234
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_params", None), ("rtf_torch", "slow")])
+def test_a_damaged_real_time_factor_is_refused_with_its_file_row_and_field(
+    write_study: WriteStudy, key: str, value: object
+) -> None:
+    study = write_study([plan_row("xt")])
+    row = {"num_params": SIZES["xt"][0], "macs_per_second": SIZES["xt"][3], "rtf_torch": 0.5}
+    write_records(study.path / "rtf.jsonl", [row, row | {key: value}])
+    with pytest.raises(RecordError, match=rf"rtf\.jsonl: row 2 has {key} {value!r}, not a number"):
+        scaling_table(gather(study.path))
+
+
+def test_a_spread_below_the_digits_is_written_as_a_bound_in_every_table(write_study: WriteStudy) -> None:
+    plan = [plan_row(size, seed) for size in ("xxt", "xt") for seed in (0, 1)]
+    losses = {row["run_id"]: 0.2 + 1e-6 * row["seed"] for row in plan}
+    study = gather(write_study(plan, losses).path)
+    assert written(scaling_table(study)).loc[1, "Validation loss ↓"] == "0.2000 ± <0.0001"
+    found = claims(study, Settings(study.directory.path, bootstraps=100))
+    assert size_table(study, found).text.loc[0, "Validation loss ↓"] == "0.2000 ± <0.0001"
 
 
 def test_budgets_that_whole_clips_fill_unevenly_are_one_row(write_study: WriteStudy) -> None:
