@@ -209,7 +209,7 @@ def _path(parabolas: list[Parabola]) -> Path:
     whole = np.asarray(np.isfinite(drawn).all(axis=0))
     lost = f"in {1 - whole.mean():.1%} of the draws a budget has no minimum within the sizes trained"
     if 1 - whole.mean() > MOST_LOST:
-        return Path(UNIDENTIFIABLE, f"No interval: {lost}.", float(exponent), float(intercept))
+        return Path(UNIDENTIFIABLE, f"no interval: {lost}", float(exponent), float(intercept))
     exponents, intercepts = np.polyfit(compute, drawn[:, whole], 1)
     reason = "; ".join(filter(None, [few, "" if whole.all() else f"{lost}, left out of the interval"]))
     return Path(CONVERGED, reason, float(exponent), float(intercept), (exponents, intercepts))

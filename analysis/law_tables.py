@@ -53,12 +53,11 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> P
             numbers.append(entry | {"run_ids": ids})
     resampled = {c.fitted.resampled for c in found if c.fitted.has_interval}
     drawn = {"seeds": "seeds within cells", "cells": "cells (not every cell has several seeds)"}
-    how = " or ".join(drawn[r] for r in sorted(resampled)) or MISSING
+    how = " or ".join(drawn[r] for r in sorted(resampled))
+    intervals = f"{level:.0%} intervals in brackets, of bootstraps over {how}, with Student's tails."
+    intervals = intervals if how else "No intervals."
     formulas = "; ".join(dict.fromkeys(f"{claim.law.name}: {claim.law.formula}" for claim in found))
-    caption = (
-        f"{formulas}. {level:.0%} intervals in brackets, of bootstraps over {how}, with Student's tails. "
-        "Losses: Huber on log residuals."
-    )
+    caption = f"{formulas}. {intervals} Losses: Huber on log residuals."
     return table_of(name, title, caption, rows, numbers)
 
 
@@ -170,7 +169,7 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
         if path.bootstrap is not None:
             low, high = quantiles(path.bootstrap[0], level)
             bounds = f" ({low:.3f} to {high:.3f})"
-        told = f"N* grows as C^{path.exponent:.3f}{bounds}. {path.reason}"
+        told = f"N* grows as C^{path.exponent:.3f}{bounds}{f'; {path.reason}' if path.reason else ''}."
     else:
         told = f"No path: {path.reason}."
     caption = f"The best size is in {SIZES[found.settings.size]}. {told} {_isoflop_intervals(iso, level)}"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.claims import claims
 from analysis.fit import HUBER_DELTA, Data, fit
+from analysis.gather import gather
 from analysis.isoflop import IsoFlop, isoflop
+from analysis.law_tables import isoflop_table
 from analysis.laws import loss_law, power_law
-from analysis.quantities import METRICS
+from analysis.quantities import METRICS, MISSING
+from analysis.settings import Settings
 from analysis.significance import paired
+from tests.analysis.generated import grid_study
 
 FEWEST_COVERED = 0.90
 LAW = {"E": 0.02, "A": 7.8, "alpha": 0.3}
@@ -101,3 +108,15 @@ def test_an_interval_of_a_best_size_is_open_where_draws_have_no_minimum_within_t
     low, high = parabola.interval(0.95)
     assert (np.mean(parabola.bootstrap == 0) > 0.025, low) == (True, 0.0)
     assert high > runs["N"].min()
+
+
+def test_the_table_of_best_sizes_says_where_an_interval_is_open_and_why_a_path_has_none(tmp_path: Path):
+    path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t"), pmacs=(0.1, 0.3), seeds=2, noise=0.03).path
+    found = claims(gather(path), Settings(path, bootstraps=300))
+    iso = isoflop(found.kept, bootstraps=300, seed=0)
+    table = isoflop_table(iso, found)
+    assert table.text["Interval"].str.contains("below the smallest|beyond the largest").any()
+    assert "with 10 degrees of freedom; open where" in table.caption
+    one_budget = isoflop(found.kept[found.kept["seed"].eq(0) & (found.kept["C"] < 2e14)], bootstraps=300, seed=0)
+    assert (isoflop_table(one_budget, found).text["Interval"] == MISSING).all()
+    assert "No intervals: 1 degree of freedom" in isoflop_table(one_budget, found).caption
