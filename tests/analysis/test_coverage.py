@@ -13,7 +13,7 @@ from analysis.fit import HUBER_DELTA, Data, fit
 from analysis.gather import gather
 from analysis.isoflop import IsoFlop, isoflop
 from analysis.law_tables import isoflop_table
-from analysis.laws import loss_law, power_law
+from analysis.laws import joint_law, joint_loss_law, loss_law, power_law
 from analysis.quantities import METRICS, MISSING
 from analysis.settings import Settings
 from analysis.significance import paired
@@ -41,7 +41,7 @@ def parabolas(
 
 @pytest.mark.parametrize(("sizes", "seeds", "budgets"), [(6, 1, 1), (4, 1, 3), (4, 2, 1), (6, 2, 1)])
 def test_the_best_size_lies_in_its_interval(sizes: int, seeds: int, budgets: int):
-    rng, hits, trials = np.random.default_rng(1), 0, 250
+    rng, hits, trials = np.random.default_rng(1), 0, 150
     for trial in range(trials):
         runs, best = parabolas(rng, sizes, seeds, budgets)
         low, high = isoflop(runs, bootstraps=400, seed=trial).parabolas[0].interval(0.95)
@@ -51,7 +51,7 @@ def test_the_best_size_lies_in_its_interval(sizes: int, seeds: int, budgets: int
 
 @pytest.mark.parametrize(("sizes", "seeds"), [(6, 1), (6, 2)])
 def test_the_exponent_and_the_law_lie_in_their_intervals(sizes: int, seeds: int):
-    rng, exponents, values, trials = np.random.default_rng(0), 0, 0, 100
+    rng, exponents, values, trials = np.random.default_rng(0), 0, 0, 80
     x = np.repeat(np.geomspace(1e8, 1e10, sizes), seeds)
     for trial in range(trials):
         y = power_law(x, **LAW) * np.exp(rng.normal(0, 0.01, len(x)))
@@ -61,6 +61,18 @@ def test_the_exponent_and_the_law_lie_in_their_intervals(sizes: int, seeds: int)
         (low,), (high,) = fitted.band({"N": [1e10]})
         values += low <= power_law(1e10, **LAW) <= high
     assert min(exponents, values) / trials >= FEWEST_COVERED
+
+
+def test_the_joint_law_of_few_cells_of_one_seed_lies_in_its_interval():
+    joint, trials, hits = {"E": 0.02, "A": 26.0, "alpha": 0.4, "B": 0.06, "beta": 0.45}, 50, 0
+    n, d = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e8, 1e10, 3), np.geomspace(3, 300, 3)))
+    rng = np.random.default_rng(0)
+    for trial in range(trials):
+        y = joint_law(n, d, **joint) * np.exp(rng.normal(0, 0.01, len(n)))
+        fitted = fit(joint_loss_law(), Data({"N": n, "D": d}, y, np.arange(9)), bootstraps=200, seed=trial)
+        (low,), (high,) = fitted.band({"N": [1e10], "D": [300]})
+        hits += low <= joint_law(1e10, 300, **joint) <= high
+    assert hits / trials >= FEWEST_COVERED
 
 
 def no_difference(rng: np.random.Generator, seeds: int) -> pd.DataFrame:
@@ -76,7 +88,7 @@ def no_difference(rng: np.random.Generator, seeds: int) -> pd.DataFrame:
 
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_sizes_that_do_not_differ_are_seldom_called_different(seeds: int):
-    rng, rejected, trials = np.random.default_rng(2), 0, 200
+    rng, rejected, trials = np.random.default_rng(2), 0, 120
     for trial in range(trials):
         table = paired(no_difference(rng, seeds), METRICS[:1], bootstraps=1000, level=0.95, seed=trial)
         rejected += int(table.loc[0, "p"] < 0.05)
