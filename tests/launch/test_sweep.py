@@ -167,11 +167,11 @@ def test_an_interrupt_ends_the_runs_and_the_next_call_goes_on(sweep_words: list[
     victim = wait_for_running(study, process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "run the same command again to go on" in errors
     assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     assert victim.state()[0] != "finished"
     again = command("launch.sweep", *words)

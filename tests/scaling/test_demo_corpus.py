@@ -42,7 +42,7 @@ def resumed_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = "import sys; from pathlib import Path; from scaling.corpus.demo import *\n"
     code += f"make_demo_corpus(Path(sys.argv[1]), DemoConfig({TINY.hours}, {TINY.test_utterances}), 2)"
     process = subprocess.Popen([sys.executable, "-c", code, str(root)], cwd=REPOSITORY)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while len(list(root.glob("noisy_*/p*.wav"))) < 5:
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -50,7 +50,7 @@ def resumed_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=10)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     alive = [worker for worker in alive if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
     assert len(workers) >= 2
     assert not alive, "workers outlive their parent"

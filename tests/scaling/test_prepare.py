@@ -511,7 +511,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
@@ -547,7 +547,7 @@ def test_of_two_at_once_one_works_and_the_other_finds_it_done(corpus: Path, targ
         both = [subprocess.Popen(command(corpus, target), stderr=log.open("w")) for log in logs]
         wait_for(lambda: all("waiting for it" in log.read_text() for log in logs), "both to wait for the lock")
         assert list(target.parent.iterdir()) == [target.parent / ".shards.lock"]
-    assert [process.wait(20) for process in both] == [0, 0]
+    assert [process.wait(120) for process in both] == [0, 0]
     assert sorted("made in" in log.read_text() for log in logs) == [False, True]
     assert len(ShardIndex.load(target).clips("train")) == len(TRAIN) - 2
 
@@ -577,6 +577,6 @@ def test_progress_is_a_bar_on_a_terminal(corpus: Path, target: Path) -> None:
         except OSError:  # the other end is closed
             break
     os.close(controller)
-    assert process.wait(20) == 0
+    assert process.wait(120) == 0
     assert b"11/11" in shown
     assert b" left\r\n" not in shown
