@@ -233,7 +233,7 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
             "Size": str(pair["size"]),
             "against": str(pair["against"]),
             "Difference": f"{pair['difference']:+.{d}f}",
-            "Interval": f"{pair['low']:+.{d}f} to {pair['high']:+.{d}f}" if np.isfinite(pair["low"]) else MISSING,
+            "Interval": f"{pair['low']:+.{d}f} to {pair['high']:+.{d}f}{' *' if pair['of_runs_alone'] else ''}",
             "p": _p_text(pair["p"], pair["is_bound"]),
             "p (Holm)": _p_text(pair["p_holm"], pair["is_bound"]),
             "Utterances": str(pair["utterances"]),
@@ -242,9 +242,13 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
         rows.append({heading: (text, str(pair["run_ids"])) for heading, text in row.items()})
     caption = (
         f"Paired over utterances, a cell of each size: its largest budget; {settings.level:.0%} intervals of "
-        "bootstraps over utterances, with Student's t for the scatter of seeds; none, and no p, without two degrees of "
-        "freedom of seeds (two seeds of either size)."
+        "bootstraps over utterances, with Student's t for the scatter of seeds."
     )
+    if pairs["of_runs_alone"].any():
+        caption += (
+            " * of these trained models alone, over other utterances: with fewer than two seeds of either size nothing "
+            "shows what another seed would change, so there is no p."
+        )
     return table_of("significance", "Is one size better than another?", caption, rows, pairs)
 
 

@@ -19,7 +19,7 @@ from analysis.fit import quantiles
 from analysis.laws import Array
 from analysis.quantities import Quantity
 
-COLUMNS = ["metric", "size", "against", "difference", "low", "high", "p", "p_holm", "is_bound"]
+COLUMNS = ["metric", "size", "against", "difference", "low", "high", "p", "p_holm", "is_bound", "of_runs_alone"]
 COLUMNS += ["utterances", "seeds", "run_ids"]
 NEIGHBOURS_BEYOND = 6  # of more sizes only neighbours are compared
 FEWEST_SAMPLES = 10_000  # so that Holm's correction of the least p among the pairs of six sizes is far below 0.05
@@ -30,8 +30,9 @@ CHUNK = 1000  # samples at once
 def paired(
     scores: pd.DataFrame, metrics: Sequence[Quantity], *, bootstraps: int, level: float, seed: int
 ) -> pd.DataFrame:
-    """A row a metric and pair of sizes: mean of `size` minus mean of `against`; no interval and p of too few seeds.
+    """A row a metric and pair of sizes: mean of `size` minus mean of `against`, with interval and p.
 
+    of_runs_alone: the seeds are too few to know their scatter; the interval is of utterances, and there is no p.
     is_bound: no sample lies on the other side of 0, and p and p_holm are what they are below.
     bootstraps: samples, if more than FEWEST_SAMPLES.
     scores: one row a run and utterance with size, N, run_id, id and a column a metric.
@@ -55,13 +56,12 @@ def paired(
         for against, size in pairs:
             one, other = tables[size].to_numpy(dtype=float), tables[against].to_numpy(dtype=float)
             deviation, freedom = _seed_scatter(one, other)
-            low = high = p = np.nan
-            least = 0
+            drawn, p, least = means[size] - means[against], np.nan, 0
             if freedom >= FEWEST_FREEDOM:
-                drawn = means[size] - means[against] + deviation * rng.standard_t(freedom, bootstraps)
-                low, high = quantiles(drawn, level)
+                drawn = drawn + deviation * rng.standard_t(freedom, bootstraps)
                 least = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
                 p = min(1.0, 2 * (least + 1) / (bootstraps + 1))
+            low, high = quantiles(drawn, level)
             found.append(
                 {
                     "metric": metric.key,
@@ -72,6 +72,7 @@ def paired(
                     "high": high,
                     "p": p,
                     "is_bound": freedom >= FEWEST_FREEDOM and least == 0,
+                    "of_runs_alone": freedom < FEWEST_FREEDOM,
                     "utterances": one.shape[1],
                     "seeds": f"{len(one)} and {len(other)}",
                     "run_ids": " ".join([*tables[size].index.astype(str), *tables[against].index.astype(str)]),

@@ -95,7 +95,7 @@ def test_sizes_that_do_not_differ_are_seldom_called_different(seeds: int):
     assert rejected / trials <= 1 - FEWEST_COVERED
 
 
-def test_too_few_degrees_of_freedom_give_no_interval_and_no_p():
+def test_too_few_degrees_of_freedom_give_no_interval():
     runs, _ = parabolas(np.random.default_rng(0), 5, 1, 1)
     iso: IsoFlop = isoflop(runs, bootstraps=100, seed=0)
     assert (iso.freedom, iso.parabolas[0].bootstrap) == (2, None)
@@ -104,10 +104,20 @@ def test_too_few_degrees_of_freedom_give_no_interval_and_no_p():
     fitted = fit(loss_law("N"), Data({"N": x}, power_law(x, **LAW) * [1, 1.01, 0.99, 1, 1.01], x), bootstraps=100)
     assert (fitted.freedom, fitted.has_interval) == (2, False)
     assert np.isnan(fitted.interval("alpha")).all()
-    scores = no_difference(np.random.default_rng(0), 1)
-    (row,) = paired(scores, METRICS[:1], bootstraps=100, level=0.95, seed=0).to_dict("records")
-    assert np.isnan([row["low"], row["high"], row["p"], row["p_holm"]]).all()
-    assert row["difference"] != 0
+
+
+def test_one_seed_of_each_size_gives_an_interval_of_the_trained_models_and_no_p():
+    """The utterances of one run are 0.02 apart at random, its seed 0.1: the interval knows of the first alone."""
+    rows = {}
+    for seeds in (1, 2):
+        scores = no_difference(np.random.default_rng(0), seeds)
+        (rows[seeds],) = paired(scores, METRICS[:1], bootstraps=100, level=0.95, seed=0).to_dict("records")
+    width = {seeds: row["high"] - row["low"] for seeds, row in rows.items()}
+    assert [rows[seeds]["of_runs_alone"] for seeds in (1, 2)] == [True, False]
+    assert np.isnan([rows[1]["p"], rows[1]["p_holm"]]).all()
+    assert rows[1]["low"] < rows[1]["difference"] < rows[1]["high"]
+    assert width[1] == pytest.approx(2 * 1.96 * 0.02 * np.sqrt(2 / 20), rel=0.4)
+    assert width[2] > 0.1
 
 
 def test_an_interval_of_a_best_size_is_open_where_draws_have_no_minimum_within_the_sizes():
