@@ -1,8 +1,8 @@
 // One STFT frame of a folded BSRNN, from spectrum to enhanced spectrum, on one thread.
 //
 // Called by bsrnn/kernel.py, which compiles this file, lays the weights out and fills them up with zeros to what it
-// needs: channels in multiples of 16. A frame is some hundreds of small dependent products (31 bands x 2 directions x layers), where
-// a library spends most of its time on being called; here each is a loop over registers.
+// needs: channels in multiples of 16. A frame is some hundreds of small dependent products (31 bands x 2 directions x
+// layers), where a library spends most of its time on being called; here each is a loop over registers.
 //
 // Every matrix product is y = init + x W with W stored as (in, out), so that vectors run along the outputs.
 // Gates stand in torch's order: input, forget, cell, output.

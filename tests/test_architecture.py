@@ -16,9 +16,12 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {"bsrnn": (), "scaling": ("bsrnn",), "launch": ("scaling",), "analysis": ("scaling.records",)}
 # rooms that name every outside package they may use
 OUTSIDE = {"bsrnn": {"torch", "numpy", "jaxtyping"}}
-# and the commands among their modules that need more; none of the room's other modules imports one of these
-COMMANDS = {
-    "bsrnn/enhance.py": {"soundfile", "soxr", "rich"},
+# and the commands among their modules that need more, with the modules that they alone use; none of the room's others
+# imports one of these
+COMMANDS: dict[str, set[str]] = {
+    "bsrnn/audio.py": {"soundfile"},
+    "bsrnn/pipes.py": set(),
+    "bsrnn/enhance.py": {"soxr", "rich"},
     "bsrnn/onnx.py": {"onnx", "onnxruntime"},
     "bsrnn/rtf.py": {"onnxruntime"},
 }

@@ -17,8 +17,10 @@ import soxr
 import torch
 
 from bsrnn import BSRNN, BSRNNConfig
-from bsrnn.enhance import PipeFormat, Report, enhance_blocks, main, pipe_blocks, read_pipe_header
+from bsrnn.audio import Report
+from bsrnn.enhance import enhance_blocks, main
 from bsrnn.modelfile import load_model, save_model
+from bsrnn.pipes import PipeFormat, pipe_blocks, read_pipe_header
 from tests.bsrnn.test_model import trained_like
 
 

@@ -1,0 +1,147 @@
+"""Audio files as they come and go: opened, checked, clipped, written whole."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import soundfile
+
+from bsrnn.modelfile import whole_file
+
+# Whole numbers, which end at full scale; any other subtype (float, double, compressed) keeps what lies beyond.
+WHOLE_NUMBERS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ALAC_16", "ALAC_24", "ULAW", "ALAW"}
+
+LENGTH_UNKNOWN = 0x7FFF0000  # bytes, from which on a WAV header means that its writer did not know the end
+HIGHEST_RATE, MOST_CHANNELS = 768_000, 1_024  # Hz, beyond what is recorded; and what libsndfile takes
+
+
+@runtime_checkable
+class SampleFormat(Protocol):
+    """What a file takes over from its source, under the names that a SoundFile has."""
+
+    @property
+    def samplerate(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def subtype(self) -> str: ...
+
+
+@dataclass
+class Report:
+    """What had to be done to the samples beside enhancing them, and what is wrong with their file."""
+
+    num_clipped: int = 0
+    peak: float = 0.0
+    num_invalid: int = 0
+    cut_short: str = ""
+
+    def lines(self) -> list[str]:
+        said = []
+        if self.num_clipped:
+            said.append(f"{self.num_clipped} samples beyond full scale were clipped (peak {self.peak:.2f})")
+        if self.num_invalid:
+            said.append(f"{self.num_invalid} samples that are no numbers counted as silence")
+        if self.cut_short:
+            said.append(self.cut_short)
+        return said
+
+
+def clip(samples: np.ndarray, report: Report) -> np.ndarray:
+    """Within full scale, what lay beyond counted."""
+    beyond = np.abs(samples) > 1
+    if beyond.any():
+        report.num_clipped += int(beyond.sum())
+        report.peak = max(report.peak, float(np.abs(samples).max()))
+    return np.clip(samples, -1, 1)
+
+
+def open_audio(source: Path) -> soundfile.SoundFile:
+    if source.suffix.lower() == ".raw":
+        raise ValueError(
+            f"{source}: raw samples tell neither rate nor channels: pipe them in, with - for INPUT, < {source}, and "
+            "rate=HZ channels=N"
+        )
+    try:
+        reading = soundfile.SoundFile(source)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{source}: not readable as audio ({error.error_string})") from None
+    check_header(str(source), reading.samplerate, reading.channels)
+    return reading
+
+
+def check_header(name: str, sample_rate: int, num_channels: int) -> None:
+    """ValueError for a rate or a number of channels that no recording has."""
+    if not 1 <= sample_rate <= HIGHEST_RATE:
+        raise ValueError(f"{name}: its header tells of {sample_rate} Hz; expected 1 to {HIGHEST_RATE}: write it anew")
+    if not 1 <= num_channels <= MOST_CHANNELS:
+        raise ValueError(
+            f"{name}: its header tells of {num_channels} channels; expected 1 to {MOST_CHANNELS}: write it anew"
+        )
+
+
+def cut_short(reading: soundfile.SoundFile) -> str:
+    """What a WAV file lacks of the samples that its header tells of, which libsndfile reads over; empty if nothing."""
+    found = re.search(r"^data : (\d+) \(should be (\d+)\)", reading.extra_info, re.MULTILINE)
+    if found is None or int(found[1]) >= LENGTH_UNKNOWN:
+        return ""
+    return lacking(int(found[2]), int(found[1]))
+
+
+def lacking(num_held: int, num_told: int) -> str:
+    """How a recording is named that holds fewer bytes of samples than its header tells of."""
+    return f"cut short: it holds {num_held} of the {num_told} bytes of samples that its header tells of"
+
+
+def write_audio(
+    target: Path,
+    blocks: Iterable[np.ndarray],
+    like: SampleFormat,
+    report: Report,
+    advance: Callable[[float], None] | None = None,
+) -> None:
+    """Write blocks to a file of the rate, channels and, if its format has that, the sample type of `like`.
+
+    The file has its name once it is whole. ValueError if no format has that name.
+    """
+    ending = target.suffix.removeprefix(".").upper()
+    name = {"AIF": "AIFF", "OGA": "OGG", "OPUS": "OGG"}.get(ending, ending)
+    if name not in soundfile.available_formats():
+        known = ", ".join(sorted(soundfile.available_formats())).lower()
+        what = f"no audio format is called {target.suffix}" if ending else "no such folder, and no ending of a file"
+        hint = "" if ending else f", or {os.sep} for a folder to be made"
+        raise ValueError(f"{target}: {what}; expected one of {known}{hint}")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} is no file that could be replaced: give another name")
+    subtype = like.subtype if soundfile.check_format(name, like.subtype) else soundfile.default_subtype(name)
+    if ending == "OPUS":
+        subtype = "OPUS"
+    with whole_file(target) as temporary:
+        temporary.touch()  # what the system refuses it says better than a library
+        try:
+            with soundfile.SoundFile(temporary, "w", like.samplerate, like.channels, subtype, format=name) as writing:
+                for block in blocks:
+                    writing.write(clip(block, report) if subtype in WHOLE_NUMBERS else block)
+                    if advance is not None:
+                        advance(len(block) / like.samplerate)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(
+                f"{target}: {like.channels} channels at {like.samplerate} Hz cannot be read to the end, or cannot be "
+                f"written as {ending} ({error.error_string}): take .wav, which holds up to {MOST_CHANNELS} channels"
+            ) from None
+
+
+def audio_files(folder: Path) -> tuple[list[Path], int]:
+    """(the audio files below a folder by their names' endings, how many others there are)"""
+    endings = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"} | {".aif", ".oga", ".opus"}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    audio = [path for path in files if path.suffix.lower() in endings]
+    return audio, len(files) - len(audio)
