@@ -11,42 +11,14 @@
 #include <string.h>
 
 #define LANES 16
+#define BOUND 28.0f  // e^-28 is nothing beside 1, and e^28 cubed is still a number
+#include "vectors.h"
+
 #define PANEL 64
 #define NEAR (40 << 10)  // bytes: of a first-level cache
 #define AHEAD 4096       // floats: how far ahead weights are called for that come from afar
 #define AHEAD_PACKED 768 // words: the same, of packed weights
-#define BOUND 28.0f  // e^-28 is nothing beside 1, and e^28 cubed is still a number
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef unsigned uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec splat(float x) { return x - (vec){}; }
-INLINE vec load(const float *p) { return *(const vec *)p; }
-INLINE void store(float *p, vec v) { *(vec *)p = v; }
-INLINE vec choose(ivec condition, vec yes, vec no) { return (vec)((condition & (ivec)yes) | (~condition & (ivec)no)); }
-
-// exp by 2^n · e^r, |r| <= ln 2 / 2, its polynomial after Cephes (expf); within 2 units in the last place.
-INLINE vec exp_of(vec x) {
-  x = choose(x > BOUND, splat(BOUND), x);
-  x = choose(x < -BOUND, splat(-BOUND), x);
-  const vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
-  vec n = x * splat(1.44269504f) + magic;
-  const ivec exponent = (__builtin_convertvector(n - magic, ivec) + 127) << 23;
-  n -= magic;
-  const vec r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
-  vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + 1.0f;
-  return p * (vec)exponent;
-}
-
-INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp_of(-x)); }
-INLINE vec tanh_of(vec x) { return 2.0f / (1.0f + exp_of(-2.0f * x)) - 1.0f; }
 
 // `rows` x `vecs` outputs held in registers over the whole inner sum. `w` is one panel: (in, vecs · LANES).
 // Of weights that will be needed later, from `next` on, one vector an input is called for meanwhile, unless it is null.
@@ -189,10 +161,10 @@ INLINE void cell_update(int hidden, const float *gates, float *cell, float *outp
     const vec a = 1.0f + exp_of(-load(gates + j)), d = 1.0f + exp_of(-load(gates + hidden + j));
     const vec b = exp_of(-2.0f * load(gates + 2 * hidden + j)), e = 1.0f + exp_of(-load(gates + 3 * hidden + j));
     const vec ab = a * (1.0f + b);
-    const vec c = (load(cell + j) * ab + (1.0f - b) * d) / (ab * d);
+    const vec c = (load(cell + j) * ab + (1.0f - b) * d) * reciprocal(ab * d);
     store(cell + j, c);
     const vec f = exp_of(-2.0f * c);
-    store(output + j, (1.0f - f) / (e * (1.0f + f)));
+    store(output + j, (1.0f - f) * reciprocal(e * (1.0f + f)));
   }
 }
 

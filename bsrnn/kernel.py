@@ -2,10 +2,8 @@
 
 torch and onnxruntime run the step as hundreds of library calls on operands of a few kilobytes, and
 the calls cost more than the arithmetic. bsrnn/kernel.c does the whole frame in one, on one thread. It is compiled
-on first use by the system's C compiler (`cc`, or what the environment variable CC names) for
-this machine's processor, which takes about a second, and kept in the user's cache folder.
-Where there is no compiler, or the model is not one that it knows, `FrameKernel.obstacle`
-says why, and torch does the work (bsrnn/streaming.py).
+on first use (bsrnn/compiled.py). Where there is no compiler, or the model is not one that it knows,
+`FrameKernel.obstacle` says why, and torch does the work (bsrnn/streaming.py).
 
 Its vectors hold 16 channels. A model of another width runs at the next multiple, the weights of what is added being
 zero: a unit of such an LSTM has the cell 0 and the output 0 for ever, so that the sums stay what they were.
@@ -14,14 +12,8 @@ zero: a unit of such an LSTM has the cell 0 and the output 0 for ever, so that t
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
 import subprocess
-import tempfile
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +23,11 @@ from jaxtyping import Complex
 from torch import Tensor, nn
 
 from bsrnn.bands import BandwiseLinear
+from bsrnn.compiled import library
 from bsrnn.model import BSRNN, Block, BlockState
 from bsrnn.stft import MAGNITUDE_FLOOR
 
 SOURCE = Path(__file__).with_name("kernel.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
 LANES, PANEL = 16, 64  # as in the source
 # From this size on, in bytes, a recurrence over bands has its matrix packed: it passes once a band and direction, and
 # what a second-level cache does not hold is slower to fetch than to unpack (measured: 1 MiB gains nothing, 4 MiB 24 %).
@@ -245,36 +237,9 @@ def _aligned(num_floats: int) -> np.ndarray:
     return raw[start : start + num_floats * 4].view(np.float32)
 
 
-@lru_cache
 def _library() -> ctypes.CDLL:
     """The compiled kernel; OSError or SubprocessError where it cannot be had."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    command = [*compiler, *FLAGS]
-    content = SOURCE.read_bytes() + repr((command, platform.machine(), _processor())).encode()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bsrnn"
-    library = folder / f"kernel-{hashlib.sha256(content).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # renamed when whole: others may be compiling too
-            built = Path(temporary) / library.name
-            done = subprocess.run(
-                [*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, text=True, timeout=120
-            )
-            if done.returncode:
-                raise OSError(
-                    next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-                )
-            os.replace(built, library)
-    loaded = ctypes.CDLL(str(library))
+    loaded = library(SOURCE)
     loaded.bsrnn_step.restype = None
     loaded.bsrnn_step.argtypes = [ctypes.c_void_p] * 5
     return loaded
-
-
-def _processor() -> str:
-    """What the processor can do: a cache folder may be shared by machines that differ in it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.split(":")[0].strip() in ("flags", "Features")), platform.processor())

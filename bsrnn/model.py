@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bsrnn.bands import BAND_WIDTHS_16_KHZ, BandwiseLinear, bands_holding, first, group_bands
+from bsrnn.lstm import LSTM
 from bsrnn.norm import BatchNorm
 from bsrnn.recording_norm import BandwiseNorm, Carried, CumulativeNorm, GroupNorm, normalise
 from bsrnn.stft import CompressedSTFT
@@ -147,9 +148,9 @@ class BandSplit(nn.Module):
         x, carried = normalise(self.norm, spectrum, carried)
         x = x.reshape(num_frames * batch, -1)  # (R, 2F)
         bands = []
-        for group, linear in zip(groups, self.linears, strict=False):
-            start, stop = 2 * group.first_bin, 2 * (group.first_bin + group.num_bins)
-            inputs = x[:, start:stop].view(-1, group.num_bands, 2 * group.width)  # (R, K of group, 2·width)
+        parts = x.split([2 * group.num_bins for group in groups], dim=1)
+        for group, linear, part in zip(groups, self.linears, parts, strict=False):
+            inputs = part.unflatten(1, (group.num_bands, 2 * group.width))  # (R, K of group, 2·width)
             bands.append(linear(inputs.transpose(0, 1)))  # (K of group, R, C)
         return torch.cat(bands).transpose(0, 1).reshape(num_frames, batch, -1, bands[0].shape[-1]), carried
 
@@ -162,10 +163,10 @@ class Block(nn.Module):
         channels = config.num_channels
         hidden = 2 * channels
         self.time_norm = self._norm(config)
-        self.time_lstm = nn.LSTM(channels, hidden, bidirectional=not config.causal)
+        self.time_lstm = LSTM(channels, hidden, bidirectional=not config.causal)
         self.time_linear = nn.Linear(hidden if config.causal else 2 * hidden, channels)
         self.band_norm = self._norm(config)
-        self.band_lstm = nn.LSTM(channels, hidden, bidirectional=True)
+        self.band_lstm = LSTM(channels, hidden, bidirectional=True, batch_first=True)
         self.band_linear = nn.Linear(2 * hidden, channels)
 
     def forward(
@@ -179,8 +180,8 @@ class Block(nn.Module):
         x = x + self.time_linear(over_time).view(x.shape)
         over_bands, band_carried = normalise(self.band_norm, x, state[3:4])
         over_bands = over_bands.reshape(num_frames * batch, num_bands, channels)
-        over_bands, _ = self.band_lstm(over_bands.transpose(0, 1))  # (K, R, 4C)
-        x = x + self.band_linear(over_bands).transpose(0, 1).view(x.shape)
+        over_bands, _ = self.band_lstm(over_bands)  # (R, K, 4C)
+        x = x + self.band_linear(over_bands).view(x.shape)
         return x, (*recurrent, *time_carried, *band_carried)
 
     @staticmethod
@@ -223,9 +224,10 @@ class MaskDecoder(nn.Module):
         x = x.reshape(-1, num_bands, channels).transpose(0, 1)  # (K, R, C)
         hidden = torch.tanh(self.expand(self._for_heads(x)))  # (2K, R, 4C)
         features = []
-        for group, linear in zip(bands_holding(self.groups, num_bins), self.outputs, strict=False):
-            inputs = hidden[2 * group.first_band : 2 * (group.first_band + group.num_bands)]
-            outputs = F.glu(linear(inputs), dim=-1)  # (K of group · 2, R, 2·width)
+        groups = bands_holding(self.groups, num_bins)
+        parts = hidden.split([2 * group.num_bands for group in groups])
+        for group, linear, part in zip(groups, self.outputs, parts, strict=False):
+            outputs = F.glu(linear(part), dim=-1)  # (K of group · 2, R, 2·width)
             outputs = outputs.view(group.num_bands, 2, -1, group.width, 2)
             features.append(outputs.permute(1, 2, 0, 3, 4).flatten(2, 3))  # (2, R, bins of group, 2)
         spectra = torch.view_as_complex(torch.cat(features, dim=2).float())  # (2, R, F)

@@ -27,9 +27,10 @@ from bsrnn.kernel import FrameKernel, whole_vectors
 from bsrnn.model import BSRNN, BlockState
 from bsrnn.stft import compress, decompress, whole_hops
 
-# Over the square of the kernel's channels: the longest chunk, in frames, for which the kernel frame by frame is faster
-# than torch's batched products (measured: about 100 frames at 16 channels, 28 at 32, 9 at 64, 4 at 128).
-KERNEL_WORK = 32_768
+# The longest chunk, in frames, for which the kernel frame by frame is faster than torch's batch of frames is
+# KERNEL_WORK · channels / width^3, with the width that the kernel computes for, and at least KERNEL_FRAMES
+# (measured: 16 frames at 2 channels, 25 at 8, 128 at 16, 7 at 24, 11 at 32, 6 at 48, 6 at 64, 4 at 128).
+KERNEL_WORK, KERNEL_FRAMES = 16_384, 4
 
 
 @runtime_checkable
@@ -61,7 +62,8 @@ class Stream:
         self.num_streams = num_streams
         self._window = self._model.stft.window
         self._kernel = step
-        self._kernel_frames = max(1, KERNEL_WORK // whole_vectors(self.config.num_channels) ** 2)
+        channels = self.config.num_channels
+        self._kernel_frames = max(KERNEL_FRAMES, KERNEL_WORK * channels // whole_vectors(channels) ** 3)
         if use_kernel is not False and step is None:
             reason = FrameKernel.obstacle(self._model)
             if reason is None:

@@ -18,7 +18,7 @@ from scaling.records import StudyDirectory
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("bsrnn", "scaling", "launch", "analysis", "conf")
-KINDS = (".py", ".yaml", ".json")
+KINDS = (".py", ".yaml", ".json", ".c", ".h")
 
 
 def take_snapshot(study: StudyDirectory) -> Path:

@@ -14,6 +14,7 @@ from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.bands import BAND_WIDTHS_16_KHZ, group_bands
 from bsrnn.counting import count_macs, count_parameters
 from bsrnn.folding import fold
+from bsrnn.lstm import by_library
 from bsrnn.norm import BatchNorm
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -86,7 +87,7 @@ def test_the_macs_formula_equals_an_operator_by_operator_count(size: str):
     num_frames = 50
     spectrum = torch.randn(2, config.num_bins, num_frames, dtype=torch.complex64)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: lstm_flops})
-    with torch.inference_mode(), counter:
+    with torch.inference_mode(), by_library(), counter:
         model.enhance_spectrum(spectrum)
     seconds = 2 * num_frames / config.frames_per_second
     assert counter.get_total_flops() / 2 / seconds == pytest.approx(count_macs(config).total, rel=1e-9)
@@ -178,7 +179,9 @@ def _loop_over_bands(model: BSRNN, spectrum: torch.Tensor) -> torch.Tensor:
         ):
             y = norm_of(norm, slice(None))(x.reshape(-1, channels)).view(x.shape)
             sequences = y.reshape(-1, num_frames, channels) if axis == "time" else y.transpose(1, 2).flatten(0, 1)
-            out = linear(lstm(sequences.transpose(0, 1))[0].transpose(0, 1))
+            with by_library():
+                out = linear(lstm(sequences if lstm.batch_first else sequences.transpose(0, 1))[0])
+            out = out if lstm.batch_first else out.transpose(0, 1)
             out = out.view(x.shape) if axis == "time" else out.view(batch, num_frames, -1, channels).transpose(1, 2)
             x = x + out
     # mask decoder

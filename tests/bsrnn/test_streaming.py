@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bsrnn import BSRNN, BSRNNConfig
+from bsrnn.compiled import library
 from bsrnn.folding import fold
-from bsrnn.kernel import PACKED_FROM, FrameKernel, whole_vectors
+from bsrnn.kernel import PACKED_FROM, FrameKernel
 from bsrnn.streaming import Stream
 from tests.bsrnn.test_model import trained_like
 
@@ -61,7 +62,8 @@ def test_chunks_of_any_length_give_the_whole_files_output_with_its_edges(
 def test_long_chunks_through_torch_and_short_ones_through_the_kernel_go_on_from_each_other(
     channels: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("bsrnn.streaming.KERNEL_WORK", 3 * whole_vectors(channels) ** 2)  # up to three frames
+    monkeypatch.setattr("bsrnn.streaming.KERNEL_WORK", 0)
+    monkeypatch.setattr("bsrnn.streaming.KERNEL_FRAMES", 3)
     model = trained_like(BSRNNConfig(channels, 2))
     signal = noise(2, 9_000)
     stream = Stream(model, 2, use_kernel=True)
@@ -160,10 +162,8 @@ def test_the_compiled_kernel_equals_torch_frame_by_frame(
 def test_without_a_c_compiler_a_stream_runs_through_torch(
     model: BSRNN, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ):
-    from bsrnn.kernel import _library
-
     monkeypatch.setenv("CC", "no-such-compiler")
-    _library.cache_clear()
+    library.cache_clear()
     try:
         assert "no-such-compiler" in str(FrameKernel.obstacle(fold(model)))
         with pytest.raises(ValueError, match="no kernel for this model"):
@@ -173,7 +173,7 @@ def test_without_a_c_compiler_a_stream_runs_through_torch(
         parts = [stream.process(chunk) for chunk in signal.split(256, dim=1)]
         assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
     finally:
-        _library.cache_clear()
+        library.cache_clear()
 
 
 def test_the_kernel_takes_no_model_that_it_does_not_know():

@@ -19,6 +19,7 @@ from bsrnn.counting import count_macs, count_parameters
 from bsrnn.folding import fold
 from bsrnn.front_end import FRONT_ENDS
 from bsrnn.losses import LossConfig, enhancement_loss, unprocessed
+from bsrnn.lstm import by_library
 from bsrnn.recording_norm import CumulativeNorm, GroupNorm
 from bsrnn.stft import CompressedSTFT, compress
 from scaling.corpus import espeak
@@ -121,7 +122,7 @@ def test_the_macs_formula_equals_an_operator_by_operator_count(config: BSRNNConf
     num_frames = 20
     spectrum = torch.randn(2, config.num_bins, num_frames, dtype=torch.complex64)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: lstm_flops})
-    with torch.inference_mode(), counter:
+    with torch.inference_mode(), by_library(), counter:
         model.enhance_spectrum(spectrum)
     seconds = 2 * num_frames / config.frames_per_second
     assert counter.get_total_flops() / 2 / seconds == pytest.approx(count_macs(config).total, rel=1e-9)
@@ -211,11 +212,13 @@ def _loop_over_bands(model: BSRNN, spectrum: torch.Tensor) -> torch.Tensor:
     batch, _, num_frames, num_bands = x.shape
     for block in model.blocks:
         y = F.group_norm(x, 1, block.time_norm.weight, block.time_norm.bias)
-        y = block.time_lstm(y.permute(2, 0, 3, 1).flatten(1, 2))[0]  # (T, B·K, ...)
+        with by_library():
+            y = block.time_lstm(y.permute(2, 0, 3, 1).flatten(1, 2))[0]  # (T, B·K, ...)
         x = x + block.time_linear(y).view(num_frames, batch, num_bands, channels).permute(1, 3, 0, 2)
         y = F.group_norm(x, 1, block.band_norm.weight, block.band_norm.bias)
-        y = block.band_lstm(y.permute(3, 0, 2, 1).flatten(1, 2))[0]  # (K, B·T, ...)
-        x = x + block.band_linear(y).view(num_bands, batch, num_frames, channels).permute(1, 3, 2, 0)
+        with by_library():
+            y = block.band_lstm(y.permute(0, 2, 3, 1).flatten(0, 1))[0]  # (B·T, K, ...)
+        x = x + block.band_linear(y).view(batch, num_frames, num_bands, channels).permute(0, 3, 1, 2)
     spectra: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for band, (group, _, _, output, k) in enumerate(places):
         for head in (0, 1):

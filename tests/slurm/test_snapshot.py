@@ -28,6 +28,8 @@ def test_a_checkout_that_is_broken_after_the_submission_breaks_no_job(slurm_word
     wait_for(lambda: events_of(run, "ended"), "the run is over")
     assert run.state()[0] == "finished", story(run)
     assert "commit" in run.read_plan()["provenance"]
+    (started,) = events_of(run, "started")
+    assert started["hardware"]["lstm"] == "compiled"  # its C source is in the copy too
     # The same code is copied once.
     launch("sweep", *slurm_words, f"study={study}", "sweep.axes.seed=[1]")
     launch("cancel", f"study={study}")

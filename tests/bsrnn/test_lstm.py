@@ -1,0 +1,184 @@
+"""The compiled LSTM against the library's, and both against 64 bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bsrnn import BSRNN, BSRNNConfig
+from bsrnn import lstm as lstm_module
+from bsrnn.compiled import library
+from bsrnn.lstm import LARGEST_HIDDEN, LSTM, by_library
+from scaling.provenance import hardware
+
+PARTS = ["outputs", "last outputs", "last cells", "x", "h0", "c0", "ih", "hh", "bias ih", "bias hh"]
+
+
+def all_of(network: nn.LSTM, x: Tensor, states: tuple[Tensor, Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Outputs, states, and the gradients of inputs, states and parameters, of a weighted sum of what comes out."""
+    x, h0, c0 = (part.detach().clone().requires_grad_() for part in (x, *states))
+    outputs, (hidden, cell) = network(x, (h0, c0))
+    made = [outputs, hidden, cell]
+    leaves = [x, h0, c0, *network.parameters()]
+    total = sum((part * weight).sum() for part, weight in zip(made, weights, strict=True))
+    return [part.detach() for part in made] + list(torch.autograd.grad(total, leaves))
+
+
+@pytest.mark.parametrize("rows_first", [False, True], ids=["steps first", "rows first"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
+@pytest.mark.parametrize(("inputs", "hidden"), [(2, 4), (16, 32), (5, 20), (32, 64), (64, 128)])
+@pytest.mark.parametrize(("steps", "rows"), [(1, 1), (9, 7), (3, 100), (31, 13)])
+def test_outputs_states_and_gradients_are_those_of_64_bits(
+    inputs: int, hidden: int, steps: int, rows: int, bidirectional: bool, rows_first: bool
+):
+    torch.manual_seed(0)
+    ours = LSTM(inputs, hidden, bidirectional=bidirectional, batch_first=rows_first)
+    directions = 1 + bidirectional
+    x = torch.randn((rows, steps, inputs) if rows_first else (steps, rows, inputs))
+    assert ours.obstacle(x) is None
+    h0, c0, of_hidden, of_cell = torch.randn(4, directions, rows, hidden)
+    weights = [torch.randn(*x.shape[:2], directions * hidden), of_hidden, of_cell]
+    precise = copy.deepcopy(ours).double()
+    found = all_of(ours, x, (h0, c0), weights)
+    expected = all_of(precise, x.double(), (h0.double(), c0.double()), [weight.double() for weight in weights])
+    for name, one, other in zip(PARTS, found, expected, strict=False):
+        difference = float((one - other).abs().max() / other.abs().max())
+        assert difference < 1e-5, f"{name}: {difference:.1e} of the largest"
+    with torch.no_grad():  # and without keeping what a backward pass needs
+        outputs, (hidden_state, cell_state) = ours(x, (h0, c0))
+    for one, other in zip((outputs, hidden_state, cell_state), found, strict=False):
+        assert torch.equal(one, other)
+    silent, _ = ours(x)
+    torch.testing.assert_close(silent, ours(x, (torch.zeros_like(h0), torch.zeros_like(c0)))[0])
+
+
+def test_any_number_of_threads_gives_the_same_outputs_and_each_the_same_gradients_again():
+    torch.manual_seed(0)
+    ours = LSTM(16, 32, bidirectional=True, batch_first=True)
+    x, states = torch.randn(50, 31, 16), (torch.zeros(2, 50, 32), torch.zeros(2, 50, 32))
+    weights = [torch.randn(50, 31, 64), torch.randn(2, 50, 32), torch.randn(2, 50, 32)]
+    threads, by_threads = torch.get_num_threads(), {}
+    try:
+        for number in (1, 2, 3, 16):
+            torch.set_num_threads(number)
+            by_threads[number] = all_of(ours, x, states, weights)
+            for one, other in zip(by_threads[number], all_of(ours, x, states, weights), strict=True):
+                assert torch.equal(one, other)
+    finally:
+        torch.set_num_threads(threads)
+    for found in by_threads.values():
+        for one, other in zip(found[:3], by_threads[1][:3], strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(found, by_threads[1], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e3, 1e30])
+def test_gates_far_beyond_saturation_stay_finite_and_are_the_librarys(scale: float):
+    torch.manual_seed(0)
+    ours, x = LSTM(4, 16), scale * torch.randn(5, 3, 4)
+    states, weights = (torch.zeros(1, 3, 16), torch.zeros(1, 3, 16)), [torch.ones(5, 3, 16), *torch.ones(2, 1, 3, 16)]
+    found = all_of(ours, x, states, weights)
+    with by_library():
+        expected = all_of(ours, x, states, weights)
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max()) + 1e-6
+
+
+def test_what_is_no_number_stays_none():
+    ours, x = LSTM(4, 16), torch.randn(5, 3, 4)
+    x[2, 1, 0] = torch.nan
+    outputs, _ = ours(x)
+    assert outputs[2:, 1].isnan().all()
+    assert outputs[:2].isfinite().all()
+    assert outputs[:, [0, 2]].isfinite().all()
+
+
+def test_a_model_trains_alike_with_either():
+    torch.manual_seed(0)
+    model = BSRNN(BSRNNConfig(24, 2)).train()
+    noisy = 0.1 * torch.randn(2, 8_000)
+    assert isinstance(model.blocks[0].band_lstm, LSTM)
+    assert model.blocks[0].band_lstm.obstacle(torch.randn(3, 31, 24)) is None
+    gradients = []
+    for context in (nullcontext(), by_library()):
+        copied = copy.deepcopy(model)
+        with context:
+            copied(noisy).waveform.square().sum().backward()
+        gradients.append(dict(copied.named_parameters()))
+    for name, parameter in gradients[0].items():
+        one, other = parameter.grad, gradients[1][name].grad
+        assert one is not None
+        assert other is not None
+        assert float((one - other).abs().max()) <= 1e-4 * float(other.abs().max()) + 1e-8, name
+
+
+def test_what_it_does_not_take_goes_to_the_library():
+    x = torch.randn(5, 3, 4)
+    large = LSTM(4, LARGEST_HIDDEN + 1)
+    assert str(LARGEST_HIDDEN) in str(large.obstacle(x))
+    assert "32 bits" in str(LSTM(4, 8).double().obstacle(x.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "32 bits" in str(LSTM(4, 8).obstacle(x))
+        assert LSTM(4, 8)(x)[0].dtype == torch.bfloat16
+    for network, given in ((large, x), (LSTM(4, 8).double(), x.double())):
+        theirs = nn.LSTM(4, network.hidden_size).to(x.dtype if network is large else torch.float64)
+        theirs.load_state_dict(network.state_dict())
+        torch.testing.assert_close(network(given)[0], theirs(given)[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 6), (5, 3, 2)])
+def test_inputs_of_another_width_are_refused_before_they_are_read(shape: tuple[int, ...]):
+    with pytest.raises(RuntimeError, match=r"input\.size"):
+        LSTM(4, 8)(torch.randn(shape))
+    with pytest.raises(RuntimeError, match="Expected hidden"):
+        LSTM(4, 8)(torch.randn(5, 3, 4), (torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)))
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(5, 3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(LSTM(4, 8)(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    for cache in (library, lstm_module._library):
+        cache.cache_clear()
+    yield
+    for cache in (library, lstm_module._library):
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_c_compiler_the_library_does_it_and_the_record_says_so():
+    ours, x = LSTM(4, 8), torch.randn(5, 3, 4)
+    assert "no-such-compiler" in str(ours.obstacle(x))
+    assert ours(x)[0].shape == (5, 3, 8)
+    assert "no-such-compiler" in hardware()["lstm"]
+
+
+def test_a_compiler_without_openmp_makes_it_for_one_thread(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_compiler: None
+):
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-fopenmp*) echo "error: no OpenMP" >&2; exit 1;; esac\nexec cc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    torch.manual_seed(0)
+    ours, x = LSTM(4, 8), torch.randn(5, 30, 4)
+    assert ours.obstacle(x) is None
+    with by_library():
+        expected = ours(x)[0]
+    torch.testing.assert_close(ours(x)[0], expected, atol=1e-6, rtol=1e-5)
