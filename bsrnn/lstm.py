@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from bsrnn.compiled import library
 
 SOURCE = Path(__file__).with_name("lstm.c")
+ROWS = 6  # of a tile in the source, the least that a thread gets
 LARGEST_HIDDEN = 128  # at 256 the library's products of whole steps are as fast (measured: docs/performance.md)
 
 _by_library = False
@@ -144,7 +145,8 @@ def _shape_of(x: Tensor, rows_first: bool, weights: Sequence[Tensor]) -> _Shape:
     units = weights[1].shape[1]
     lanes = _library().lstm_lanes()
     hidden = -(-units // lanes) * lanes
-    return _Shape(steps, rows, x.shape[2], hidden, units, len(weights) // 4, rows_first, torch.get_num_threads())
+    parts = min(torch.get_num_threads(), -(-rows // ROWS))
+    return _Shape(steps, rows, x.shape[2], hidden, units, len(weights) // 4, rows_first, parts)
 
 
 def _filled(part: Tensor, hidden: int) -> Tensor:
