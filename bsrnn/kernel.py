@@ -12,7 +12,6 @@ zero: a unit of such an LSTM has the cell 0 and the output 0 for ever, so that t
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from jaxtyping import Complex
 from torch import Tensor, nn
 
 from bsrnn.bands import BandwiseLinear
-from bsrnn.compiled import library
+from bsrnn.compiled import NotCompiledError, library
 from bsrnn.model import BSRNN, Block, BlockState
 from bsrnn.stft import MAGNITUDE_FLOOR
 
@@ -68,8 +67,8 @@ class FrameKernel:
             return "its normalisations are not folded"
         try:
             _library()
-        except (OSError, subprocess.SubprocessError) as error:
-            return f"{SOURCE.name} could not be compiled ({error})"
+        except NotCompiledError as error:
+            return str(error)
         return None
 
     def __init__(self, model: BSRNN, num_streams: int) -> None:
@@ -238,7 +237,7 @@ def _aligned(num_floats: int) -> np.ndarray:
 
 
 def _library() -> ctypes.CDLL:
-    """The compiled kernel; OSError or SubprocessError where it cannot be had."""
+    """The compiled kernel; NotCompiledError where it cannot be had."""
     loaded = library(SOURCE)
     loaded.bsrnn_step.restype = None
     loaded.bsrnn_step.argtypes = [ctypes.c_void_p] * 5

@@ -3,14 +3,14 @@
 Most of a training step on a CPU is the LSTMs, and most of theirs is not arithmetic (docs/performance.md).
 bsrnn/lstm.c takes a few rows through all steps, each step one pass over registers, and adds up the weights' gradients
 on the way. It runs on torch's threads, is compiled on first use (bsrnn/compiled.py), and differs from the library's
-in rounding alone. Where there is no compiler, on a GPU, under autocast, in other precisions and for larger sizes the
-library does the work; `LSTM.obstacle` says why.
+in rounding alone. Elsewhere the library does the work; `LSTM.obstacle` says where and why.
+
+Rows are the batch. Inputs are (step, row, input), outputs (step, row, direction · unit), or both with rows first.
 """
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,24 +21,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from bsrnn.compiled import library
+from bsrnn.compiled import NotCompiledError, library
 
 SOURCE = Path(__file__).with_name("lstm.c")
-ROWS = 6  # of a tile in the source, the least that a thread gets
 LARGEST_HIDDEN = 128  # at 256 the library's products of whole steps are as fast (measured: docs/performance.md)
 
 _by_library = False
 
 
-def obstacle() -> str | None:
-    """Why no LSTM can be the compiled one here; None if it can."""
-    return _library() if isinstance(_library(), str) else None
-
-
 @contextmanager
 def by_library() -> Iterator[None]:
-    """Within it, every LSTM is the library's: to compare with, and to count operators."""
+    """Within it every LSTM of this process is the library's, to compare with."""
     global _by_library
     before, _by_library = _by_library, True
     try:
@@ -47,8 +42,14 @@ def by_library() -> Iterator[None]:
         _by_library = before
 
 
+def keep_out_of_graphs() -> None:
+    """Let torch.compile call the LSTMs of this process instead of looking into them: what it would find is ctypes."""
+    if not hasattr(LSTM.forward, "_torchdynamo_disable"):
+        LSTM.forward = torch.compiler.disable(LSTM.forward)  # type: ignore[method-assign]
+
+
 class LSTM(nn.LSTM):
-    """nn.LSTM of one layer, with its parameters, inputs, outputs and states."""
+    """nn.LSTM of one layer, with its parameters, inputs, outputs and states; differentiable once."""
 
     def __init__(
         self, input_size: int, hidden_size: int, *, bidirectional: bool = False, batch_first: bool = False
@@ -56,31 +57,55 @@ class LSTM(nn.LSTM):
         super().__init__(input_size, hidden_size, bidirectional=bidirectional, batch_first=batch_first)
 
     def forward(  # type: ignore[override]  # torch's also takes packed sequences
-        self, x: Float[Tensor, "_ _ input"], state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Float[Tensor, "_ _ output"], tuple[Tensor, Tensor]]:
-        """(outputs, the last outputs and cells of each direction); x is (step, row, input), rows first if so asked."""
-        if _by_library or torch.compiler.is_compiling() or self.obstacle(x) is not None:
-            return super().forward(x, state)
-        if state is None:
-            self.check_input(x, None)
+        self, input: Float[Tensor, "first second input"], hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "first second output"], tuple[Tensor, Tensor]]:
+        """(outputs, the last outputs and cells (direction, row, unit) each), going on from `hx`, or from zeros."""
+        if self.obstacle(input, *(hx or ())) is not None:
+            return super().forward(input, hx)
+        if hx is None:
+            self.check_input(input, None)
         else:
-            self.check_forward_args(x, state, None)
-        h0, c0 = state if state is not None else (None, None)
-        is_kept = torch.is_grad_enabled()  # what a backward pass needs
-        outputs, hidden, cell = _Fused.apply(x, h0, c0, self.batch_first, is_kept, *self._flat_weights)
+            self.check_forward_args(input, hx, None)
+        h0, c0 = hx if hx is not None else (None, None)
+        weights = self._weights()
+        # whether a backward pass may come, for which gates are kept
+        is_kept = torch.is_grad_enabled() and any(part.requires_grad for part in (input, *(hx or ()), *weights))
+        outputs, hidden, cell = _Fused.apply(input, h0, c0, self.batch_first, is_kept, *weights)
         return outputs, (hidden, cell)
 
-    def obstacle(self, x: Tensor) -> str | None:
-        """Why the library's LSTM takes this input; None if the compiled one does."""
-        if x.device.type != "cpu" or self.weight_ih_l0.device.type != "cpu":
-            return "it is not on the CPU"
-        if {x.dtype, self.weight_ih_l0.dtype} != {torch.float32} or torch.is_autocast_enabled("cpu"):
-            return "it is not in 32 bits"
-        if x.dim() != 3 or not x.numel():
-            return "it is no batch of steps"
+    def obstacle(self, *inputs: Any) -> str | None:
+        """Why the library's LSTM takes these inputs (x, or x and both states); None if the compiled one does."""
+        if _by_library:
+            return "the library was asked for"
         if self.hidden_size > LARGEST_HIDDEN:
             return f"its hidden size is above {LARGEST_HIDDEN}"
-        return obstacle()
+        # Tracers and modes of torch see calls of torch alone.
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or _get_current_dispatch_mode() is not None
+            or torch._C._functorch.maybe_current_level() is not None
+        ):
+            return "torch follows its operators"
+        if not all(isinstance(part, Tensor) and part.dim() == 3 and part.numel() for part in inputs):
+            return "it is no batch of steps"
+        tensors = (*inputs, *self._weights())
+        if any(part.device.type != "cpu" for part in tensors):
+            return "it is not on the CPU"
+        if torch.is_autocast_enabled("cpu") or any(part.dtype != torch.float32 for part in tensors):
+            return "it is not in 32 bits"
+        kernel = _library()
+        if isinstance(kernel, str):
+            return kernel
+        if not kernel.has_threads and torch.get_num_threads() > 1:
+            return f"the compiler has no OpenMP, and torch {torch.get_num_threads()} threads"
+        return None
+
+    def _weights(self) -> list[Tensor]:
+        """By their names, under which torch.func.functional_call and parametrizations put others."""
+        kinds = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        ways = ("", "_reverse") if self.bidirectional else ("",)
+        return [getattr(self, kind + way) for way in ways for kind in kinds]
 
 
 class _Shape(ctypes.Structure):
@@ -98,7 +123,7 @@ class _Fused(torch.autograd.Function):
         x, weights = x.contiguous(), tuple(weight.contiguous() for weight in weights)
         shape = _shape_of(x, rows_first, weights)
         directions, hidden = shape.directions, shape.hidden
-        h0, c0 = (None if part is None else _filled(part, hidden) for part in (h0, c0))
+        h0, c0 = (None if part is None else _as_wide(part, hidden) for part in (h0, c0))
         outputs = x.new_empty(*x.shape[:2], directions, hidden)
         cells = torch.empty_like(outputs) if is_kept else x.new_empty(directions, shape.rows, hidden)
         gates = x.new_empty(*x.shape[:2], directions, 4 * hidden) if is_kept else None
@@ -121,9 +146,9 @@ class _Fused(torch.autograd.Function):
         x, h0, c0, outputs, cells, gates, *weights = ctx.saved_tensors
         shape = _shape_of(x, ctx.rows_first, weights)
         directions, hidden, units = shape.directions, shape.hidden, shape.units
-        of_outputs = _filled(of_outputs.unflatten(-1, (directions, units)), hidden)
+        of_outputs = _as_wide(of_outputs.unflatten(-1, (directions, units)), hidden)
         # these two become the gradients of h0 and c0
-        of_hidden, of_cells = (_filled(part, hidden).clone() for part in (of_hidden, of_cells))
+        of_hidden, of_cells = (_as_wide(part, hidden).clone() for part in (of_hidden, of_cells))
         lanes = _library().lstm_lanes()
         of_x = x.new_empty(*x.shape[:2], -(-shape.inputs // lanes) * lanes)
         of_weights = [[torch.empty_like(weight) for weight in weights[4 * d : 4 * d + 3]] for d in range(directions)]
@@ -136,8 +161,8 @@ class _Fused(torch.autograd.Function):
             gradient[..., :units] if state is not None else None
             for gradient, state in ((of_hidden, h0), (of_cells, c0))
         )
-        of_either_bias = (part for of_ih, of_hh, of_bias in of_weights for part in (of_ih, of_hh, of_bias, of_bias))
-        return of_x[..., : shape.inputs], of_h0, of_c0, None, None, *of_either_bias
+        of_parameters = (part for ih, hh, bias in of_weights for part in (ih, hh, bias, bias.clone()))
+        return of_x[..., : shape.inputs], of_h0, of_c0, None, None, *of_parameters
 
 
 def _shape_of(x: Tensor, rows_first: bool, weights: Sequence[Tensor]) -> _Shape:
@@ -145,11 +170,11 @@ def _shape_of(x: Tensor, rows_first: bool, weights: Sequence[Tensor]) -> _Shape:
     units = weights[1].shape[1]
     lanes = _library().lstm_lanes()
     hidden = -(-units // lanes) * lanes
-    parts = min(torch.get_num_threads(), -(-rows // ROWS))
+    parts = min(torch.get_num_threads(), -(-rows // _library().lstm_rows()))
     return _Shape(steps, rows, x.shape[2], hidden, units, len(weights) // 4, rows_first, parts)
 
 
-def _filled(part: Tensor, hidden: int) -> Tensor:
+def _as_wide(part: Tensor, hidden: int) -> Tensor:
     """Its last axis filled up with zeros, if it is shorter."""
     if part.shape[-1] == hidden:
         return part.contiguous()
@@ -179,13 +204,16 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
 @lru_cache(maxsize=1)
 def _library() -> Any:
     """The compiled source; a line that says why where it cannot be had."""
-    try:
-        loaded = library(SOURCE, "-fopenmp")
-    except (OSError, subprocess.SubprocessError):
-        try:  # of a compiler without OpenMP, on one thread
-            loaded = library(SOURCE)
-        except (OSError, subprocess.SubprocessError) as error:
-            return f"{SOURCE.name} could not be compiled ({error})"
+    loaded, has_threads, why = None, True, ""
+    for flags in (("-fopenmp",), ()):  # a compiler without OpenMP makes it for one thread
+        try:
+            loaded, has_threads = library(SOURCE, *flags), bool(flags)
+            break
+        except NotCompiledError as error:
+            why = why or str(error)
+    if loaded is None:
+        return why
+    loaded.has_threads = has_threads  # type: ignore[attr-defined]
     pointer = ctypes.c_void_p
     for name in ("lstm_forward_scratch", "lstm_backward_scratch"):
         getattr(loaded, name).argtypes, getattr(loaded, name).restype = [pointer], ctypes.c_long

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bsrnn import BSRNN
 from bsrnn.losses import enhancement_loss
+from bsrnn.lstm import LSTM, keep_out_of_graphs
 from bsrnn.norm import batch_norms, running_statistics, synchronise
 from scaling.config import RunConfig
 from scaling.errors import UserError
@@ -91,6 +92,13 @@ class Engine:
     def optimise(self, batches: Iterator[Any], lr: float, is_asked_to_stop: bool) -> Step:
         """One optimiser step at a learning rate over this rank's share of a global batch."""
         raise NotImplementedError
+
+    def lstm(self) -> str:
+        """What computes the LSTMs in training, which differ in rounding: "compiled", or torch and why."""
+        (lstm, *_) = (module for module in self.model.modules() if isinstance(module, LSTM))
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
+        obstacle = lstm.obstacle(torch.empty(1, 1, lstm.input_size, dtype=dtype, device=self.device))
+        return "compiled" if obstacle is None else f"torch: {obstacle}"
 
     def evaluation_model(self) -> BSRNN:
         """The model as it stands, whole, on every rank: to validate and to score."""
@@ -169,6 +177,8 @@ class DataParallel(Engine):
             # The keyword's successor synchronises buffers once at the start, and Accelerate does not take it yet.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             self.network, self.optimiser = self.accelerator.prepare(self.model, self.optimiser)
+        if config.execution.compile:
+            keep_out_of_graphs()
         # Compiled for the one shape of training; validation's whole utterances are of every length.
         self.compiled = torch.compile(self.network) if config.execution.compile else self.network
 

@@ -50,16 +50,12 @@ def hardware() -> Record:
     """Of the machine that this process runs on."""
     import torch
 
-    from bsrnn.lstm import obstacle
-
-    has_gpu = torch.cuda.is_available()
     return {
         "host": platform.node(),
         "cpu": _cpu_model(),
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if has_gpu else None,
-        "lstm": "torch" if has_gpu else obstacle() or "compiled",  # differ in rounding, and in speed
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

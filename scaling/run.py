@@ -172,7 +172,7 @@ def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: St
         directory.log_event(
             "resumed" if trainer.step else "started",
             step=trainer.step,
-            hardware=hardware(),
+            hardware=hardware() | {"lstm": trainer.engine.lstm()},
             world_size=processes.world_size,
             nodes=processes.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             hosts=sorted(set(hosts)),

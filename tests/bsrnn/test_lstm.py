@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations
 
-from bsrnn import BSRNN, BSRNNConfig
+from bsrnn import BSRNN, BSRNNConfig, compiled
 from bsrnn import lstm as lstm_module
 from bsrnn.compiled import library
 from bsrnn.lstm import LARGEST_HIDDEN, LSTM, by_library
-from scaling.provenance import hardware
 
 PARTS = ["outputs", "last outputs", "last cells", "x", "h0", "c0", "ih", "hh", "bias ih", "bias hh"]
 
@@ -142,6 +144,52 @@ def test_inputs_of_another_width_are_refused_before_they_are_read(shape: tuple[i
         LSTM(4, 8)(torch.randn(5, 3, 4), (torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)))
 
 
+def test_states_and_weights_that_are_not_in_32_bits_are_torchs_to_refuse():
+    x, states = torch.randn(5, 3, 4), (torch.zeros(1, 3, 8), torch.zeros(1, 3, 8))
+    for wrong in (torch.float64, torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            LSTM(4, 8)(x, (states[0], states[1].to(wrong)))
+    mixed = LSTM(4, 8)
+    mixed.bias_hh_l0.data = mixed.bias_hh_l0.data.double()
+    assert mixed.obstacle(x) is not None
+
+
+def test_other_weights_in_place_of_its_own_are_used():
+    torch.manual_seed(0)
+    ours, x = LSTM(4, 16, bidirectional=True), torch.randn(5, 3, 4)
+    doubled = {name: 2 * parameter.detach() for name, parameter in ours.named_parameters()}
+    with by_library():
+        expected = torch.func.functional_call(ours, doubled, (x,))[0]
+    torch.testing.assert_close(torch.func.functional_call(ours, doubled, (x,))[0], expected, atol=1e-6, rtol=1e-5)
+    parametrizations.weight_norm(ours, "weight_hh_l0")
+    ours.parametrizations.weight_hh_l0.original0.data.mul_(3)
+    with by_library():
+        expected = ours(x)[0]
+    torch.testing.assert_close(ours(x)[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_gradients_of_the_two_biases_are_two_tensors():
+    ours = LSTM(4, 8)
+    for parameter in ours.parameters():
+        parameter.register_hook(lambda gradient: gradient.mul_(0.5))
+    ours(torch.randn(5, 3, 4))[0].square().sum().backward()
+    assert torch.equal(ours.bias_ih_l0.grad, ours.bias_hh_l0.grad)
+
+
+def test_what_follows_torchs_operators_sees_them():
+    torch.manual_seed(0)
+    ours, x = LSTM(4, 16), torch.randn(5, 3, 4)
+    graph = make_fx(lambda inputs: ours(inputs)[0])(x)
+    other = torch.randn(5, 3, 4)
+    torch.testing.assert_close(graph(other), ours(other)[0], atol=1e-6, rtol=1e-5)
+    by_func = torch.func.grad(lambda inputs: ours(inputs)[0].square().sum())(x)
+    x.requires_grad_()
+    (by_autograd,) = torch.autograd.grad(ours(x)[0].square().sum(), x)
+    torch.testing.assert_close(by_func, by_autograd, atol=1e-6, rtol=1e-4)
+    with FakeTensorMode():
+        assert BSRNN(BSRNNConfig(16, 2))(torch.randn(2, 8_000)).waveform.shape == (2, 8_000)
+
+
 def test_a_second_derivative_is_refused():
     x = torch.randn(5, 3, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(LSTM(4, 8)(x)[0].square().sum(), x, create_graph=True)
@@ -160,11 +208,10 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_without_a_c_compiler_the_library_does_it_and_the_record_says_so():
+def test_without_a_c_compiler_the_library_does_it():
     ours, x = LSTM(4, 8), torch.randn(5, 3, 4)
     assert "no-such-compiler" in str(ours.obstacle(x))
     assert ours(x)[0].shape == (5, 3, 8)
-    assert "no-such-compiler" in hardware()["lstm"]
 
 
 def test_a_compiler_without_openmp_makes_it_for_one_thread(
@@ -176,9 +223,46 @@ def test_a_compiler_without_openmp_makes_it_for_one_thread(
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.manual_seed(0)
     ours, x = LSTM(4, 8), torch.randn(5, 30, 4)
     assert ours.obstacle(x) is None
     with by_library():
         expected = ours(x)[0]
     torch.testing.assert_close(ours(x)[0], expected, atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert "OpenMP" in str(ours.obstacle(x))  # torch's threads are faster
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"CC": "'"}, "No closing quotation"),
+        ({"CC": "true"}, "true ended with status 0, and made no library"),
+        ({"XDG_CACHE_HOME": ""}, "set XDG_CACHE_HOME"),
+        ({"XDG_CACHE_HOME": "/dev/null"}, "Not a directory"),
+    ],
+)
+def test_whatever_keeps_it_from_being_compiled_is_a_line(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_compiler: None
+):
+    for name, value in ({"CC": "cc", "XDG_CACHE_HOME": str(tmp_path)} | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user who has no home
+    ours, x = LSTM(4, 8), torch.randn(5, 3, 4)
+    assert said in str(ours.obstacle(x))
+    assert "\n" not in str(ours.obstacle(x))
+    assert str(tmp_path) not in str(ours.obstacle(x))
+    assert ours(x)[0].shape == (5, 3, 8)
+
+
+def test_a_library_that_cannot_be_loaded_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_compiler: None
+):
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = compiled._target(lstm_module.SOURCE, ("-fopenmp",))
+    target.parent.mkdir()
+    target.write_bytes(b"")
+    assert LSTM(4, 8).obstacle(torch.randn(5, 3, 4)) is None
+    assert target.stat().st_size > 10_000

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from bsrnn import BSRNNConfig
+from bsrnn.compiled import NotCompiledError
 from bsrnn.counting import count_macs, count_parameters
 from bsrnn.rtf import SIZES, OnnxStep, main
 from bsrnn.streaming import Stream
@@ -63,13 +64,13 @@ def test_a_row_measured_in_torch_says_so_and_why(
         assert main(["8x1", "seconds=0.05", f"study={tmp_path}"]) == 0
     finally:
         torch.set_num_threads(threads)
-    why = "torch: kernel.c could not be compiled (no cc)"
+    why = "torch: kernel.c could not be compiled: no cc"
     assert json.loads((tmp_path / "rtf.jsonl").read_text())["step"] == why
     assert why in capsys.readouterr().out
 
 
 def _no_compiler() -> NoReturn:
-    raise OSError("no cc")
+    raise NotCompiledError("kernel.c could not be compiled: no cc")
 
 
 @pytest.mark.parametrize(

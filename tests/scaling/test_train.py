@@ -227,14 +227,22 @@ def test_the_quick_check_trains_ten_steps_validates_scores_and_ends(tiny_run: li
 
 
 @pytest.mark.parametrize(
-    "setting", ["train.precision=bf16", "execution.compile=true", "train.optimiser.max_gradient_norm=0.001"]
+    ("setting", "lstm"),
+    [
+        ("train.precision=bf16", "torch: it is not in 32 bits"),
+        ("execution.compile=true", "compiled"),
+        ("train.optimiser.max_gradient_norm=0.001", "compiled"),
+    ],
 )
-def test_other_precisions_compilation_and_clipping_train(tiny_run: list[str], tmp_path: Path, command, setting: str):
+def test_other_precisions_compilation_and_clipping_train(
+    tiny_run: list[str], tmp_path: Path, command, setting: str, lstm: str
+):
     done = command("scaling.train", *tiny_run, "train.budget.steps=3", setting)
     assert done.returncode == 0, done.stderr
     directory = only_run(tmp_path / "study")
     assert all(math.isfinite(row["loss"]) for row in directory.read_metrics())
     assert directory.state()[0] == "finished"
+    assert directory.read_events()[0]["hardware"]["lstm"] == lstm  # bsrnn/lstm.py: "compiled" is a C compiler's
 
 
 def test_a_second_process_on_the_same_run_is_refused_by_name(tiny_run: list[str], tmp_path: Path, command):
