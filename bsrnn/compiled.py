@@ -34,7 +34,7 @@ def library(source: Path, *flags: str) -> ctypes.CDLL:
             try:
                 return ctypes.CDLL(str(target))
             except OSError:  # of another system, or what a full disk left
-                target.unlink()
+                target.unlink(missing_ok=True)
         _compile(source, flags, target)
         return ctypes.CDLL(str(target))
     except NotCompiledError:

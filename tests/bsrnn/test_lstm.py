@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -188,6 +190,32 @@ def test_what_follows_torchs_operators_sees_them():
     torch.testing.assert_close(by_func, by_autograd, atol=1e-6, rtol=1e-4)
     with FakeTensorMode():
         assert BSRNN(BSRNNConfig(16, 2))(torch.randn(2, 8_000)).waveform.shape == (2, 8_000)
+
+
+# A process of its own: torch.compile would look into the checks of types that tests make.
+COMPILED_MODEL = """
+import torch
+from torch._dynamo.testing import CompileCounter
+from bsrnn import BSRNN, BSRNNConfig, lstm
+lstm.keep_out_of_graphs()
+torch.manual_seed(0)
+model, noisy = BSRNN(BSRNNConfig(16, 1)).eval(), 0.1 * torch.randn(2, 8_000)
+addresses, calls, graphs = lstm._addresses, [], CompileCounter()
+with torch.no_grad():
+    expected = model(noisy).waveform
+    lstm._addresses = lambda given: calls.append(given) or addresses(given)
+    found = torch.compile(model, backend=graphs)(noisy).waveform
+torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+print(len(calls), graphs.frame_count)
+"""
+
+
+def test_a_compiled_model_calls_it_and_does_not_look_into_it():
+    ended = subprocess.run([sys.executable, "-c", COMPILED_MODEL], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    num_calls, num_graphs = map(int, ended.stdout.split())
+    assert num_calls == 2  # one over time, one over bands
+    assert num_graphs <= 6  # what lies around and between the two, in the block and in the model
 
 
 def test_a_second_derivative_is_refused():
