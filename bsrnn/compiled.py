@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
-HEADER = Path(__file__).with_name("vectors.h")
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 
 
 class NotCompiledError(OSError):
@@ -48,7 +48,7 @@ def _command(flags: tuple[str, ...]) -> list[str]:
 
 
 def _target(source: Path, flags: tuple[str, ...]) -> Path:
-    content = source.read_bytes() + HEADER.read_bytes()
+    content = b"".join(path.read_bytes() for path in (source, *HEADERS))
     content += repr((_command(flags), platform.machine(), _processor())).encode()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(cache):  # there is no home

@@ -1,4 +1,5 @@
-// One STFT frame of a folded BSRNN, from spectrum to enhanced spectrum, on one thread.
+// A folded BSRNN on one thread: an STFT frame from spectrum to enhanced spectrum (bsrnn_step), and a stream's frames
+// from spectra to finished samples (bsrnn_hops).
 //
 // Called by bsrnn/kernel.py, which compiles this file, lays the weights out and fills them up with zeros to what it
 // needs: channels in multiples of 16. A frame is some hundreds of small dependent products (31 bands x 2 directions x
@@ -12,6 +13,7 @@
 
 #define LANES 16
 #define BOUND 28.0f  // e^-28 is nothing beside 1, and e^28 cubed is still a number
+#include "fourier.h"
 #include "vectors.h"
 
 #define PANEL 64
@@ -173,14 +175,18 @@ typedef struct {
   int packed;             // whether the recurrences over bands have packed matrices
   const int *widths;      // (bands), in bins
   const float **weights;  // in the order in which they are used
-  float *work;            // scratch_floats() of bsrnn/kernel.py
+  float *work;            // _scratch_floats() of bsrnn/kernel.py
   float exponent;         // of the magnitude's compression
   float floor;            // below which the magnitude is not compressed further
+  int size, hop;          // of a window, in samples
+  const float *window;    // (size)
+  const float *roots;     // (size, 2), of bsrnn/fourier.h
+  float *hop_work;        // _hop_floats() of bsrnn/kernel.py
 } Step;
 
 static int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
 
-// spectrum, enhanced: (streams, bins, 2), not compressed. hidden, cell: one (streams · bands, 2C) a layer, renewed.
+// spectrum, enhanced: (streams, bins, 2), not compressed; they may be the same. hidden, cell: one (streams · bands, 2C) a layer, renewed.
 void bsrnn_step(const Step *s, const float *spectrum, float *const *hidden, float *const *cell, float *enhanced) {
   const int B = s->streams, F = s->bins, K = s->bands, C = s->channels, H = 2 * C, rows = B * K;
   const float **w = s->weights;
@@ -263,5 +269,28 @@ void bsrnn_step(const Step *s, const float *spectrum, float *const *hidden, floa
     const float gain = powf(sqrtf(re * re + im * im), 1.0f / s->exponent - 1.0f);
     enhanced[2 * i] = re * gain;
     enhanced[2 * i + 1] = im * gain;
+  }
+}
+
+// Spectra (streams, frames, bins, 2) of windowed frames, a hop apart, to finished (streams, frames · hop): enhanced
+// samples that no later frame reaches. overlap: (streams, size - hop) of the frames before, envelope: (size - hop) of
+// their squared windows; both renewed.
+void bsrnn_hops(const Step *s, int frames, const float *spectra, float *const *hidden, float *const *cell,
+                float *overlap, float *envelope, float *finished) {
+  const int B = s->streams, N = s->size, hop = s->hop, rest = N - hop;
+  const long F = 2L * s->bins;
+  float *spectrum = s->hop_work, *squares = spectrum + B * F, *frame = squares + N, *scratch = frame + N;
+  for (int t = 0; t < frames; t++, finished += hop) {
+    for (int b = 0; b < B; b++) memcpy(spectrum + b * F, spectra + ((long)b * frames + t) * F, sizeof(float) * F);
+    bsrnn_step(s, spectrum, hidden, cell, spectrum);
+    for (int i = 0; i < N; i++) squares[i] = s->window[i] * s->window[i] + (i < rest ? envelope[i] : 0);
+    memcpy(envelope, squares + hop, sizeof(float) * rest);
+    for (int b = 0; b < B; b++) {
+      float *over = overlap + (long)b * rest, *out = finished + (long)b * frames * hop;
+      inverse(N, s->roots, spectrum + b * F, frame, scratch);
+      for (int i = 0; i < N; i++) frame[i] = frame[i] * s->window[i] / N + (i < rest ? over[i] : 0);
+      for (int i = 0; i < hop; i++) out[i] = frame[i] / squares[i];
+      memcpy(over, frame + hop, sizeof(float) * rest);
+    }
   }
 }

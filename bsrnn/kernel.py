@@ -1,9 +1,12 @@
-"""A folded BSRNN's frame step as one call of compiled C, for streaming on a CPU.
+"""A stream's hop through a folded BSRNN as one call of compiled C, on a CPU.
 
 torch and onnxruntime run the step as hundreds of library calls on operands of a few kilobytes, and
-the calls cost more than the arithmetic. bsrnn/kernel.c does the whole frame in one, on one thread. It is compiled
-on first use (bsrnn/compiled.py). Where there is no compiler, or the model is not one that it knows,
-`FrameKernel.obstacle` says why, and torch does the work (bsrnn/streaming.py).
+the calls cost more than the arithmetic. bsrnn/kernel.c does all of it in one, on one thread, and with it the way back
+to samples (bsrnn/fourier.h), which in torch takes as long as half a frame of the smallest size. The way there stays
+torch's: compression raises what rounding leaves in the bins between pure tones, and of two Fourier transforms that
+round differently, outputs differ by 3e-5. The kernel is compiled on first use (bsrnn/compiled.py). Where there is no
+compiler, or the model is not one that it knows, `FrameKernel.obstacle` says why, and torch does the work
+(bsrnn/streaming.py).
 
 Its vectors hold 16 channels. A model of another width runs at the next multiple, the weights of what is added being
 zero: a unit of such an LSTM has the cell 0 and the output 0 for ever, so that the sums stay what they were.
@@ -18,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Complex
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from bsrnn.bands import BandwiseLinear
@@ -46,17 +49,27 @@ class _Step(ctypes.Structure):
         ("work", ctypes.c_void_p),
         ("exponent", ctypes.c_float),
         ("floor", ctypes.c_float),
+        ("size", ctypes.c_int),
+        ("hop", ctypes.c_int),
+        ("window", ctypes.c_void_p),
+        ("roots", ctypes.c_void_p),
+        ("hop_work", ctypes.c_void_p),
     )
 
 
 class FrameKernel:
-    """The step of one model for a fixed number of streams."""
+    """One model's frames for a fixed number of streams, from spectra to samples, or from spectrum to spectrum."""
 
     @staticmethod
     def obstacle(model: BSRNN) -> str | None:
         """Why this model cannot run in the kernel here; None if it can."""
-        if next(model.parameters()).device.type != "cpu":
+        weight = next(model.parameters())
+        if weight.device.type != "cpu":
             return "its weights are not on the CPU"
+        if weight.dtype != torch.float32:
+            return f"its weights are {weight.dtype}, not torch.float32"
+        if model.config.n_fft % 2:
+            return f"n_fft = {model.config.n_fft} is odd"
         norms = [model.band_split.norm, model.mask_decoder.norm]
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -74,7 +87,8 @@ class FrameKernel:
     def __init__(self, model: BSRNN, num_streams: int) -> None:
         config = model.config
         self.config, self.num_streams = config, num_streams
-        self._call = _library().bsrnn_step
+        loaded = _library()
+        self._call_step, self._call_hops = loaded.bsrnn_step, loaded.bsrnn_hops
         self._channels = whole_vectors(config.num_channels)
         packed = 4 * 4 * (2 * self._channels) ** 2 >= PACKED_FROM
         arrays = list(_weights_in_order(model, self._channels, packed))
@@ -83,7 +97,10 @@ class FrameKernel:
         np.concatenate(arrays, out=self._weights[: starts[-1]])
         self._widths = np.asarray(config.band_widths, dtype=np.int32)
         self._addresses = (self._weights.ctypes.data + 4 * starts).astype(np.uintp)
-        self._work = _aligned(self._scratch_floats())
+        self._work, self._hop_work = _aligned(self._scratch_floats()), _aligned(self._hop_floats())
+        self._window = model.stft.window.numpy()
+        angles = -2 * np.pi * np.arange(config.n_fft) / config.n_fft
+        self._roots = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
         self._step = _Step(
             num_streams,
             config.num_bins,
@@ -96,6 +113,11 @@ class FrameKernel:
             self._work.ctypes.data,
             config.compression,
             MAGNITUDE_FLOOR,
+            config.n_fft,
+            config.hop_length,
+            self._window.ctypes.data,
+            self._roots.ctypes.data,
+            self._hop_work.ctypes.data,
         )
         self._pointers: tuple[list[BlockState], ctypes.Array, ctypes.Array] | None = None
 
@@ -111,6 +133,41 @@ class FrameKernel:
         """
         spectrum = spectrum.contiguous()
         enhanced = torch.empty_like(spectrum)
+        hidden, cell = self._pointers_of(states)
+        self._call_step(ctypes.byref(self._step), spectrum.data_ptr(), hidden, cell, enhanced.data_ptr())
+        return enhanced
+
+    def hops(
+        self,
+        spectra: Complex[Tensor, "stream frame bin"],
+        states: list[BlockState],
+        overlap: Float[Tensor, "stream rest"],
+        envelope: Float[Tensor, " rest"],
+    ) -> Float[Tensor, "stream sample"]:
+        """Enhance frames a hop apart, window and add them: of each the hop that no later one reaches.
+
+        spectra: of windowed samples
+        overlap, envelope: what the frames before add to the next n_fft - hop_length samples, contiguous, and the sum of
+            their squared windows there. As `states`, they are renewed in place.
+        """
+        spectra = spectra.contiguous()
+        num_frames = spectra.shape[1]
+        finished = torch.empty(self.num_streams, num_frames * self.config.hop_length)
+        hidden, cell = self._pointers_of(states)
+        self._call_hops(
+            ctypes.byref(self._step),
+            num_frames,
+            spectra.data_ptr(),
+            hidden,
+            cell,
+            overlap.data_ptr(),
+            envelope.data_ptr(),
+            finished.data_ptr(),
+        )
+        return finished
+
+    def _pointers_of(self, states: list[BlockState]) -> tuple[ctypes.Array, ctypes.Array]:
+        """Of every layer's hidden state and cell, brought to the kernel's width if they were not before."""
         if self._pointers is None or self._pointers[0] is not states:
             for index, state in enumerate(states):
                 states[index] = (self._widened(state[0]), self._widened(state[1]))
@@ -120,10 +177,7 @@ class FrameKernel:
                 kind(*(hidden.data_ptr() for hidden, _ in states)),
                 kind(*(cell.data_ptr() for _, cell in states)),
             )
-        self._call(
-            ctypes.byref(self._step), spectrum.data_ptr(), self._pointers[1], self._pointers[2], enhanced.data_ptr()
-        )
-        return enhanced
+        return self._pointers[1:]
 
     def _widened(self, part: Tensor) -> Tensor:
         """A state's part (1, B·K, 2C) whose rows lie 2·`_channels` apart, zeros between them."""
@@ -136,6 +190,10 @@ class FrameKernel:
         widest = whole_vectors(2 * max(config.band_widths))
         over_blocks = rows * (channels + 8 * hidden + 2 * hidden) + 2 * streams * hidden
         return streams * 2 * config.num_bins + over_blocks + streams * (8 * channels + 4 * widest)
+
+    def _hop_floats(self) -> int:
+        """As kernel.c divides `hop_work`."""
+        return self.num_streams * 2 * self.config.num_bins + 4 * self.config.n_fft
 
 
 def whole_vectors(num_channels: int) -> int:
@@ -240,5 +298,7 @@ def _library() -> ctypes.CDLL:
     """The compiled kernel; NotCompiledError where it cannot be had."""
     loaded = library(SOURCE)
     loaded.bsrnn_step.restype = None
-    loaded.bsrnn_step.argtypes = [ctypes.c_void_p] * 5
+    loaded.bsrnn_step.argtypes = (ctypes.c_void_p,) * 5
+    loaded.bsrnn_hops.restype = None
+    loaded.bsrnn_hops.argtypes = (ctypes.c_void_p, ctypes.c_int, *(ctypes.c_void_p,) * 6)
     return loaded

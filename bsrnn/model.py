@@ -52,6 +52,10 @@ class BSRNNConfig:
         for name in ("num_channels", "num_layers", "n_fft", "hop_length", "sample_rate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a whole number of at least 1")
+        if self.hop_length >= self.n_fft:
+            raise ValueError(
+                f"hop_length = {self.hop_length}: expected less than n_fft = {self.n_fft}, so that windows overlap"
+            )
         if not 0 < self.compression <= 1:
             raise ValueError(f"compression = {self.compression}: expected above 0 and at most 1")
         if self.norm not in NORMS:

@@ -5,11 +5,12 @@ A stream gives, sample for sample, what `BSRNN.forward` gives for the whole sign
 1. The first frame is centred on the first sample, so n_fft / 2 samples are mirrored before it,
    as torch.stft does.
 2. Each complete frame goes through the network, which carries its states from frame to frame.
-   A single frame takes the compiled kernel (bsrnn/kernel.py) where there is one; a long chunk
-   goes through torch as one batch of frames, which shares each weight's way through memory.
 3. Frames are windowed, overlapped and added. A sample is final, and returned, once the last frame that
    reaches it is in: at most n_fft samples after it came.
 4. `flush` adds silence up to a whole hop, mirrors that end, as bsrnn/stft.py does, and returns what is left.
+
+A few frames take 2 and 3 in the compiled kernel (bsrnn/kernel.py) where there is one; a long chunk goes through torch
+as one batch of frames, which shares each weight's way through memory.
 
 Several streams of equal length run as a batch, each with states of its own.
 """
@@ -61,7 +62,7 @@ class Stream:
         self._model = fold(model).requires_grad_(False)
         self.num_streams = num_streams
         self._window = self._model.stft.window
-        self._kernel = step
+        self._step, self._kernel = step, None
         channels = self.config.num_channels
         self._kernel_frames = max(KERNEL_FRAMES, KERNEL_WORK * channels // whole_vectors(channels) ** 3)
         if use_kernel is not False and step is None:
@@ -77,7 +78,6 @@ class Stream:
         n_fft, hop = self.config.n_fft, self.config.hop_length
         self.num_samples = 0  # taken in since the beginning
         self._num_returned = 0
-        self._num_frames = 0
         self._states: list[BlockState] | None = None
         # The sample before the next frame, which the end's mirror may reach, and what is there of that frame.
         self._pending = self._window.new_zeros(self.num_streams, 1)
@@ -120,7 +120,6 @@ class Stream:
         return {
             "num_samples": self.num_samples,
             "num_returned": self._num_returned,
-            "num_frames": self._num_frames,
             "to_drop": self._to_drop,
             "pending": self._pending.clone(),
             "overlap": self._overlap.clone(),
@@ -142,7 +141,7 @@ class Stream:
             )
         self.num_samples, self._num_returned = state["num_samples"], state["num_returned"]
         self._to_drop = state["to_drop"]
-        self._num_frames, self._inverse = state["num_frames"], None
+        self._inverse = None
         self._pending, self._overlap, self._envelope = (
             state[name].to(self._window, copy=True) for name in ("pending", "overlap", "envelope")
         )
@@ -156,14 +155,29 @@ class Stream:
             return self._pending[:, :0]
         frames = self._pending[:, 1:].unfold(1, n_fft, hop)  # (B, T, n_fft)
         self._pending = self._pending[:, num_frames * hop :]
-        enhanced = self._enhance(torch.fft.rfft(frames * self._window))  # (B, T, F)
-        return self._overlap_add(torch.fft.irfft(enhanced, n_fft) * self._window)
+        spectra = torch.fft.rfft(frames * self._window)  # (B, T, F)
+        if self._kernel is not None and num_frames <= self._kernel_frames:
+            finished = self._by_kernel(self._kernel, spectra)
+        else:
+            finished = self._overlap_add(torch.fft.irfft(self._enhance(spectra), n_fft) * self._window)
+        dropped = min(self._to_drop, finished.shape[1])
+        self._to_drop -= dropped
+        self._num_returned += finished.shape[1] - dropped
+        return finished[:, dropped:]
+
+    def _by_kernel(
+        self, kernel: FrameKernel, spectra: Complex[Tensor, "stream frame bin"]
+    ) -> Float[Tensor, "stream enhanced"]:
+        if self._states is None:
+            self._states = kernel.initial_states()
+        self._overlap, self._envelope = self._overlap.contiguous(), self._envelope.contiguous()
+        return kernel.hops(spectra, self._states, self._overlap, self._envelope)
 
     def _enhance(self, spectrum: Complex[Tensor, "stream frame bin"]) -> Complex[Tensor, "stream frame bin"]:
-        if self._kernel is not None and spectrum.shape[1] <= self._kernel_frames:
+        if self._step is not None:
             if self._states is None:
-                self._states = self._kernel.initial_states()
-            frames = [self._kernel.step(frame, self._states) for frame in spectrum.unbind(1)]
+                self._states = self._step.initial_states()
+            frames = [self._step.step(frame, self._states) for frame in spectrum.unbind(1)]
             return torch.stack(frames, dim=1) if len(frames) > 1 else frames[0].unsqueeze(1)
         exponent = self.config.compression
         compressed = compress(spectrum, exponent).transpose(1, 2)  # (B, F, T)
@@ -183,13 +197,8 @@ class Stream:
         total[:, :covered] += self._overlap
         self._overlap = total[:, num_final:]
         if self._inverse is None:
-            finished = total[:, :num_final] / self._renewed_envelope(num_frames)
-        else:
-            finished = (total[:, :num_final].view(self.num_streams, -1, hop) * self._inverse).flatten(1)
-        dropped = min(self._to_drop, num_final)
-        self._to_drop -= dropped
-        self._num_returned += num_final - dropped
-        return finished[:, dropped:]
+            return total[:, :num_final] / self._renewed_envelope(num_frames)
+        return (total[:, :num_final].view(self.num_streams, -1, hop) * self._inverse).flatten(1)
 
     def _renewed_envelope(self, num_frames: int) -> Float[Tensor, " sample"]:
         """The squared windows added over the samples that frames make final; kept up until it repeats itself."""
@@ -200,8 +209,7 @@ class Stream:
         squared = self._window.square()
         for t in range(num_frames):
             envelope[t * hop : t * hop + n_fft] += squared
-        self._envelope = envelope[num_final:]
-        self._num_frames += num_frames
-        if self._num_frames >= 2 * -(-n_fft // hop):
+        if torch.equal(envelope[num_final:], self._envelope):
             self._inverse = 1 / envelope[num_final - hop : num_final]
+        self._envelope = envelope[num_final:]
         return envelope[:num_final]

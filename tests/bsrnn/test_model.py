@@ -215,6 +215,11 @@ def test_gradients_reach_every_parameter_and_are_finite_on_silence():
         assert torch.isfinite(parameter.grad).all(), name
 
 
+def test_windows_that_do_not_overlap_are_refused():
+    with pytest.raises(ValueError, match="hop_length = 512: expected less than n_fft = 512"):
+        BSRNNConfig(hop_length=512)
+
+
 def test_a_band_layout_that_leaves_bins_out_is_refused_by_name():
     with pytest.raises(ValueError, match="band_widths sum to 256 bins, n_fft = 512 has 257"):
         BSRNNConfig(band_widths=(*BAND_WIDTHS_16_KHZ[:-1], 16))

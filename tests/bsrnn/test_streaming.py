@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -69,6 +70,29 @@ def test_long_chunks_through_torch_and_short_ones_through_the_kernel_go_on_from_
     stream = Stream(model, 2, use_kernel=True)
     parts = [stream.process(chunk) for chunk in chunks_of(signal, 2_000)]
     assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
+
+
+@KERNELS
+@pytest.mark.parametrize("n_fft", [2, 4, 6, 22, 320, 510, 960])  # of factors 4, 2, 3, 5, 11 and 17
+@pytest.mark.parametrize("overlap", [0.2, 0.5, 0.75])
+def test_windows_of_any_length_and_hop_stream(n_fft: int, overlap: float, use_kernel: bool):
+    hop = n_fft - max(1, int(overlap * n_fft))
+    config = BSRNNConfig(8, 1, n_fft=n_fft, hop_length=hop, band_widths=(1, n_fft // 2))
+    model = trained_like(config)
+    signal = noise(2, 4 * n_fft + 3)
+    stream = Stream(model, 2, use_kernel)
+    parts = [stream.process(chunk) for chunk in chunks_of(signal, n_fft)]
+    assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
+
+
+def test_a_model_in_64_bits_streams_in_64_bits(model: BSRNN):
+    double = copy.deepcopy(model).double()
+    assert "torch.float64" in str(FrameKernel.obstacle(fold(double)))
+    signal = noise(1, 2_000).double()
+    stream = Stream(double)
+    enhanced = torch.cat([stream.process(signal), stream.flush()], dim=1)
+    assert enhanced.dtype == torch.float64
+    assert_equal(enhanced.float(), whole_file(model, signal.float()))
 
 
 def test_a_sample_is_returned_at_most_one_window_after_it_came(model: BSRNN):
@@ -147,15 +171,15 @@ def test_the_compiled_kernel_equals_torch_frame_by_frame(
 ):
     monkeypatch.setattr("bsrnn.kernel.PACKED_FROM", packed_from)
     model = trained_like(BSRNNConfig(channels, 2))
-    kernel = Stream(model, num_streams, use_kernel=True)
+    kernel = FrameKernel(fold(model), num_streams)
+    states = kernel.initial_states()
     by_torch = Stream(model, num_streams, use_kernel=False)
     for scale in (1.0, 1e-3, 30.0, 0.0, 1.0, 1.0):  # silence too
-        spectrum = scale * torch.randn(num_streams, 1, 257, dtype=torch.complex64)
-        expected = by_torch._enhance(spectrum)
-        assert_equal(torch.view_as_real(kernel._enhance(spectrum)), torch.view_as_real(expected))
-    assert kernel._states is not None
+        spectrum = scale * torch.randn(num_streams, 257, dtype=torch.complex64)
+        expected = by_torch._enhance(spectrum.unsqueeze(1)).squeeze(1)
+        assert_equal(torch.view_as_real(kernel.step(spectrum, states)), torch.view_as_real(expected))
     assert by_torch._states is not None
-    for ours, theirs in zip(kernel._states, by_torch._states, strict=True):
+    for ours, theirs in zip(states, by_torch._states, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -178,6 +202,9 @@ def test_without_a_c_compiler_a_stream_runs_through_torch(
 
 def test_the_kernel_takes_no_model_that_it_does_not_know():
     cumulative = BSRNN(BSRNNConfig(16, 1, norm="cumulative"))
+    odd = BSRNN(BSRNNConfig(16, 1, n_fft=511, hop_length=255, band_widths=(100, 156)))
     for unknown in (BSRNN(BSRNNConfig(16, 1)), fold(cumulative)):
         assert "not folded" in str(FrameKernel.obstacle(unknown))
-    Stream(cumulative).process(noise(1, 2_000))  # torch does it
+    assert "n_fft = 511 is odd" in str(FrameKernel.obstacle(fold(odd)))
+    for model in (cumulative, odd):
+        Stream(model).process(noise(1, 2_000))  # torch does it
