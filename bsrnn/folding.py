@@ -28,6 +28,9 @@ def fold(model: BSRNN) -> BSRNN:
             assert isinstance(block, Block)
             _fold_block(block)
         _fold_mask_decoder(folded.mask_decoder)
+    for module in folded.modules():
+        if isinstance(module, nn.LSTM):
+            module.flatten_parameters()  # in one piece on a GPU, which copying them undid
     return folded
 
 

@@ -19,6 +19,7 @@ from scaling.records import Record
 PREEMPTED_STATUS = 75
 LOST_STATUS = 76
 STOPS = ("preempted", "time limit")
+ABORTED = 128 + signal.SIGABRT
 KILLED = {128 + number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGBUS)}
 LAST_LINES = 12
 TAIL_BYTES = 16384
@@ -100,7 +101,9 @@ def classify_attempt(
         name = signal.Signals(status - 128).name
         return Failure("node failure", f"{where} was ended by {name} from outside, without a word", _last_lines(log))
     how = f"{where}: {ended['how']}" if ended else f"{where}: exit status {status}"
-    return Failure("node failure" if status == LOST_STATUS or reports else "code error", how, _last_lines(log))
+    # NCCL's own watch aborts a process whose peer has gone, if it notices first.
+    is_left_alone = status == LOST_STATUS or bool(reports) or (status == ABORTED and "ProcessGroupNCCL" in log)
+    return Failure("node failure" if is_left_alone else "code error", how, _last_lines(log))
 
 
 def classify_silence(log: str) -> Failure | None:

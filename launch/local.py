@@ -8,6 +8,7 @@ locks and waits for them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -22,13 +23,16 @@ import submitit
 
 from launch.config import ClusterConfig
 from launch.task import RunTask
+from scaling.errors import UserError
 from scaling.locks import holder, is_locked
 from scaling.plan import RunPlan
 from scaling.ports import free_port
+from scaling.records import newest_event
 
 NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_STOP = 8.0
+DRIVERS_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
 
 
 @dataclass
@@ -73,21 +77,31 @@ def run_locally(
     show: called every half second, to show how far the runs are
     An interrupt ends the runs too; they go on from their checkpoints at the next call.
     """
-    gpus = _visible_gpus()
+    takes_gpu = {plan.run_id: plan.config.execution.device != "cpu" for plan in planned}
+    gpus = visible_gpus() if any(takes_gpu.values()) else []
     sizes = {plan.run_id: cluster.for_run(plan.config.model.name, plan.axes).num_processes for plan in planned}
     most = max(sizes.values(), default=1)
+    for run_id, size in sizes.items():
+        if gpus and takes_gpu[run_id] and size > len(gpus):
+            raise UserError(
+                f"run {run_id} has {size} processes, and this machine {len(gpus)} GPUs, of which each needs one: take "
+                "fewer processes, or execution.device=cpu for all runs"
+            )
     num_slots = cluster.max_parallel or max(1, (len(gpus) or min(len(planned) * most, _num_cpus())) // most)
     threads = max(1, _num_cpus() // (min(num_slots, len(planned)) * most))  # of each process, in all runs the same
     adopted = [plan for plan in todo if is_alive(plan)]
     waiting = deque(plan for plan in todo if plan not in adopted)
-    running = [LocalJob(plan, slot, None) for slot, plan in enumerate(adopted)]
+    running: list[LocalJob] = []
+    for plan in adopted:
+        running.append(LocalJob(plan, _slot_of(plan, {job.slot for job in running}), None))
     try:
         while waiting or running:
             while waiting and len(running) < num_slots:
                 slot = next(slot for slot in range(num_slots) if slot not in {job.slot for job in running})
                 plan = waiting.popleft()
                 size = sizes[plan.run_id]
-                own = [gpus[(slot * most + rank) % len(gpus)] for rank in range(size)] if gpus else []
+                has_gpus = gpus and takes_gpu[plan.run_id]
+                own = [gpus[(slot * most + rank) % len(gpus)] for rank in range(size)] if has_gpus else []
                 running.append(_submit(plan, slot, threads, size, own))
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.is_done()]:
@@ -99,25 +113,30 @@ def run_locally(
         raise
 
 
-def _submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: Sequence[int]) -> LocalJob:
+def _slot_of(plan: RunPlan, taken: set[int]) -> int:
+    """The slot in which an earlier sweep started a run, and with it the run's GPUs; another if that is taken."""
+    said = newest_event(plan.directory.event_lines(), "submitted").get("slot")
+    if isinstance(said, int) and said not in taken:
+        return said
+    return next(slot for slot in itertools.count() if slot not in taken)
+
+
+def _submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: Sequence[str]) -> LocalJob:
     """Start a run's processes, each with so many threads, and with the GPUs that are theirs."""
     executor = submitit.LocalExecutor(folder=plan.directory.jobs)
-    executor.update_parameters(
-        timeout_min=NO_TIME_LIMIT_MINUTES,
-        tasks_per_node=num_processes,
-        gpus_per_node=len(gpus),
-        visible_gpus=tuple(gpus),
-    )
+    # Submitit knows GPUs by number alone: it is to hide them all, and RunTask shows the run its own again.
+    executor.update_parameters(timeout_min=NO_TIME_LIMIT_MINUTES, tasks_per_node=num_processes, gpus_per_node=0)
     # Read by the OpenMP runtime when the job starts: cores are shared out, not fought for.
     os.environ["OMP_NUM_THREADS"] = str(plan.config.execution.threads or threads)
     # The job's controller inherits that an interrupt is ignored: Ctrl-C in a terminal reaches all
     # processes, and it would answer with a traceback. The run itself listens again (see RunTask).
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        job = executor.submit(RunTask(plan, threads, port=free_port("127.0.0.1") if num_processes > 1 else None))
+        port = free_port("127.0.0.1") if num_processes > 1 else None
+        job = executor.submit(RunTask(plan, threads, port=port, gpus=tuple(gpus)))
     finally:
         signal.signal(signal.SIGINT, handler)
-    plan.directory.log_event("submitted", job=job.job_id, executor="local", log=str(job.paths.stderr))
+    plan.directory.log_event("submitted", job=job.job_id, executor="local", log=str(job.paths.stderr), slot=slot)
     return LocalJob(plan, slot, job)
 
 
@@ -166,13 +185,15 @@ def _num_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _visible_gpus() -> list[int]:
-    """Indices of the GPUs; asked of the driver's own tool, since loading torch takes seconds."""
+def visible_gpus() -> list[str]:
+    """The GPUs, named as in CUDA_VISIBLE_DEVICES; asked of the driver, since loading torch takes seconds."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [int(index) for index in named.split(",") if index.strip().isdigit()]
+        entries = [entry.strip() for entry in named.split(",")]
+        return list(itertools.takewhile(lambda entry: entry and entry != "-1", entries))  # as CUDA reads it
     try:
         result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
+        num_gpus = sum(line.startswith("GPU ") for line in result.stdout.splitlines())
     except (OSError, subprocess.SubprocessError):
-        return []
-    return list(range(len(result.stdout.splitlines())))
+        num_gpus = len(list(DRIVERS_GPUS.glob("*")))
+    return [str(index) for index in range(num_gpus)]

@@ -19,6 +19,7 @@ import torch
 from launch.failures import report_line
 from launch.rank import export_ranks
 from launch.submission import Submission
+from scaling.device import torch_device
 from scaling.plan import RunPlan, from_record
 from scaling.processes import Processes, join
 from scaling.records import append_record
@@ -61,6 +62,7 @@ def check(submission: Submission, index: int) -> None:
             execution.rendezvous_timeout,
             execution.silence_timeout,
             execution.step_timeout,
+            execution.device,
             needs_group=execution.zero_stage is not None,
         )
         try:
@@ -81,7 +83,7 @@ def _check(submission: Submission, plan: RunPlan, processes: Processes, stop: St
     seconds = time.perf_counter() - started
     passed("rendezvous", f"{processes.world_size} on {', '.join(hosts)} in {seconds:.1f} s", seconds=seconds)
 
-    device = torch.device("cuda", processes.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch_device(plan.config.execution.device)
     x = torch.ones(ALL_REDUCE_BYTES // 4, device=device)
     processes.sum_(torch.ones(1, device=device))  # makes the connections
     began = time.perf_counter()

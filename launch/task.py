@@ -19,6 +19,7 @@ class RunTask:
     threads: int | None = None  # for the process, unless the run's settings name a number
     micro_batch: int | None = None  # in place of the settings', where memory ran out before
     port: int | None = None  # at which several processes of this machine meet
+    gpus: tuple[str, ...] = ()  # of all processes of the run, named as in CUDA_VISIBLE_DEVICES; (): as that says
 
     def __call__(self, stop: StopFlag | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {self.plan.run_id} %(levelname)s %(message)s")
@@ -31,6 +32,8 @@ class RunTask:
         plan = replace(self.plan, config=replace(self.plan.config, execution=execution))
         if self.port is not None:
             export_local_ranks(self.port)
+        if self.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         os.environ["OMP_NUM_THREADS"] = str(execution.threads or os.cpu_count())
         from scaling.run import execute
 

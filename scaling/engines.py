@@ -20,7 +20,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +35,15 @@ from bsrnn.losses import enhancement_loss
 from bsrnn.lstm import LSTM, keep_out_of_graphs
 from bsrnn.norm import batch_norms, running_statistics, synchronise
 from scaling.config import RunConfig
+from scaling.device import uses_gpu
 from scaling.errors import UserError
 from scaling.optimiser import build_optimiser, set_learning_rate
 from scaling.processes import Processes
 from scaling.stream import to_float
+
+# fp16: steps in a row without a finite gradient after which a run counts as diverged. The scaler begins at 2^16 and
+# halves its scale at each, so that after as many no scale is left that would help.
+MOST_OVERFLOWS = 50
 
 
 class Step(NamedTuple):
@@ -53,10 +58,20 @@ class Step(NamedTuple):
 def make_engine(config: RunConfig, processes: Processes) -> Engine:
     """The engine that the execution settings ask for; UserError for what they cannot have here."""
     execution = config.execution
-    if execution.device == "cuda" and not torch.cuda.is_available():
+    on_gpu = uses_gpu(execution.device)
+    if execution.device == "cuda" and not on_gpu:
         raise UserError("execution.device = cuda: torch finds no GPU here; take execution.device=auto")
+    if execution.audit and on_gpu:
+        raise UserError(
+            "execution.audit: sums on a GPU have no order that is always the same; take execution.device=cpu"
+        )
+    if execution.zero_stage is not None and not on_gpu and torch.cuda.is_available():
+        raise UserError(
+            f"deepspeed takes the GPU of a machine that has one, whatever execution.device = {execution.device} says; "
+            "hide it with CUDA_VISIBLE_DEVICES="
+        )
     if config.train.precision == "fp16":
-        if execution.device == "cpu" or not torch.cuda.is_available():
+        if not on_gpu:
             raise UserError("train.precision = fp16 needs a GPU and torch finds none: take bf16 or fp32")
         if execution.audit or execution.zero_stage is not None:
             raise UserError("train.precision = fp16 goes neither with execution.audit nor with deepspeed: take bf16")
@@ -82,7 +97,7 @@ class Engine:
 
     @property
     def on_cpu(self) -> bool:
-        return self.config.execution.device == "cpu" or not torch.cuda.is_available()
+        return not uses_gpu(self.config.execution.device)
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +116,7 @@ class Engine:
         return "compiled" if obstacle is None else f"torch: {obstacle}"
 
     def evaluation_model(self) -> BSRNN:
-        """The model as it stands, whole, on every rank: to validate and to score."""
+        """The model as it stands, whole, on every rank, computing in the training's precision: to validate."""
         return self.model
 
     def communication_seconds(self) -> float | None:
@@ -110,10 +125,6 @@ class Engine:
         A mean over the steps that torch sampled; None where there is no communication, or none was measured.
         """
         return None
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """A context in which the evaluation model computes in the training's precision."""
-        return nullcontext()  # Accelerate's wrapper does it
 
     def trained_model(self) -> BSRNN:
         """As `scaling.evaluate` will load it: not compiled, and in 32 bits whatever the training's precision."""
@@ -177,6 +188,7 @@ class DataParallel(Engine):
             # The keyword's successor synchronises buffers once at the start, and Accelerate does not take it yet.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             self.network, self.optimiser = self.accelerator.prepare(self.model, self.optimiser)
+        self._num_overflows = 0  # fp16: steps in a row whose gradients were no numbers
         if config.execution.compile:
             keep_out_of_graphs()
         # Compiled for the one shape of training; validation's whole utterances are of every length.
@@ -208,10 +220,15 @@ class DataParallel(Engine):
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if bound is None else bound))
         if self.accelerator.scaler is not None:
             self.optimiser.step()  # fp16: the scaler itself passes over gradients that overflowed
-            norm = norm if math.isfinite(norm) else 0.0
+            norm = self._norm_of_a_scaled_step(norm)
         elif math.isfinite(norm):
             self.optimiser.step()
-        return Step(total.item(), {name: term.item() for name, term in terms.items()}, norm, should_stop)
+        return _step(total, terms, norm, should_stop)
+
+    def _norm_of_a_scaled_step(self, norm: float) -> float:
+        """0 for gradients that overflowed, as they may while the scaler finds its scale; the norm if they go on."""
+        self._num_overflows = 0 if math.isfinite(norm) else self._num_overflows + 1
+        return norm if math.isfinite(norm) or self._num_overflows > MOST_OVERFLOWS else 0.0
 
     def write(self, folder: Path, extra: dict[str, Any]) -> None:
         if not self.processes.is_first:
@@ -365,6 +382,7 @@ class ZeRO(DataParallel):
         backend = InitProcessGroupKwargs(backend="gloo" if self.on_cpu else "nccl")
         self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
         self._check_group(DistributedType.DEEPSPEED)
+        self._set_precision(self.model)
         self.network, self.optimiser = self.accelerator.prepare(self.model, self.optimiser)
         if self.network.zero_optimization_stage() != self.stage:
             raise RuntimeError(f"DeepSpeed runs stage {self.network.zero_optimization_stage()}, expected {self.stage}")
@@ -374,26 +392,27 @@ class ZeRO(DataParallel):
         self.network.train()
         before = self._set_statistics_aside()
         losses, parts, norm = [], [], 0.0
-        with self.autocast():
-            for loss, terms, is_last in self._losses(batches, self.network):
-                with self.processes.naming_the_lost():
-                    self.network.backward(loss)  # which divides it by the number of micro-batches
-                    if self.stage == 0 and is_last:  # the only stage that does not tell it afterwards
-                        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-                        norm = float(torch.nn.utils.get_total_norm(gradients))
-                    self.network.step()  # which does something after the last of them only
-                losses.append(loss.detach())
-                parts.append(terms)
+        for loss, terms, is_last in self._losses(batches, self.network):
+            with self.processes.naming_the_lost():
+                self.network.backward(loss)  # which divides it by the number of micro-batches
+                if self.stage == 0 and is_last:  # the only stage that does not tell it afterwards
+                    gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                    norm = float(torch.nn.utils.get_total_norm(gradients))
+                self.network.step()  # which does something after the last of them only
+            losses.append(loss.detach())
+            parts.append(terms)
         self._combine_statistics(before)
         total = torch.stack(losses).mean()
         terms = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         total, terms, should_stop = self._mean_over_ranks(total, terms, is_asked_to_stop)
         if self.stage > 0:
             norm = float(self.network.get_global_grad_norm())
-        return Step(total.item(), {name: term.item() for name, term in terms.items()}, norm, should_stop)
+        return _step(total, terms, norm, should_stop)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+    def _set_precision(self, model: BSRNN) -> None:
+        """As Accelerate does elsewhere, in `forward`: DeepSpeed turns off autocast that it finds on around it."""
+        if self.config.train.precision == "bf16":
+            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
 
     def evaluation_model(self) -> BSRNN:
         if self.stage < 3:
@@ -402,6 +421,7 @@ class ZeRO(DataParallel):
 
         config = self.config
         whole = BSRNN(config.model.architecture(config.train.norm_batch)).to(self.device)
+        self._set_precision(whole)
         # A parameter is whole on all ranks within the context, and in parts again after it.
         with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
             whole.load_state_dict(self.model.state_dict())
@@ -427,6 +447,12 @@ class ZeRO(DataParallel):
         return {"zero_stage": self.stage, "world_size": self.processes.world_size}
 
 
+def _step(total: Tensor, terms: dict[str, Tensor], norm: float, should_stop: bool) -> Step:
+    """The numbers of all, brought from the device at once."""
+    loss, *values = torch.stack([total, *terms.values()]).tolist()
+    return Step(loss, dict(zip(terms, values, strict=True)), norm, should_stop)
+
+
 def _mean_in_order(rows: Tensor) -> Tensor:
     """The mean of the rows, added one after another: `Tensor.mean` may add in an order of its own."""
     total = torch.zeros_like(rows[0])
@@ -437,12 +463,13 @@ def _mean_in_order(rows: Tensor) -> Tensor:
 
 def _prepare_deepspeed(on_cpu: bool) -> None:
     """UserError if DeepSpeed is not installed; without the operator it would compile for inference on CPU."""
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
     try:
         import deepspeed
     except ImportError as error:
         raise UserError(f"deepspeed is not installed ({error}): pip install 'bsrnn-scaling[deepspeed]'") from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         # A minute of compiling under a lock that a killed process leaves behind; training goes over gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

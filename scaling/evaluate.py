@@ -33,6 +33,7 @@ from scaling.checkpoint import load_newest
 from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import DEFAULT_METRICS, EvaluateConfig
+from scaling.device import set_arithmetic, torch_device
 from scaling.early_stopping import EarlyStopping
 from scaling.errors import UserError
 from scaling.metrics import METRICS, Waveform, score, versions
@@ -112,6 +113,7 @@ def evaluate_run(
     clips = sorted(index.clips("test"), key=lambda clip: clip.id)
     if plan.config.train.test:
         clips = clips[:: max(1, len(clips) // 8)][:8]
+    set_arithmetic("fp32")  # scores are of 32 bits whatever the training's precision was
     cache = index.folder / f"unprocessed-{index.index_hash[:8]}.jsonl"
     known = _read_unprocessed(cache)
     rows = score_utterances(enhance_clips(model, index, clips), len(clips), processes, metrics, known)
@@ -245,6 +247,7 @@ def main(words: list[str]) -> int:
         index = ShardIndex.load(replace(data, shards=config.shards or data.shards).shard_root)
         plan.check_index(index)
         metrics = config.metrics or plan.config.execution.metrics
+        model = model.to(torch_device("cpu" if plan.config.execution.device == "cpu" else "auto"))  # as in the run
         rows = evaluate_run(plan, index, model, processes, metrics)
         target = directory.scores
     else:

@@ -98,13 +98,20 @@ class AdamP(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, weight.grad, group)
+        weights = [
+            (weight, group) for group in self.param_groups for weight in group["params"] if weight.grad is not None
+        ]
+        tried = [(weight, group, view) for weight, group in weights for view in views_of(weight)]
+        passes = [is_orthogonal(weight, view, group["delta"], group["eps"]) for weight, group, view in tried]
+        invariant: dict[Tensor, tuple[int, int]] = {}
+        for (weight, _, view), does_pass in zip(tried, torch.stack(passes).tolist() if passes else [], strict=True):
+            if does_pass:
+                invariant.setdefault(weight, view)
+        for weight, group in weights:
+            self._update(weight, weight.grad, group, invariant.get(weight))
         return loss
 
-    def _update(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, weight: Tensor, gradient: Tensor, group: dict[str, Any], view: tuple[int, int] | None) -> None:
         state = self.state[weight]
         if not state:
             # kept as torch's own optimisers keep them
@@ -118,25 +125,31 @@ class AdamP(torch.optim.Optimizer):
         scale = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
         update = state["exp_avg"] / scale / (1 - beta1**step)
         decay = group["weight_decay"]
-        radial_free = without_radial_part(update, weight, gradient, group["delta"], group["eps"])
-        if radial_free is not None:
-            update, decay = radial_free, decay * group["wd_ratio"]
+        if view is not None:
+            update, decay = without_radial_part(update, weight, view, group["eps"]), decay * group["wd_ratio"]
         weight.mul_(1 - group["lr"] * decay).add_(update, alpha=-group["lr"])
 
 
-def without_radial_part(update: Tensor, weight: Tensor, gradient: Tensor, delta: float, eps: float) -> Tensor | None:
-    """The update less its part parallel to a scale-invariant weight; None where the weight is not scale-invariant."""
+def views_of(weight: Tensor) -> list[tuple[int, int]]:
+    """As what a weight may be scale-invariant: its rows, then the whole tensor; a single number as nothing."""
     if weight.numel() == 1:
-        return None
-    views = ([(len(weight), -1)] if weight.dim() > 1 else []) + [(1, -1)]
-    for view in views:  # rows, then the whole tensor
-        rows, towards = weight.reshape(view), gradient.reshape(view)
-        cosine = nn.functional.cosine_similarity(rows, towards, dim=1, eps=eps).abs()
-        if cosine.max() < delta / math.sqrt(rows.shape[1]):
-            unit = rows / (rows.norm(dim=1, keepdim=True) + eps)
-            flat = update.reshape(view)
-            return (flat - unit * (unit * flat).sum(1, keepdim=True)).view_as(weight)
-    return None
+        return []
+    return ([(len(weight), -1)] if weight.dim() > 1 else []) + [(1, -1)]
+
+
+def is_orthogonal(weight: Tensor, view: tuple[int, int], delta: float, eps: float) -> Tensor:
+    """Whether each row of the view is nearly orthogonal to its gradient, as a tensor: nothing waits for it."""
+    assert weight.grad is not None
+    rows, towards = weight.reshape(view), weight.grad.reshape(view)
+    cosine = nn.functional.cosine_similarity(rows, towards, dim=1, eps=eps).abs()
+    return cosine.max() < delta / math.sqrt(rows.shape[1])
+
+
+def without_radial_part(update: Tensor, weight: Tensor, view: tuple[int, int], eps: float) -> Tensor:
+    """The update less, of each row of the view, its part parallel to the weight."""
+    rows, flat = weight.reshape(view), update.reshape(view)
+    unit = rows / (rows.norm(dim=1, keepdim=True) + eps)
+    return (flat - unit * (unit * flat).sum(1, keepdim=True)).view_as(weight)
 
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

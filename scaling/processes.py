@@ -29,6 +29,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from scaling.device import uses_gpu
 from scaling.errors import MeetingError, UserError
 from scaling.liveness import LostRankError, Watch, first_line
 from scaling.ports import free_port
@@ -161,17 +162,22 @@ ALONE = Processes()
 
 
 def join(
-    rendezvous_timeout: float, silence_timeout: float, step_timeout: float, needs_group: bool = False
+    rendezvous_timeout: float,
+    silence_timeout: float,
+    step_timeout: float,
+    device: str = "auto",
+    needs_group: bool = False,
 ) -> Processes:
     """Meet the other processes of the run, as the environment names them.
 
     rendezvous_timeout: seconds within which all ranks must have come
     silence_timeout: seconds without a sign of life after which a rank counts as lost
     step_timeout: seconds that a rank may take between two collectives
+    device: as execution.device; a GPU is one process's alone
     needs_group: make a process group even for one process (DeepSpeed wants one)
 
-    UserError if the environment is incomplete or MASTER_ADDR does not resolve; MeetingError if it cannot
-    be reached, its port is taken, or a rank does not come in time.
+    UserError if the environment is incomplete, MASTER_ADDR does not resolve, or two ranks have one GPU; MeetingError if
+    it cannot be reached, its port is taken, or a rank does not come in time.
     """
     world_size = _whole_number("WORLD_SIZE", 1)
     if world_size == 1 and not needs_group:
@@ -192,7 +198,7 @@ def join(
         raise UserError(f"RANK = {rank}: expected 0 to {world_size - 1}, as WORLD_SIZE = {world_size} says")
     host, port = os.environ["MASTER_ADDR"], _whole_number("MASTER_PORT")
     store = _meet(host, port, rank, world_size, rendezvous_timeout)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = uses_gpu(device)
     if on_gpu:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     distributed.init_process_group(
@@ -207,7 +213,22 @@ def join(
     processes = Processes(rank, world_size, local_rank, watch)
     processes.barrier()  # every rank has left its first sign
     watch.start()
+    if on_gpu:
+        _check_gpus(processes)
     return processes
+
+
+def _check_gpus(processes: Processes) -> None:
+    """UserError if two ranks have the same GPU: NCCL would refuse it in the middle of a step."""
+    own = torch.cuda.get_device_properties(torch.cuda.current_device())
+    owners: dict[str, int] = {}
+    for rank, gpu in enumerate(processes.gather(f"{own.name} {own.uuid} of {socket.gethostname()}")):
+        if gpu in owners:
+            raise UserError(
+                f"ranks {owners[gpu]} and {rank} have one GPU, {gpu}: start as many processes on a node as it has "
+                "GPUs, or take execution.device=cpu"
+            )
+        owners[gpu] = rank
 
 
 def _whole_number(variable: str, default: int | None = None) -> int:

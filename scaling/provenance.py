@@ -46,16 +46,18 @@ def provenance() -> Record:
     }
 
 
-def hardware() -> Record:
-    """Of the machine that this process runs on."""
+def hardware(device: str) -> Record:
+    """Of the machine that this process runs on; the GPU, if execution.device = `device` takes one."""
     import torch
+
+    from scaling.device import uses_gpu
 
     return {
         "host": platform.node(),
         "cpu": _cpu_model(),
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if uses_gpu(device) else None,
     }
 
 

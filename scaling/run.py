@@ -23,6 +23,7 @@ from bsrnn import BSRNN
 from bsrnn.modelfile import save_model
 from scaling.allocator import keep_freed_memory
 from scaling.checkpoint import is_failed_write
+from scaling.device import set_arithmetic
 from scaling.errors import BadDataError, MeetingError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.liveness import LOST_STATUS, LostRankError
@@ -65,6 +66,7 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
                 execution.rendezvous_timeout,
                 execution.silence_timeout,
                 execution.step_timeout,
+                execution.device,
                 needs_group=execution.zero_stage is not None,
             )
         except StoppedError:
@@ -165,6 +167,7 @@ def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: St
     execution = plan.config.execution
     keep_freed_memory()
     torch.set_num_threads(execution.threads or _cores_of_this_process())
+    set_arithmetic(plan.config.train.precision)
     index = ShardIndex.load(plan.config.shard_root)
     trainer = Trainer(plan, directory, index, processes, stop)
     hosts = processes.gather(socket.gethostname())
@@ -172,7 +175,7 @@ def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: St
         directory.log_event(
             "resumed" if trainer.step else "started",
             step=trainer.step,
-            hardware=hardware() | {"lstm": trainer.engine.lstm()},
+            hardware=hardware(execution.device) | {"lstm": trainer.engine.lstm()},
             world_size=processes.world_size,
             nodes=processes.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             hosts=sorted(set(hosts)),
@@ -211,11 +214,14 @@ def classify(error: Exception) -> tuple[str, str]:
         return "bad config", str(error)
     if getattr(error, "errno", None) in set(DISK_ERRORS) - {errno.EIO} or is_failed_write(error):
         return "bad config", reason
-    out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    # ALLOC_FAILED: of cuBLAS, cuDNN and cuFFT
+    out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in out_of_memory):
         return "out of memory", reason
-    # A loader's worker that is killed may say so anywhere in the main process.
-    if (isinstance(error, OSError) and error.errno == errno.EIO) or "DataLoader worker" in str(error):
+    # A loader's worker that is killed may say so anywhere in the main process. A GPU that has failed, fallen off the
+    # bus or been given to another process is of its node.
+    of_the_node = ("DataLoader worker", "uncorrectable ECC error", "busy or unavailable", "NCCL error", "GPU is lost")
+    if (isinstance(error, OSError) and error.errno == errno.EIO) or any(word in str(error) for word in of_the_node):
         return "node failure", reason
     return "code error", reason
 

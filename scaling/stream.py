@@ -303,8 +303,10 @@ class MicroBatchSampler(Sampler[list[int]]):
                 yield list(range(first, first + self.micro_batch))
 
 
-def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int) -> DataLoader[CropBatch]:
-    """The micro-batches of a sampler, each a `CropBatch`."""
+def training_loader(
+    dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int, for_gpu: bool = False
+) -> DataLoader[CropBatch]:
+    """The micro-batches of a sampler, each a `CropBatch`; for a GPU in memory from which it is copied at once."""
     # Workers beyond the cores are a choice: they wait for storage. torch warns at every start of the loader.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     return DataLoader(
@@ -312,7 +314,7 @@ def training_loader(dataset: CropDataset, sampler: MicroBatchSampler, num_worker
         batch_sampler=sampler,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=for_gpu,
         worker_init_fn=_start_worker,
         # The numbers drawn for workers' seeds must not touch the process's generator.
         generator=torch.Generator(),

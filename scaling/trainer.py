@@ -167,7 +167,7 @@ class Trainer:
         weights = self.config.train.losses
         own: list[dict[str, float]] = []
         model.eval()
-        with torch.no_grad(), self.engine.autocast():
+        with torch.no_grad():
             for clip in clips[processes.rank :: processes.world_size]:
                 noisy, clean = (to_float(torch.from_numpy(part), device)[None] for part in reader.read_clip(clip))
                 values: dict[str, float] = {}
@@ -218,7 +218,8 @@ class Trainer:
             self.processes.world_size,
             self.engine.span,
         )
-        batches = iter(training_loader(self.dataset, sampler, execution.num_workers))
+        for_gpu = self.engine.device.type == "cuda"
+        batches = iter(training_loader(self.dataset, sampler, execution.num_workers, for_gpu))
         deadline = Deadline(execution.step_timeout, self._end_for_a_frozen_worker)
         try:
             while True:

@@ -43,6 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", choices=("quick", "full"), default="quick", help=counts)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests are of the CPU, on a machine with a GPU too; the benchmarks look for one."""
+    if "bench_*.py" not in config.getini("python_files"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes of pytest a file's tests share one, as those of the cluster do, which go first."""

@@ -149,7 +149,13 @@ def _train(words: list[str]) -> int:
     plan = plan_run(config, open_shards(config.data))
     execution = config.execution
     with StopFlag() as stop:
-        processes = join(60, execution.silence_timeout, execution.step_timeout, execution.zero_stage is not None)
+        processes = join(
+            60,
+            execution.silence_timeout,
+            execution.step_timeout,
+            execution.device,
+            needs_group=execution.zero_stage is not None,
+        )
         plan.directory.path.mkdir(parents=True, exist_ok=True)
         model, _ = train(plan, plan.directory, processes, stop)
         digest = hashlib.sha256()

@@ -192,6 +192,33 @@ def test_what_follows_torchs_operators_sees_them():
         assert BSRNN(BSRNNConfig(16, 2))(torch.randn(2, 8_000)).waveform.shape == (2, 8_000)
 
 
+def test_asked_for_bfloat16_on_a_gpu_it_runs_in_32_bits(monkeypatch: pytest.MonkeyPatch):
+    """torch would give cuDNN 16-bit floats, whose range loses gradients. No GPU is needed to see what it is given."""
+    given = []
+
+    def forward(self, x, hx):
+        given.append((x.dtype, hx and hx[0].dtype, torch.is_autocast_enabled("cuda")))
+        return x, (x, x)
+
+    monkeypatch.setattr(nn.LSTM, "forward", forward)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    on_before, dtype_before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        with FakeTensorMode():
+            lstm = LSTM(4, 8)
+            x, state = (torch.empty(n, 3, 4, device="cuda", dtype=torch.bfloat16) for n in (5, 1))
+            for dtype in (torch.bfloat16, torch.float16):
+                torch.set_autocast_dtype("cuda", dtype)
+                lstm(x)
+                lstm(x, (state, state))
+    finally:
+        torch.set_autocast_enabled("cuda", on_before)
+        torch.set_autocast_dtype("cuda", dtype_before)
+    half, full = torch.bfloat16, torch.float32
+    assert given == [(full, None, False), (full, full, False), (half, None, True), (half, half, True)]
+
+
 # A process of its own: torch.compile would look into the checks of types that tests make.
 COMPILED_MODEL = """
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -9,19 +10,25 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
+import torch
 
-from scaling.errors import MeetingError
+from scaling.cli import load_config
+from scaling.config import RunConfig
+from scaling.engines import MOST_OVERFLOWS, DataParallel, make_engine
+from scaling.errors import MeetingError, UserError
 from scaling.ports import free_port
-from scaling.processes import VARIABLES, join
+from scaling.processes import ALONE, VARIABLES, Processes, _check_gpus, join
 from scaling.records import RunDirectory
 from scaling.run import classify
 from scaling.shards import ShardIndex
 from tests.ranks import Rank, end_all, run_ranks, start_ranks
 
 STEPS = "train.budget.steps=8"
+T = TypeVar("T")
 
 
 def run_of(study: Path) -> RunDirectory:
@@ -83,17 +90,79 @@ def test_two_processes_train_as_one_does_up_to_rounding_and_zero_as_they_do(tiny
         ("two", 2, ""),
         ("zero2", 2, "deepspeed=zero2"),
         ("zero3", 2, "deepspeed=zero3"),
+        ("two bf16", 2, "train.precision=bf16"),
+        ("zero3 bf16", 2, "train.precision=bf16 deepspeed=zero3"),
     ):
-        study = tmp_path / name
-        run_ranks([*words, f"study={study}", *([more] if more else [])], tmp_path, world_size)
+        study = tmp_path / name.replace(" ", "-")
+        run_ranks([*words, f"study={study}", *more.split()], tmp_path, world_size)
         losses[name] = [row[2] for row in rows_of(study)]
         started = run_of(study).read_events()[0]
         assert started["world_size"] == world_size
         assert started["micro_batch"] == 4 // world_size
-        assert started["zero_stage"] == (int(more[-1]) if more else None)
+        assert started["zero_stage"] == (int(more[-1]) if "zero" in more else None)
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-3)
     assert losses["zero2"] == pytest.approx(losses["two"], rel=1e-6)
     assert losses["zero3"] == pytest.approx(losses["two"], rel=1e-3)
+    assert losses["zero3 bf16"] == pytest.approx(losses["two bf16"], rel=1e-2)
+    for name in ("two", "zero3"):  # 16-bit products are another computation from the first step on
+        assert losses[f"{name} bf16"][0] != pytest.approx(losses["two"][0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "node failure"),
+        (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "node failure"),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1, unhandled system error"), "node failure"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "code error"),
+    ],
+)
+def test_what_a_gpu_says_in_the_end_is_told_apart(error: Exception, kind: str):
+    assert classify(error)[0] == kind
+
+
+def test_gradients_that_overflow_are_passed_over_as_long_as_the_scaler_can_help():
+    engine = DataParallel.__new__(DataParallel)
+    engine._num_overflows = 0
+    for _ in range(3):
+        assert [engine._norm_of_a_scaled_step(math.inf) for _ in range(MOST_OVERFLOWS)] == [0.0] * MOST_OVERFLOWS
+        assert engine._norm_of_a_scaled_step(1.5) == 1.5
+    for _ in range(MOST_OVERFLOWS):
+        engine._norm_of_a_scaled_step(math.nan)
+    assert math.isnan(engine._norm_of_a_scaled_step(math.nan)), "the run has diverged"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["execution.audit=true"], "execution.audit: sums on a GPU have no order that is always the same"),
+        (["deepspeed=zero2", "execution.device=cpu"], "hide it with CUDA_VISIBLE_DEVICES="),
+        (["execution.audit=true", "train.precision=fp16"], "execution.audit"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_in_a_line(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=told):
+        make_engine(load_config(RunConfig, "run", [*tiny_run, *words]), ALONE)
+
+
+def test_two_ranks_with_one_gpu_are_named_before_nccl_meets_them(monkeypatch: pytest.MonkeyPatch):
+    class Gpu:
+        name, uuid = "A100", "GPU-1"
+
+    class Two(Processes):
+        def gather(self, value: T) -> list[T]:
+            return [value, value]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu)
+    with pytest.raises(UserError, match=r"ranks 0 and 1 have one GPU, A100 GPU-1 of \S+: start as many"):
+        _check_gpus(Two(world_size=2))
 
 
 def test_a_checkpoint_cut_into_parts_goes_on_as_it_was_written_and_no_other_way(tiny_run: list[str], tmp_path: Path):

@@ -1,0 +1,129 @@
+"""Which GPUs this machine's runs are given, told from what the driver and the environment say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import local
+from launch.config import ClusterConfig
+from launch.local import LocalJob, run_locally, visible_gpus
+from launch.task import RunTask
+from scaling.cli import load_config
+from scaling.config import RunConfig
+from scaling.errors import UserError
+from scaling.plan import RunPlan, plan_run
+from scaling.shards import ShardIndex
+
+
+@pytest.fixture
+def plans(tiny_run: list[str], tiny_index: ShardIndex) -> list[RunPlan]:
+    return [plan_run(load_config(RunConfig, "run", [*tiny_run, f"seed={seed}"]), tiny_index) for seed in range(4)]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, tuple[str, ...]]]:
+    """(seed, slot, GPUs) of the runs that were started; none of them runs, and each is over at the next look."""
+    calls = []
+
+    class Over(LocalJob):
+        def is_done(self) -> bool:
+            return True
+
+    def submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: list[str]) -> LocalJob:
+        calls.append((plan.config.seed, slot, tuple(gpus)))
+        return Over(plan, slot, None)
+
+    monkeypatch.setattr(local, "_submit", submit)
+    monkeypatch.setattr(local, "_record_silent_end", lambda job: None)
+    monkeypatch.setattr(local, "SECONDS_BETWEEN_LOOKS", 0)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("named", "gpus"),
+    [
+        ("", []),
+        ("-1", []),
+        ("0,1", ["0", "1"]),
+        ("3, 1", ["3", "1"]),
+        ("1,-1,2", ["1"]),  # CUDA reads no further
+        ("GPU-8932f937,MIG-1a2b", ["GPU-8932f937", "MIG-1a2b"]),
+    ],
+)
+def test_the_gpus_that_the_environment_names_are_taken_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, named: str, gpus: list[str]
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == gpus
+
+
+@pytest.mark.parametrize(
+    ("said", "gpus"),
+    [
+        ("GPU 0: A100 (UUID: GPU-1)\nGPU 1: A100 (UUID: GPU-2)\n", ["0", "1"]),
+        (
+            "GPU 0: A100 (UUID: GPU-1)\n  MIG 1g.10gb Device 0: (UUID: MIG-1)\n  MIG 1g.10gb Device 1: (UUID: M)\n",
+            ["0"],
+        ),
+        ("No devices found.\n", []),
+    ],
+)
+def test_the_drivers_list_counts_its_gpus_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, gpus: list[str]
+):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == gpus
+
+
+def test_without_the_drivers_tool_its_folder_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(local, "DRIVERS_GPUS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == ["0", "1"]
+
+
+def test_every_run_has_a_gpu_of_its_own(plans, started, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    run_locally(plans, plans, ClusterConfig("local"), lambda: None)
+    assert started == [(0, 0, ("GPU-a",)), (1, 1, ("GPU-b",)), (2, 0, ("GPU-a",)), (3, 1, ("GPU-b",))]
+
+
+def test_a_run_on_the_cpu_is_shown_no_gpu(tiny_run, tiny_index, started, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    plan = plan_run(load_config(RunConfig, "run", [*tiny_run, "execution.device=cpu"]), tiny_index)
+    run_locally([plan], [plan], ClusterConfig("local"), lambda: None)
+    assert started == [(0, 0, ())]
+
+
+def test_a_run_that_an_earlier_sweep_started_keeps_its_gpu(plans, started, monkeypatch: pytest.MonkeyPatch):
+    """The first run ended; the second, on the second GPU, lives and is taken up: the next ones go to the first."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    looks = iter([True, True, True, False])
+    monkeypatch.setattr(local, "is_alive", lambda plan: plan is plans[1] and next(looks, False))
+    plans[1].write().log_event("submitted", job="1", executor="local", log="", slot=1)
+    run_locally(plans[1:], plans, ClusterConfig("local"), lambda: None)
+    assert started == [(2, 0, ("GPU-a",)), (3, 0, ("GPU-a",))]
+
+
+def test_more_processes_than_gpus_are_refused_before_any_run_starts(plans, started, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="has 2 processes, and this machine 1 GPUs, of which each needs one"):
+        run_locally(plans, plans, ClusterConfig("local", processes_per_node=2), lambda: None)
+    assert not started
+
+
+def test_a_run_shows_its_processes_the_gpus_that_are_its_own(plans, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit leaves it
+    seen = []
+    monkeypatch.setattr("scaling.run.execute", lambda plan, stop: seen.append(local.os.environ["CUDA_VISIBLE_DEVICES"]))
+    RunTask(plans[0])()
+    RunTask(plans[0], gpus=("GPU-a", "GPU-b"))()
+    assert seen == ["", "GPU-a,GPU-b"]
