@@ -3,7 +3,8 @@
 1. Rules leave runs out of every fit, each with the rule on record; every law is fitted both ways. Of the settings
    that any further axes make, one is fitted (`analysis.other_axes`).
 2. L(N) is fitted at one budget (of the budgets, the one with the most sizes), L(D) at one size, L(C) to
-   the cells that no cheaper cell beats, L(N, D) to all.
+   the cells that no cheaper cell beats, L(N, D) to all. Where audio seen and distinct audio vary apart from one
+   another, L(D) and L(N, D) are of one level of the one that D is not.
 3. Metrics follow bounded laws of N, and of the loss.
 4. Each law is fitted again without the largest size, or budget, and has to predict it.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.fit import HUBER_DELTA, Data, Fit, fit
+from analysis.fit import FEWEST_FREEDOM, HUBER_DELTA, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
 from analysis.other_axes import OtherAxes, one_setting
@@ -184,11 +185,12 @@ def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Cla
     sizes = kept.groupby("size")["macs_per_second"].first()
     best = pd.DataFrame({"levels": counts, "macs": sizes}).sort_values(["levels", "macs"])
     size = best.index[-1] if len(best) else None
-    about = f"{DATA[data]} at size {size}"
+    chosen, held = at_one_level(runs[runs["size"] == size], data)
+    about = f"{DATA[data]} at size {size}{held}"
     return _claim(
         VALIDATION_LOSS,
         loss_law("D"),
-        runs[runs["size"] == size],
+        chosen,
         about,
         settings.size,
         settings,
@@ -199,32 +201,58 @@ def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Cla
 def _loss_against_compute(runs: pd.DataFrame, settings: Settings) -> Claim:
     kept = runs[runs["excluded"] == ""]
     means = kept.groupby("cell").agg(C=("C", "first"), loss=("validation_loss", "mean")).sort_values("C")
-    levels = _levels(means["C"])
-    means["level"] = np.searchsorted(levels, means["C"], side="right")
-    best = np.inf
-    cells: list[Any] = []
-    for cell, row in means.sort_values(["level", "loss"]).drop_duplicates("level").iterrows():
-        if row["loss"] < best:
-            best = row["loss"]
-            cells.append(cell)
-    chosen = runs[runs["cell"].isin(cells)]
-    about = "the cells that no cheaper cell beats"
+    means["level"] = np.searchsorted(_levels(means["C"]), means["C"], side="right")
+    best = means.sort_values(["level", "loss"]).drop_duplicates("level")  # a cell a level
+
+    def frontier(of: pd.DataFrame) -> list[Any]:
+        before = of["loss"].cummin().shift(fill_value=np.inf)
+        return list(of.index[of["loss"] < before])
+
+    # What the test is to predict is there whether or not a cheaper cell beats it: it must not choose itself.
+    tested = [*frontier(best[:-1]), *best.index[-1:]]
     return _claim(
-        VALIDATION_LOSS, loss_law("C"), chosen, about, settings.size, settings, {"the largest budget of compute": "C"}
+        VALIDATION_LOSS,
+        loss_law("C"),
+        runs[runs["cell"].isin(frontier(best))],
+        "the cells that no cheaper cell beats",
+        settings.size,
+        settings,
+        {"the largest budget of compute": "C"},
+        tested=runs[runs["cell"].isin(tested)],
     )
 
 
 def _joint(runs: pd.DataFrame, measure: str, data: str, settings: Settings) -> Claim:
-    chosen = runs.assign(N=runs[measure].astype(float))
+    chosen, held = at_one_level(runs, data)
+    chosen = chosen.assign(N=chosen[measure].astype(float))
     return _claim(
         VALIDATION_LOSS,
         joint_loss_law(),
         chosen,
-        f"all cells; D is {DATA[data]}",
+        f"all cells{held}; D is {DATA[data]}",
         measure,
         settings,
         {"the largest size": "N", "the largest budget of data": "D", "the largest budget of compute": "C"},
     )
+
+
+def at_one_level(runs: pd.DataFrame, data: str) -> tuple[pd.DataFrame, str]:
+    """The runs of one level of what `data` is not, of audio seen and distinct audio, if that varies beside it.
+
+    Of several levels the one with the most cells, of several such the largest; and which it is, in words.
+    """
+    levels = {
+        "audio_hours_seen": runs["audio_hours_seen"].astype(float).map(round_hours),
+        "hours": runs["budget_hours"],
+    }
+    (other,) = levels.keys() - {data}
+    kept = pd.DataFrame(levels)[runs["excluded"] == ""].assign(cell=runs["cell"])
+    if (kept.groupby(data)[other].nunique() <= 1).all():  # the one follows from the other
+        return runs, ""
+    cells = kept.groupby(other)["cell"].nunique()
+    best = cells[cells == cells.max()].index.max()
+    words = {"hours": "of {} h of distinct audio", "audio_hours_seen": "of {} h of audio seen"}[other]
+    return runs[levels[other] == best], f" {words.format(human_hours(best))}"
 
 
 def at_one_budget(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -273,12 +301,16 @@ def _claim(
     measure: str,
     settings: Settings,
     left_out: dict[str, str],
+    tested: pd.DataFrame | None = None,
 ) -> Claim:
-    usable = runs[np.isfinite(runs[quantity.key].astype(float))]
-    for name in (*law.variables, *left_out.values()):  # plans of earlier versions may lack one
-        usable = usable[np.isfinite(usable[name].astype(float))]
-    if law.is_log:
-        usable = usable[usable[quantity.key] > 0]
+    """tested: the runs of the held-out tests, where they are not those of the law."""
+
+    def usable_of(some: pd.DataFrame) -> pd.DataFrame:
+        names = (quantity.key, *law.variables, *left_out.values())  # plans of earlier versions may lack one
+        keep = np.isfinite(some[list(names)].to_numpy(dtype=float)).all(axis=1)
+        return some[keep & (some[quantity.key] > 0)] if law.is_log else some[keep]
+
+    usable = usable_of(runs)
     kept = usable[usable["excluded"] == ""]
     is_loss = quantity is VALIDATION_LOSS
     huber = HUBER_DELTA if is_loss else None
@@ -287,7 +319,8 @@ def _claim(
         return fit(law, to_data(chosen, law, quantity), huber=huber, bootstraps=bootstraps, seed=settings.seed)
 
     squares = fit(law, to_data(kept, law, quantity), huber=None) if is_loss else None
-    tests = tuple(_held_out(kept, quantity, law, what, column, fitted, settings) for what, column in left_out.items())
+    seen = kept if tested is None else usable_of(tested[tested["excluded"] == ""])
+    tests = tuple(_held_out(seen, quantity, law, what, column, fitted, settings) for what, column in left_out.items())
     return Claim(
         quantity,
         law,
@@ -335,6 +368,11 @@ def _held_out(
     trial = fitted(seen)
     if not trial.is_usable:
         return HeldOut(f"{what} ({name})", "not possible", f"without it: {trial.status}, {trial.reason}", empty)
+    if not trial.has_interval:
+        degrees = f"{trial.freedom} degree{'s' * (trial.freedom != 1)} of freedom"
+        reason = f"without it: {degrees}, of at least {FEWEST_FREEDOM} for an interval"
+        return HeldOut(f"{what} ({name})", "not possible", reason, empty)
+    ceiling = CEILINGS.get(quantity.key, np.inf)
     sign = -1 if quantity.higher_is_better else 1
     best_seen = (seen.groupby("cell")[quantity.key].mean() * sign).min() * sign
     rows = []
@@ -355,8 +393,8 @@ def _held_out(
                 "seeds": len(cell),
                 "observed": observed,
                 "predicted": predicted,
-                "low": float(low[0]),
-                "high": float(high[0]),
+                "low": min(float(low[0]), ceiling),
+                "high": min(float(high[0]), ceiling),
                 "error": (predicted - observed) / unit,
                 "naive_error": (best_seen - observed) / unit,
                 "is_covered": bool(low[0] <= observed <= high[0]),

@@ -29,6 +29,7 @@ from analysis.problem import STEPS, Problem
 
 HUBER_DELTA = 1e-3  # of residuals of log loss, as Hoffmann et al. 2022
 FEWEST_FREEDOM = 3  # degrees of freedom of the scatter; with fewer an interval says nothing, and is not given
+SAME_OBJECTIVE, SAME_SHAPE = 1e-9, 0.05  # relative: optima of one value whose shapes differ by more are a flat valley
 MOST_CORRELATION = 0.98  # of two variables' logarithms; beyond, their exponents cannot be told apart
 
 CONVERGED, BOUND, UNIDENTIFIABLE, UNFINISHED = "converged", "at a bound", "unidentifiable", "not converged"
@@ -87,6 +88,8 @@ class Fit:
     widening: (B,) by which each bootstrap's distance from the optimum counts in an interval; standard errors are
         of the bootstraps as drawn.
     residuals: (cells,) of the cells' means, of log y or y.
+    lack_of_fit: F of the cells' distance from the law over the scatter of seeds within them, about 1 where the law
+        holds, and the degrees of freedom of both; None where no cell has several seeds.
     """
 
     law: Law
@@ -115,6 +118,10 @@ class Fit:
     def is_usable(self) -> bool:
         """Whether the curve means something (a parameter at its bound may not)."""
         return self.status in (CONVERGED, BOUND)
+
+    @cached_property
+    def lack_of_fit(self) -> tuple[float, int, int] | None:
+        return _lack_of_fit(self.law, self.data, self.residuals) if len(self.residuals) else None
 
     def standard_errors(self) -> dict[str, float]:
         return {name: float(np.std(values, ddof=1)) for name, values in self.bootstrap.items()}
@@ -230,7 +237,8 @@ def fit(
     points, objectives, converged = problem.minimise(starts, np.tile(weights, (len(starts), 1)))
     best = int(np.argmin(objectives))
     point = points[best]
-    status, reason = _status(problem, point, bool(converged[best]))
+    as_good = points[converged & (objectives <= objectives[best] * (1 + SAME_OBJECTIVE))]
+    status, reason = _status(problem, point, as_good, bool(converged[best]))
     if status == UNIDENTIFIABLE:
         return Fit(law, data, status, reason, huber=huber)
     residuals = problem.residuals(point[None])[0]
@@ -243,7 +251,11 @@ def fit(
         rng = np.random.default_rng(seed)
         if resample == "seeds":
             draws, y = np.tile(weights, (bootstraps, 1)), draw_seeds(data, bootstraps, law.is_log, rng)
+            # Seeds know nothing of what the law misses: where cells lie farther from it than seeds do, these count.
+            ratio, freedom, _ = _lack_of_fit(law, data, residuals) or (0.0, 1, 0)
             widening = np.ones(bootstraps)
+            if ratio > 1:
+                widening = np.sqrt(ratio * freedom / rng.chisquare(freedom, bootstraps))
         elif resample == "cells":
             chosen = rng.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), bootstraps)
             draws, y = chosen * weights, None
@@ -271,9 +283,24 @@ def fit(
     )
 
 
-def _status(problem: Problem, point: Array, converged: bool) -> tuple[str, str]:
-    """What the optimum is worth, and why."""
-    if not problem.is_determined(point):
+def _lack_of_fit(law: Law, data: Data, residuals: Array) -> tuple[float, int, int] | None:
+    """See `Fit.lack_of_fit`."""
+    between, within = data.num_cells - law.num_parameters, len(data.y) - data.num_cells
+    if between < 1 or within < 1:
+        return None
+    y = np.log(data.y) if law.is_log else np.asarray(data.y, dtype=float)
+    means = np.bincount(data.codes, weights=y) / data.counts
+    variance = float(np.sum((y - means[data.codes]) ** 2)) / within
+    if variance <= 0:
+        return None
+    return float(np.sum(data.counts * residuals**2)) / between / variance, between, within
+
+
+def _status(problem: Problem, point: Array, as_good: Array, converged: bool) -> tuple[str, str]:
+    """What the optimum is worth, and why. as_good: (S, P), where else the search ended as low."""
+    free = problem.K + problem.free_shapes(point)
+    spread = np.ptp(np.concatenate([as_good, point[None]])[:, free], axis=0)
+    if not problem.is_determined(point) or (spread > SAME_SHAPE * np.abs(point[free])).any():
         return UNIDENTIFIABLE, "the cells do not determine the law: different parameters fit them equally well"
     if bounds := problem.at_bounds(point):
         told = ", ".join(f"{name} = {value:.3g}" for name, value in bounds.items())

@@ -74,7 +74,7 @@ class Study:
         state: planned, submitted, running, preempted, finished or failed; failure: its class if it failed;
         reason: why it is not finished, in words; log: where to read on; last_step.
         validation_step, validation_loss, unprocessed_validation_loss: the last validation on
-        record; NaN where the loss was not finite.
+        record, or the best of a run that keeps its best weights (train.early_stopping); NaN where it was not finite.
         utterances: distinct test utterances on record. For each METRIC:
         METRIC, unprocessed_METRIC: mean over the utterances for which there is a value;
         METRIC_gain: mean of enhanced - unprocessed over the utterances that have both;

@@ -279,6 +279,19 @@ class Problem:
         held = self._held(point)
         return {name: float(value) for name, value, is_held in zip(names, point, held, strict=True) if is_held}
 
+    def free_shapes(self, point: Array) -> NDArray[np.intp]:
+        """Which shapes of a point (P,) are neither at their bounds nor of terms that are 0."""
+        held = self._held(point)
+        used = {
+            shape
+            for term, is_zero in zip(self.law.terms, held, strict=False)
+            if not is_zero
+            for shape, *_ in term.directions
+        }
+        return np.array(
+            [t for t, shape in enumerate(self.law.shapes) if shape in used and not held[self.K + t]], dtype=np.intp
+        )
+
     def is_determined(self, point: Array) -> bool:
         """Whether the rows fix all parameters of a point (P,) that are not at their bounds."""
         _, _, _, gauss_newton = self.derivatives(point[None], np.ones((1, self.n)))

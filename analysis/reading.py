@@ -58,11 +58,15 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
     curve = _curve(run.read_metrics(orjson.loads))
     about, scores, refusals = _scores(run.read_scores(orjson.loads))
     provenance = None
+    is_best_kept = False
     if run.plan.exists():
-        provenance = flatten(run.read_plan().get("provenance") or {})
+        plan = run.read_plan()
+        is_best_kept = _stops_early(plan)
+        provenance = flatten(plan.get("provenance") or {})
         if hardware := _hardware(events):
             provenance |= flatten({"hardware": hardware})
-    outcome = {**_outcome(run, curve, steps), **_validation(curve), **_execution(events, curve), **_means(scores)}
+    outcome = {**_outcome(run, curve, steps), **_validation(curve, is_best_kept)}
+    outcome |= {**_execution(events, curve), **_means(scores)}
     # Means are of double precision; what is kept of each utterance has the seven digits of single.
     single = {name: values if values.dtype == bool else values.astype(np.float32) for name, values in scores.items()}
     replaced = [tuple(row.get(key) for key in REPLACED) for row in run.read_quarantine()]
@@ -155,16 +159,26 @@ def _outcome(run: RunDirectory, curve: Columns, steps: int) -> dict[str, Any]:
     return {"state": state, "failure": failure, "reason": reason, "log": log, "last_step": last_step}
 
 
-def _validation(curve: Columns) -> dict[str, Any]:
+def _stops_early(plan: Record) -> bool:
+    """Whether the weights of the best validation are the trained model, and not the last ones."""
+    science = plan.get("science")
+    train = science.get("train") if isinstance(science, dict) else None
+    stopping = train.get("early_stopping") if isinstance(train, dict) else None
+    return isinstance(stopping, dict) and stopping.get("patience") is not None
+
+
+def _validation(curve: Columns, is_best_kept: bool) -> dict[str, Any]:
+    """Of the trained model: the last, or of a run that keeps its best weights the best."""
     rows = np.flatnonzero(curve["kind"] == 1)
     if not len(rows):
         return {"validation_step": np.nan, "validation_loss": np.nan, "unprocessed_validation_loss": np.nan}
     unprocessed = curve.get("unprocessed_loss", np.full(len(curve["step"]), np.nan))
-    last = rows[-1]
+    losses = curve["loss"][rows]
+    row = rows[int(np.nanargmin(losses))] if is_best_kept and np.isfinite(losses).any() else rows[-1]
     return {
-        "validation_step": float(curve["step"][last]),
-        "validation_loss": float(curve["loss"][last]),
-        "unprocessed_validation_loss": float(unprocessed[last]),
+        "validation_step": float(curve["step"][row]),
+        "validation_loss": float(curve["loss"][row]),
+        "unprocessed_validation_loss": float(unprocessed[row]),
     }
 
 

@@ -93,6 +93,83 @@ def test_the_largest_size_is_predicted_from_the_others_or_the_prediction_fails(t
     assert "1 of 1 cells outside the interval" in worse.held_out[0].reason
 
 
+def hours_study(path: Path, budgets: tuple[float, ...], hours: tuple[float, ...]) -> StudyDirectory:
+    """Three sizes x audio seen x hours of distinct audio, of which 1 hour costs three tenths of the loss."""
+    study, rng, plans = StudyDirectory(path), np.random.default_rng(1), []
+    for size in ("c8", "xt", "c24"):
+        for seen in budgets:
+            for distinct in hours:
+                for seed in range(2):
+                    plan = run_record(size, seen, seed, hours=distinct, axes={"data.hours": distinct})
+                    plan["run_id"] += f"-{distinct:g}h"
+                    loss = true_loss(size, seen) * (1.3 if distinct < 5 else 1.0)
+                    write_run(study, plan, loss * float(np.exp(rng.normal(0, 0.002))), rng)
+                    plans.append(plan)
+    study.plan.write_text(lines(plans))
+    return study
+
+
+def test_laws_of_the_audio_seen_are_of_one_amount_of_distinct_audio(tmp_path: Path):
+    study = hours_study(tmp_path / "study", (10.0, 30.0, 100.0, 300.0), (1.0, 9.0))
+    found = claims(gather(study.path), Settings(study.path, bootstraps=100))
+    joint, against_data = found.loss("L(N, D)"), found.loss("L(D)")
+    assert joint is not None
+    assert against_data is not None
+    assert joint.about == "all cells of 9 h of distinct audio; D is hours of audio seen in training"
+    assert against_data.about == "hours of audio seen in training at size c24 of 9 h of distinct audio"
+    assert joint.fitted.data.num_cells == 12
+    low, high = joint.fitted.interval("beta", 0.999)
+    assert low <= LAW["beta"] <= high
+
+
+def test_audio_seen_that_grows_with_the_distinct_audio_is_one_variable(tmp_path: Path):
+    study, plans = StudyDirectory(tmp_path / "study"), []
+    for hours in (1.0, 2.0, 4.0, 8.0, 16.0):
+        plan = run_record("xt", 10 * hours, hours=hours)
+        write_run(study, plan, true_loss("xt", 10 * hours), np.random.default_rng(0))
+        plans.append(plan)
+    study.plan.write_text(lines(plans))
+    claim = claims(gather(study.path), Settings(study.path, bootstraps=100)).loss("L(D)")
+    assert claim is not None
+    assert (claim.about, claim.fitted.data.num_cells) == ("hours of audio seen in training at size xt", 5)
+
+
+def test_the_largest_budget_of_compute_is_tested_though_a_cheaper_cell_beats_it(tmp_path: Path):
+    """Left to the frontier, a budget that the law fails would not be on it."""
+    study = grid_study(tmp_path / "study", pmacs=(0.03, 0.1, 0.3, 1.0, 3.0), seeds=2)
+    honest = claims(gather(study.path), Settings(study.path, bootstraps=200)).loss("L(C)")
+    rng = np.random.default_rng(0)
+    for size in FAMILY:
+        hours = 3.0 * 1e15 / COST / FAMILY[size][4]
+        for seed in range(2):
+            write_run(study, run_record(size, hours, seed), 1.5 * true_loss(size, hours), rng)
+    worse = claims(gather(study.path), Settings(study.path, bootstraps=200)).loss("L(C)")
+    assert honest is not None
+    assert worse is not None
+    verdicts = [(test.verdict, test.left_out) for claim in (honest, worse) for test in claim.held_out]
+    named = "the largest budget of compute (3.00 PMACs)"
+    assert verdicts == [("pass", named), ("fail", named)]
+    assert worse.fitted.data.num_cells == 4, "the law itself is of the frontier"
+
+
+def test_a_prediction_without_an_interval_is_no_test(tmp_path: Path):
+    study = sizes_study(tmp_path / "study", seeds=1)
+    claim = claims(gather(study.path), Settings(study.path, bootstraps=100)).loss("L(N)")
+    assert claim is not None
+    (test,) = claim.held_out
+    assert (test.verdict, test.reason) == (
+        "not possible",
+        "without it: 2 degrees of freedom, of at least 3 for an interval",
+    )
+
+
+def test_an_interval_of_a_metric_ends_where_the_metric_does(found: Claims):
+    tests = [(claim.quantity.key, test) for claim in found.metrics for test in claim.held_out if len(test.cells)]
+    assert tests
+    for key, test in tests:
+        assert (test.cells["high"] <= CEILINGS.get(key, np.inf)).all()
+
+
 def test_what_a_rule_leaves_out_is_on_record_and_fitted_the_other_way(tmp_path: Path):
     study = sizes_study(tmp_path / "study")
     plans = study.read_plan()

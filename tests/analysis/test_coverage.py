@@ -63,6 +63,43 @@ def test_the_exponent_and_the_law_lie_in_their_intervals(sizes: int, seeds: int)
     assert min(exponents, values) / trials >= FEWEST_COVERED
 
 
+@pytest.mark.parametrize(("sizes", "fewest"), [(6, FEWEST_COVERED), (4, 0.75)])  # 3 degrees of freedom, and 1
+def test_cells_that_lie_farther_from_the_law_than_their_seeds_scatter_widen_its_intervals(sizes: int, fewest: float):
+    """As sizes do that one learning rate does not suit alike: bootstraps of seeds alone would cover a third."""
+    rng, exponents, values, trials = np.random.default_rng(0), 0, 0, 60
+    n = np.geomspace(1e8, 1e10, sizes)
+    x = np.repeat(n, 3)
+    for trial in range(trials):
+        cells = np.repeat(rng.normal(0, 0.01, sizes), 3)
+        y = power_law(x, **LAW) * np.exp(cells + rng.normal(0, 0.003, len(x)))
+        fitted = fit(loss_law("N"), Data({"N": x}, y, x), huber=HUBER_DELTA, bootstraps=200, seed=trial)
+        assert fitted.resampled == "seeds"
+        low, high = fitted.interval("alpha")
+        exponents += low <= LAW["alpha"] <= high
+        (low,), (high,) = fitted.band({"N": [1e10]})
+        values += low <= power_law(1e10, **LAW) <= high
+    assert min(exponents, values) / trials >= fewest
+
+
+def test_the_lack_of_fit_is_about_1_where_the_law_holds_and_large_where_it_does_not():
+    rng, x = np.random.default_rng(0), np.repeat(np.geomspace(1e8, 1e10, 8), 3)
+    ratios = {}
+    for cell in (0.0, 0.03):
+        found = []
+        for _ in range(30):
+            cells = np.repeat(rng.normal(0, cell, 8), 3)
+            y = power_law(x, **LAW) * np.exp(cells + rng.normal(0, 0.005, len(x)))
+            fitted = fit(loss_law("N"), Data({"N": x}, y, x), huber=None)
+            assert fitted.lack_of_fit is not None
+            assert fitted.lack_of_fit[1:] == (5, 16)
+            found.append(fitted.lack_of_fit[0])
+        ratios[cell] = float(np.mean(found))
+    assert 0.7 < ratios[0.0] < 1.5
+    assert ratios[0.03] > 50
+    single = fit(loss_law("N"), Data({"N": x[::3]}, power_law(x[::3], **LAW), x[::3]), huber=None)
+    assert single.lack_of_fit is None
+
+
 def test_the_joint_law_of_few_cells_of_one_seed_lies_in_its_interval():
     joint, trials, hits = {"E": 0.02, "A": 26.0, "alpha": 0.4, "B": 0.06, "beta": 0.45}, 50, 0
     n, d = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e8, 1e10, 3), np.geomspace(3, 300, 3)))

@@ -212,6 +212,16 @@ def test_too_few_or_collinear_cells_are_unidentifiable_and_give_no_number():
     assert levels.reason == "D has 2 levels; a power law and its limit need at least 3"
 
 
+def test_a_flat_valley_gives_no_number():
+    """Pairs of cells at one point, of which Huber's loss sees the middle alone: many exponents fit as well."""
+    n, d = (axis.ravel() for axis in np.meshgrid([6e7, 2.4e8, 5.4e8], [10.0, 30.0, 100.0, 300.0]))
+    y = joint_law(n, d, E=0.02, A=26.0, alpha=0.4, B=0.06, beta=0.45)
+    data = Data({"N": np.tile(n, 2), "D": np.tile(d, 2)}, np.concatenate([y, 1.3 * y]), np.arange(24))
+    fitted = fit(joint_loss_law(), data)
+    assert fitted.status == UNIDENTIFIABLE
+    assert "different parameters fit them equally well" in fitted.reason
+
+
 def test_a_parameter_at_its_bound_is_named():
     x = np.geomspace(1e8, 1e10, 8)
     falling = Data({"N": x}, 5 * x**-0.2 * (1 - 0.02 * np.log10(x / 1e8)), np.arange(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -111,6 +112,23 @@ def test_a_null_final_loss_is_nan_and_not_an_earlier_value(write_study: WriteStu
     gathered = gather(write_study([row], losses={row["run_id"]: math.nan}).path)
     assert math.isnan(gathered.runs.loc[0, "validation_loss"])
     assert gathered.runs.loc[0, "validation_step"] == 40
+
+
+@pytest.mark.parametrize(("patience", "expected"), [(None, (0.25, 40)), (2, (0.1, 20))])
+def test_the_validation_loss_is_that_of_the_weights_that_were_kept(
+    write_study: WriteStudy, patience: int | None, expected: tuple[float, int]
+) -> None:
+    plan = plan_row(steps=40)
+    plan["science"] = {"seed": 0, "train": {"early_stopping": {"patience": patience}}}
+    study = write_study([plan])
+    metrics = study.run(plan["run_id"]).metrics
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "validation" and row["step"] == 20:
+            row["loss"] = 0.1
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run,) = gather(study.path).runs.to_dict("records")
+    assert (run["validation_loss"], run["validation_step"]) == expected
 
 
 def test_a_metric_unknown_to_the_tables_is_carried_along(write_study: WriteStudy) -> None:
