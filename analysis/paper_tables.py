@@ -242,12 +242,12 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
         rows.append({heading: (text, str(pair["run_ids"])) for heading, text in row.items()})
     caption = (
         f"Paired over utterances, a cell of each size: its largest budget; {settings.level:.0%} intervals of "
-        "bootstraps over utterances, with Student's t for the scatter of seeds."
+        "bootstraps over utterances, with Student's t for the scatter of each size's seeds (Welch)."
     )
     if pairs["of_runs_alone"].any():
         caption += (
-            " * of these trained models alone, over other utterances: with fewer than two seeds of either size nothing "
-            "shows what another seed would change, so there is no p."
+            " * of these trained models alone, over other utterances: where a size has one seed nothing shows what "
+            "another would change, so there is no p."
         )
     return table_of("significance", "Is one size better than another?", caption, rows, pairs)
 

@@ -1,10 +1,11 @@
 """Is one size better than another, utterance by utterance, or did the seeds and the test set decide?
 
 A bootstrap of the difference of mean scores between two sizes: utterances are drawn again (the same ones for all
-sizes, since all were scored on them), and seeds scatter by Student's t, with the standard deviation of the means of
-both sizes' seeds and its degrees of freedom, so that few seeds do not pass for little spread. p is twice the smaller
-share of samples on either side of 0, (k + 1) / (B + 1) where k of B are, and of all pairs of a metric Holm's step-down
-correction (Holm 1979) holds the chance of a single false claim.
+sizes, since all were scored on them), and seeds scatter by Student's t, with the variance that each size's seeds
+have of their own (Welch 1947) and Satterthwaite's degrees of freedom, so that few seeds do not pass for little spread,
+nor many seeds of a steady size for those of an unsteady one. p is twice the smaller share of samples on either side of
+0, (k + 1) / (B + 1) where k of B are, and of all pairs of a metric Holm's step-down correction (Holm 1979) holds the
+chance of a single false claim.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ COLUMNS = ["metric", "size", "against", "difference", "low", "high", "p", "p_hol
 COLUMNS += ["utterances", "seeds", "run_ids"]
 NEIGHBOURS_BEYOND = 6  # of more sizes only neighbours are compared
 FEWEST_SAMPLES = 10_000  # so that Holm's correction of the least p among the pairs of six sizes is far below 0.05
-FEWEST_FREEDOM = 2  # degrees of freedom of seeds, those of two seeds of either size; with fewer there is no p
+FEWEST_SEEDS = 2  # of both sizes; with fewer of either there is no p
 CHUNK = 1000  # samples at once
 
 
@@ -32,7 +33,7 @@ def paired(
 ) -> pd.DataFrame:
     """A row a metric and pair of sizes: mean of `size` minus mean of `against`, with interval and p.
 
-    of_runs_alone: the seeds are too few to know their scatter; the interval is of utterances, and there is no p.
+    of_runs_alone: a size has too few seeds to know their scatter; the interval is of utterances, and there is no p.
     is_bound: no sample lies on the other side of 0, and p and p_holm are what they are below.
     bootstraps: samples, if more than FEWEST_SAMPLES.
     scores: one row a run and utterance with size, N, run_id, id and a column a metric.
@@ -55,9 +56,10 @@ def paired(
         means = dict(zip(sizes, _drawn_means([tables[size] for size in sizes], bootstraps, rng).T, strict=True))
         for against, size in pairs:
             one, other = tables[size].to_numpy(dtype=float), tables[against].to_numpy(dtype=float)
-            deviation, freedom = _seed_scatter(one, other)
+            has_p = min(len(one), len(other)) >= FEWEST_SEEDS
             drawn, p, least = means[size] - means[against], np.nan, 0
-            if freedom >= FEWEST_FREEDOM:
+            if has_p:
+                deviation, freedom = _seed_scatter(one, other)
                 drawn = drawn + deviation * rng.standard_t(freedom, bootstraps)
                 least = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
                 p = min(1.0, 2 * (least + 1) / (bootstraps + 1))
@@ -71,8 +73,8 @@ def paired(
                     "low": low,
                     "high": high,
                     "p": p,
-                    "is_bound": freedom >= FEWEST_FREEDOM and least == 0,
-                    "of_runs_alone": freedom < FEWEST_FREEDOM,
+                    "is_bound": has_p and least == 0,
+                    "of_runs_alone": not has_p,
                     "utterances": one.shape[1],
                     "seeds": f"{len(one)} and {len(other)}",
                     "run_ids": " ".join([*tables[size].index.astype(str), *tables[against].index.astype(str)]),
@@ -103,14 +105,15 @@ def _drawn_means(tables: Sequence[pd.DataFrame], bootstraps: int, rng: np.random
     return means
 
 
-def _seed_scatter(one: Array, other: Array) -> tuple[float, int]:
-    """Standard deviation of the difference of two sizes' means over seeds, and its degrees of freedom."""
-    means = one.mean(axis=1), other.mean(axis=1)
-    freedom = len(one) + len(other) - 2
-    if freedom == 0:
-        return 0.0, 0
-    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in means)
-    return float(np.sqrt(squares / freedom * (1 / len(one) + 1 / len(other)))), freedom
+def _seed_scatter(one: Array, other: Array) -> tuple[float, float]:
+    """Standard deviation of the difference of two sizes' means over seeds, and Satterthwaite's degrees of freedom."""
+    freedoms = np.array([len(one) - 1, len(other) - 1])
+    variances = np.array([values.mean(axis=1).var(ddof=1) / len(values) for values in (one, other)])
+    total = float(variances.sum())
+    if total == 0:
+        return 0.0, float(freedoms.sum())
+    shares = variances / total
+    return float(np.sqrt(total)), float(1 / (shares**2 / freedoms).sum())
 
 
 def holm(p: Sequence[float]) -> list[float]:
