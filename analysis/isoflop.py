@@ -91,16 +91,16 @@ class IsoFlop:
 def isoflop(runs: pd.DataFrame, *, bootstraps: int, seed: int) -> IsoFlop:
     """Parabolas and path of runs as `analysis.claims` prepares them, without those that a rule excludes."""
     values = runs[np.isfinite(runs["validation_loss"]) & (runs["validation_loss"] > 0)]
-    budgets = [budget for budget in _budgets(values) if budget["N"].nunique() > 1]
-    if not budgets:
+    shared = [budget for budget in budgets(values) if budget["N"].nunique() > 1]
+    if not shared:
         reason = "no budget of compute is shared by cells of different sizes (+sweep=isoflop plans such cells)"
         return IsoFlop([], Path(UNIDENTIFIABLE, reason), reason)
-    found = [_parabola(budget) for budget in budgets]
+    found = [_parabola(budget) for budget in shared]
     parabolas, freedom = _with_draws(found, bootstraps, np.random.default_rng(seed))
     return IsoFlop(parabolas, _path(parabolas), freedom=freedom)
 
 
-def _budgets(runs: pd.DataFrame) -> list[pd.DataFrame]:
+def budgets(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """Runs by budget: as planned where compute is an axis, else those whose compute is nearly the same.
 
     Where cells of a budget differ in the hours of data, those with the hours that the most sizes have, then the most.

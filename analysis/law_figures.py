@@ -19,9 +19,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from analysis import published, style
 from analysis.claims import Claim, Claims
+from analysis.comparable import comparable, compared_scores
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
-from analysis.quantities import Quantity, human_count, human_macs, round_hours
+from analysis.quantities import Quantity, human_count, human_macs
 from analysis.settings import DATA, SIZES
 
 POINTS = 120  # of a curve
@@ -253,7 +254,7 @@ def breakdown_figure(study: Study, found: Claims, metric: Quantity) -> Figure | 
 
 def breakdown(study: Study, found: Claims, metric: Quantity) -> pd.DataFrame:
     """by ("snr_db", "noise"), level, size, N, gain, standard_error (over utterances), utterances, run_ids."""
-    scores = at_largest_budget(study, found)
+    scores = compared_scores(study, comparable(study, found))
     if metric.key not in scores:
         return pd.DataFrame(columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
     scores = scores.assign(gain=scores[metric.key].astype(float) - scores[f"unprocessed_{metric.key}"].astype(float))
@@ -272,17 +273,6 @@ def breakdown(study: Study, found: Claims, metric: Quantity) -> pd.DataFrame:
                 | {"standard_error": error, "utterances": len(part), "run_ids": runs[size]}
             )
     return pd.DataFrame(rows, columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
-
-
-def at_largest_budget(study: Study, found: Claims) -> pd.DataFrame:
-    """The scores of one cell of each size, with size and N: of the most audio seen, then of the most hours of data."""
-    cells = found.kept.drop_duplicates("cell")
-    seen = cells["audio_hours_seen"].astype(float).map(round_hours)
-    ordered = cells.assign(seen=seen).sort_values(["seen", "budget_hours", "steps"], kind="stable")
-    largest = ordered.drop_duplicates("size", keep="last")["cell"]
-    runs = found.kept.loc[found.kept["cell"].isin(largest), ["run_id", "size", "N", "cell"]]
-    scores = study.scores[study.scores["run_id"].isin(runs["run_id"])]
-    return scores.assign(run_id=scores["run_id"].astype(str)).merge(runs, on="run_id")
 
 
 # --- parts ---------------------------------------------------------------------------------

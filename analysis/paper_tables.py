@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.claims import Claims
+from analysis.comparable import comparable, compared_scores
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
-from analysis.law_figures import at_largest_budget, breakdown
+from analysis.law_figures import breakdown
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
 from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
@@ -220,9 +221,13 @@ def _mean_text(values: pd.Series) -> str:
 
 
 def significance_table(study: Study, found: Claims) -> PaperTable:
-    scores = at_largest_budget(study, found)
-    settings = found.settings
+    cells, settings = comparable(study, found), found.settings
+    scores = compared_scores(study, cells)
     pairs = paired(scores, study.metrics, bootstraps=settings.bootstraps, level=settings.level, seed=settings.seed)
+    seen = cells.runs.groupby("size")["hours_seen"].mean()
+    pairs = pairs.assign(hours_seen=pairs["size"].map(seen), hours_seen_against=pairs["against"].map(seen))
+    if not cells.is_shared:
+        pairs = pairs.assign(p=np.nan, p_holm=np.nan, is_bound=False)
     digits = {metric.key: metric.digits for metric in study.metrics}
     names = {metric.key: metric.axis for metric in study.metrics}
     rows = []
@@ -232,6 +237,7 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
             "Metric": names[pair["metric"]],
             "Size": str(pair["size"]),
             "against": str(pair["against"]),
+            "Hours seen": f"{human_hours(pair['hours_seen'])} and {human_hours(pair['hours_seen_against'])}",
             "Difference": f"{pair['difference']:+.{d}f}",
             "Interval": f"{pair['low']:+.{d}f} to {pair['high']:+.{d}f}{' *' if pair['of_runs_alone'] else ''}",
             "p": _p_text(pair["p"], pair["is_bound"]),
@@ -239,11 +245,15 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
             "Utterances": str(pair["utterances"]),
             "Seeds": str(pair["seeds"]),
         }
+        if cells.is_shared and not cells.is_of_compute:
+            del row["Hours seen"]  # the caption has them
         rows.append({heading: (text, str(pair["run_ids"])) for heading, text in row.items()})
     caption = (
-        f"Paired over utterances, a cell of each size: its largest budget; {settings.level:.0%} intervals of "
+        f"Paired over utterances, a cell of each size, {cells.caption}; {settings.level:.0%} intervals of "
         "bootstraps over utterances, with Student's t for the scatter of each size's seeds (Welch)."
     )
+    if not cells.is_shared:
+        caption += " Budgets differ: there is no p."
     if pairs["of_runs_alone"].any():
         caption += (
             " * of these trained models alone, over other utterances: where a size has one seed nothing shows what "
@@ -270,7 +280,8 @@ def breakdown_table(study: Study, found: Claims) -> PaperTable:
             rows.append(row)
         numbers.append(table.assign(metric=metric.key))
     data = pd.concat(numbers, ignore_index=True) if numbers else None
-    caption = "Mean gain over the unprocessed input at each size's largest budget, by SNR of the input and by noise."
+    at = comparable(study, found).caption
+    caption = f"Mean gain over the unprocessed input, by SNR of the input and by noise: {at}."
     return table_of("breakdown", "Where it helps", caption, rows, data)
 
 

@@ -29,6 +29,7 @@ from rich.console import Console
 from analysis import html, style
 from analysis.claims import Claims, claims
 from analysis.command import run_main
+from analysis.comparable import comparable
 from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import IsoFlop, isoflop
@@ -177,11 +178,12 @@ def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nod
             "the study has one number of processes",
         ),
     }
+    at = comparable(study, found).caption
     for metric in study.metrics:
         if found.kept[metric.key].notna().any():
             caption = (
-                f"Gain of {metric.label} over the unprocessed input, by SNR and by noise, at each size's largest "
-                "budget. Bars: standard error over utterances."
+                f"Gain of {metric.label} over the unprocessed input, by SNR and by noise, {at}. "
+                "Bars: standard error over utterances."
             )
             why = "the scores name neither several SNRs nor several noises"
             figures[f"breakdown_{metric.key}"] = (breakdown_figure(study, found, metric), caption, why)

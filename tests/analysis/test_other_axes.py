@@ -10,9 +10,9 @@ import pytest
 
 from analysis.advise import advise
 from analysis.claims import Claims, claims
+from analysis.comparable import comparable
 from analysis.gather import Study, gather
 from analysis.isoflop import isoflop
-from analysis.law_figures import at_largest_budget
 from analysis.nodes import node_table
 from analysis.paper_table import PaperTable
 from analysis.paper_tables import paper_tables
@@ -51,7 +51,7 @@ def test_a_size_is_compared_by_its_cell_of_the_most_data_where_all_have_seen_the
     path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], cell["hours"])).path
     study, settings = gather(path), Settings(path, bootstraps=100)
     found = claims(study, settings)
-    chosen = found.runs[found.runs["run_id"].isin(at_largest_budget(study, found)["run_id"])]
+    chosen = found.runs[found.runs["run_id"].isin(comparable(study, found).runs["run_id"])]
     assert (set(chosen["hours"]), chosen.groupby("size").size().to_dict()) == ({9.0}, {"c8": 2, "xt": 2, "t": 2})
     tables = tables_of(study, found)
     assert set(tables["significance"].text["Seeds"]) == {"2 and 2"}

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from analysis import significance
+from analysis.claims import claims
+from analysis.comparable import comparable
+from analysis.gather import gather
+from analysis.paper_table import PaperTable
+from analysis.paper_tables import breakdown_table, significance_table
 from analysis.quantities import METRICS
+from analysis.settings import Settings
 from analysis.significance import paired
+from scaling.records import StudyDirectory
+from tests.analysis.generated import grid_study, lines, run_record, true_loss, write_run
 
 
 def no_difference(rng: np.random.Generator, seeds: tuple[int, int], scatter: tuple[float, float]) -> pd.DataFrame:
@@ -49,3 +60,72 @@ def test_seeds_without_any_scatter_leave_that_of_utterances():
     (row,) = paired(scores, METRICS[:1], bootstraps=100, level=0.95, seed=0).to_dict("records")
     assert 0 < row["high"] - row["low"] < 0.03
     assert np.isfinite(row["p"])
+
+
+# --- at one budget -------------------------------------------------------------------------
+
+
+def of_cells(path: Path, cells: Sequence[tuple[str, float]]) -> tuple[PaperTable, PaperTable, dict[str, float]]:
+    """Significance and breakdown of a study of sizes and hours seen, of two seeds; and the hours of its runs."""
+    study, rng, plans = StudyDirectory(path), np.random.default_rng(0), []
+    for size, hours_seen in cells:
+        for seed in (0, 1):
+            plans.append(run_record(size, hours_seen, seed))
+            write_run(study, plans[-1], true_loss(size, hours_seen), rng)
+    study.plan.write_text(lines(plans))
+    hours = {plan["run_id"]: plan["audio_hours_seen"] for plan in plans}
+    gathered = gather(path)
+    found = claims(gathered, Settings(path, bootstraps=100))
+    return significance_table(gathered, found), breakdown_table(gathered, found), hours
+
+
+def test_sizes_are_compared_at_the_largest_budget_that_the_most_of_them_share(tmp_path: Path):
+    cells = [(size, hours) for size in ("c8", "xt", "c24") for hours in (10.0, 40.0, 100.0)]
+    cells += [("t", 10.0), ("t", 40.0), ("s", 5.0)]
+    table, breakdown, hours = of_cells(tmp_path / "study", cells)
+    for one in (table, breakdown):
+        runs = {run_id for ids in one.sources.to_numpy().ravel() for run_id in ids.split()}
+        assert {hours[run_id] for run_id in runs} == {40.0}, "four sizes share 40 h, three 100 h"
+        assert "at 40 h seen, of 9 h of audio; without s, which lacks it" in one.caption
+    assert set(table.text["Size"]) | set(table.text["against"]) == {"c8", "xt", "c24", "t"}
+    assert "Hours seen" not in table.text
+    assert table.data["p"].notna().all()
+
+
+def test_a_study_of_equal_compute_is_compared_at_one_level_of_it(tmp_path: Path):
+    path = grid_study(tmp_path / "study", sizes=("c8", "xt", "t"), pmacs=(0.3, 1.0), seeds=2).path
+    study = gather(path)
+    study.runs.loc[study.runs["run_id"].str.startswith("t-") & (study.runs["train_macs"] > 5e14), "state"] = "failed"
+    found = claims(study, Settings(path, bootstraps=100))
+    cells = comparable(study, found)
+    assert found.runs.set_index("run_id").loc[cells.runs["run_id"], "C"].round(-9).unique() == pytest.approx([3e14])
+    table = significance_table(study, found)
+    assert "at 300 TMACs each; " in table.caption
+    assert table.data["hours_seen"].to_numpy() == pytest.approx(
+        [3e14 / 10_800 / {"xt": 244.8e6, "t": 961.9e6}[size] for size in table.data["size"]]
+    )
+    xt = table.text[(table.text["Size"] == "xt") & (table.text["against"] == "c8")]
+    assert set(xt["Hours seen"]) == {"113 and 438"}
+
+
+def test_sizes_that_share_no_budget_have_both_hours_in_the_table_and_no_p(tmp_path: Path):
+    table, breakdown, _ = of_cells(tmp_path / "study", [("c8", 10.0), ("c8", 20.0), ("xt", 30.0), ("t", 90.0)])
+    assert list(table.text.loc[table.text["Metric"] == "PESQ-WB", "Hours seen"]) == [
+        "30 and 20",
+        "90 and 20",
+        "90 and 30",
+    ]
+    assert table.data[["p", "p_holm"]].isna().all(axis=None)
+    assert set(table.text["p"]) == {"–"}
+    for one in (table, breakdown):
+        assert "no two sizes share a budget of audio or compute" in one.caption
+
+
+def test_runs_without_scores_do_not_make_a_budget_shared(tmp_path: Path):
+    path = grid_study(tmp_path / "study", sizes=("c8", "xt"), pmacs=(0.3, 1.0), seeds=2).path
+    for scores in path.glob("runs/xt-*/scores.jsonl"):
+        if float(scores.parent.name.split("-")[1][:-1]) > 200:
+            scores.write_text("")
+    study = gather(path)
+    found = claims(study, Settings(path, bootstraps=100))
+    assert comparable(study, found).caption == "at 300 TMACs each"

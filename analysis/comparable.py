@@ -1,0 +1,71 @@
+"""Which cell of each size stands for it where sizes are set side by side: all of one budget, so size alone differs.
+
+The budget (hours of data and of audio seen) that the most sizes share, of several the largest. Where more sizes share a
+level of training compute than any budget of audio, as in a study of equal compute, they are compared there. Sizes that
+lack it are left out and named. Where no two sizes share anything each stands at its largest budget: then the budgets
+may be what differs, and nothing is tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.claims import Claims, at_one_budget
+from analysis.gather import Study
+from analysis.isoflop import budgets
+from analysis.quantities import human_macs, round_hours
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """runs: run_id, size, N, cell and hours_seen, of one cell a size. about: where they are compared, in words."""
+
+    runs: pd.DataFrame
+    about: str
+    is_shared: bool = True  # False: each size at its own budget
+    is_of_compute: bool = False  # the same training compute, so that hours seen differ
+    left_out: tuple[str, ...] = ()  # sizes without a cell there
+
+    @property
+    def caption(self) -> str:
+        """Of a table or figure: "at 100 h seen, of 9 h of audio; without t, which lacks it"."""
+        if not self.left_out:
+            return self.about
+        return f"{self.about}; without {', '.join(self.left_out)}, which lack{'s' * (len(self.left_out) == 1)} it"
+
+
+def comparable(study: Study, found: Claims) -> Comparable:
+    """The runs to compare sizes by: of those that have scores and that no rule excludes."""
+    runs = found.kept[found.kept["run_id"].isin(study.scores["run_id"].astype(str))]
+    runs = runs.assign(hours_seen=runs["audio_hours_seen"].astype(float))
+    shared, about = at_one_budget(runs)
+    levels = [(level["size"].nunique(), float(level["C"].mean()), level) for level in budgets(runs[runs["C"] > 0])]
+    most, compute, level = max(levels, key=lambda one: one[:2], default=(0, 0.0, runs))
+    is_of_compute = most > max(1, shared["size"].nunique())
+    if is_of_compute:
+        shared, about = level, f"{human_macs(compute)} each"
+    if shared["size"].nunique() < 2:
+        about = "at each size's largest budget"
+        if runs["size"].nunique() > 1:
+            about += "; no two sizes share a budget of audio or compute, so differences may be those of the budgets"
+        return Comparable(_largest(runs), about, is_shared=False)
+    sizes = set(shared["size"])
+    ordered = runs.sort_values("N", kind="stable")["size"].drop_duplicates()
+    left_out = tuple(str(size) for size in ordered if size not in sizes)
+    return Comparable(_largest(shared), f"at {about}", is_of_compute=is_of_compute, left_out=left_out)
+
+
+def compared_scores(study: Study, cells: Comparable) -> pd.DataFrame:
+    """The scores of these cells, with size and N."""
+    scores = study.scores.assign(run_id=study.scores["run_id"].astype(str))
+    return scores.merge(cells.runs, on="run_id")
+
+
+def _largest(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each size the cell of the most audio seen, then of the most hours of data."""
+    cells = runs.drop_duplicates("cell").assign(seen=lambda cells: cells["hours_seen"].map(round_hours))
+    ordered = cells.sort_values(["seen", "budget_hours", "steps"], kind="stable", na_position="first")
+    largest = ordered.drop_duplicates("size", keep="last")["cell"]
+    return runs.loc[runs["cell"].isin(largest), ["run_id", "size", "N", "cell", "hours_seen"]]
