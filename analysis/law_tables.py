@@ -73,7 +73,9 @@ def _no_interval(law: Fit) -> str:
     """Why a law that was fitted has no intervals."""
     if not law.bootstrap or law.has_interval:
         return ""
-    cells = f"{law.data.num_cells} cells of one seed leave {_degrees(law.freedom)}"
+    fewest, most = int(law.data.counts.min()), int(law.data.counts.max())
+    seeds = "one seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    cells = f"{law.data.num_cells} cells of {seeds} leave {_degrees(law.freedom)}"
     return f"; no intervals: {cells}, of at least {FEWEST_FREEDOM}"
 
 
@@ -158,7 +160,7 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
             "Training compute": human_macs(parabola.compute),
             "Sizes": str(parabola.cells["size"].nunique()),
             "Best size": human_count(parabola.best_size) if has_best else MISSING,
-            "Interval": f"{_low_end(low)} to {_high_end(high)}" if parabola.bootstrap is not None else MISSING,
+            "Interval": _interval(low, high) if parabola.bootstrap is not None else MISSING,
             "Loss there": f"{parabola.best_loss:.4f}" if has_best else MISSING,
             "Status": parabola.status + (f": {parabola.reason}" if parabola.reason else ""),
         }
@@ -176,12 +178,14 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
     return table_of("isoflop", "Best size at each budget of compute", caption, rows)
 
 
-def _low_end(low: float) -> str:
-    return human_count(low) if low > 0 else "below the smallest"
-
-
-def _high_end(high: float) -> str:
-    return human_count(high) if np.isfinite(high) else "beyond the largest"
+def _interval(low: float, high: float) -> str:
+    """Of a best size: 0 below the sizes trained, infinite beyond them."""
+    if high == 0:
+        return "below the smallest"
+    if np.isinf(low):
+        return "beyond the largest"
+    first = human_count(low) if low > 0 else "below the smallest"
+    return f"{first} to {human_count(high) if np.isfinite(high) else 'beyond the largest'}"
 
 
 def _isoflop_intervals(iso: IsoFlop, level: float) -> str:

@@ -49,10 +49,11 @@ def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame)
 
 
 def _spread(runs: pd.DataFrame, quantity: Quantity) -> tuple[str, str]:
-    """Mean ± standard deviation over seeds, and the runs."""
+    """Mean ± standard deviation over seeds, of how many where some have no value, and the runs."""
     values = runs.loc[runs[quantity.key].notna(), quantity.key].astype(float)
     ids = " ".join(runs.loc[values.index, "run_id"])
-    return mean_and_spread(values.mean(), values.std(ddof=1), quantity), ids
+    text = mean_and_spread(values.mean(), values.std(ddof=1), quantity)
+    return f"{text}, of {len(values)}" if 0 < len(values) < len(runs) else text, ids
 
 
 def _ids(runs: pd.DataFrame) -> str:

@@ -70,8 +70,8 @@ def human_count(count: float, digits: int = 3) -> str:
     """A count as people say it, in three significant digits: 254 K, 90.1 M, 3.81 G."""
     if not math.isfinite(count):
         return MISSING
-    if abs(count) < 1000:
-        return f"{count:.3g}"
+    if abs(count) < 999.5:  # above, it rounds to 1 K
+        return _plain(count)
     scale = math.floor(math.log10(abs(count)) / 3)
     # 999,950 rounds to 1,000 K, which is 1.00 M.
     if float(f"{abs(count) / 1000**scale:.{digits - 1}e}") >= 1000:
@@ -80,6 +80,12 @@ def human_count(count: float, digits: int = 3) -> str:
     scaled = float(f"{count / 1000**scale:.{digits - 1}e}")
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(scaled))))
     return f"{scaled:.{decimals}f} {' KMGTP'[scale]}"
+
+
+def _plain(value: float) -> str:
+    """A number below 1,000 in three significant digits: 150, 0.37, and 0.00004 where Python writes 4e-05."""
+    text = f"{value:.3g}"
+    return f"{value:.{2 - math.floor(math.log10(abs(value)))}f}".rstrip("0") if "e" in text else text
 
 
 def human_macs(count: float) -> str:
@@ -91,7 +97,7 @@ def human_hours(hours: float) -> str:
     """Hours of audio in three significant digits, never in powers of ten: 0.37, 9.4, 1,000."""
     if not math.isfinite(hours):
         return MISSING
-    return f"{hours:.3g}" if abs(hours) < 999.5 else f"{hours:,.0f}"
+    return _plain(hours) if abs(hours) < 999.5 else f"{hours:,.0f}"
 
 
 def round_hours(hours: float) -> float:

@@ -36,7 +36,7 @@ from scaling.records import RecordError, read_records
 SIZE_COLUMNS = ("size", "num_params", "num_params_folded", "num_params_non_decoder", "macs_per_second")
 NOTE = (
     "Mean ± sample standard deviation over seeds (none for a single seed); in parentheses the gain from "
-    "unprocessed to enhanced, over the utterances that have both."
+    "unprocessed to enhanced, over the utterances that have both. Of 2: so many of the finished seeds have a value."
 )
 
 
@@ -186,7 +186,9 @@ def written(table: ScalingTable) -> pd.DataFrame:
 
 def _cell_text(cell: pd.Series, quantity: Quantity, sign: str = "") -> str:
     mean, std = cell.get(f"{quantity.key}_mean"), cell.get(f"{quantity.key}_std")
-    return mean_and_spread(mean, std, quantity, sign)
+    text = mean_and_spread(mean, std, quantity, sign)
+    averaged, finished = cell.get(f"{quantity.key}_n"), cell.get("seeds_finished")
+    return f"{text}, of {averaged}" if averaged and finished and averaged < finished else text
 
 
 def mean_and_spread(mean: float | None, std: float | None, quantity: Quantity, sign: str = "") -> str:

@@ -51,9 +51,13 @@ def test_a_single_seed_has_no_spread(write_study: WriteStudy) -> None:
 def test_a_seed_whose_loss_is_null_is_left_out_of_the_mean_and_of_its_count(write_study: WriteStudy) -> None:
     plan = [plan_row(seed=seed) for seed in range(3)]
     losses = dict(zip([row["run_id"] for row in plan], [0.2, math.nan, 0.3], strict=True))
-    cell = scaling_table(gather(write_study(plan, losses).path)).cells.iloc[0]
+    table = scaling_table(gather(write_study(plan, losses).path))
+    cell = table.cells.iloc[0]
     assert cell["validation_loss_mean"] == pytest.approx(0.25)
     assert (cell["validation_loss_n"], cell["seeds_finished"]) == (2, 3)
+    text = written(table)
+    assert (text.loc[1, "Seeds"], text.loc[1, "Validation loss ↓"]) == ("3 of 3", "0.2500 ± 0.0707, of 2")
+    assert text.loc[1, "PESQ-WB ↑"].startswith("2.350 ± 0.000 (")
 
 
 def test_rows_go_by_size_then_hours_and_the_first_is_the_unprocessed_input(write_study: WriteStudy) -> None:
@@ -192,7 +196,17 @@ def test_no_line_of_the_terminal_table_is_wider_than_the_terminal(write_study: W
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(254_492, "254 K"), (90.1e6, "90.1 M"), (3.812e9, "3.81 G"), (999_950, "1.00 M"), (150, "150"), (120e9, "120 G")],
+    [
+        (999.6, "1.00 K"),
+        (999.4, "999"),
+        (0, "0"),
+        (254_492, "254 K"),
+        (90.1e6, "90.1 M"),
+        (3.812e9, "3.81 G"),
+        (999_950, "1.00 M"),
+        (150, "150"),
+        (120e9, "120 G"),
+    ],
 )
 def test_counts_are_written_as_people_say_them(count: float, text: str) -> None:
     assert human_count(count) == text
@@ -200,3 +214,9 @@ def test_counts_are_written_as_people_say_them(count: float, text: str) -> None:
 
 def test_hours_are_never_written_in_powers_of_ten() -> None:
     assert [human_hours(hours) for hours in (0.37, 9.4, 999.7, 10_000)] == ["0.37", "9.4", "1,000", "10,000"]
+    assert [human_hours(hours) for hours in (0, 0.00004, 9.996e-5, 1.234e-7)] == [
+        "0",
+        "0.00004",
+        "0.0001",
+        "0.000000123",
+    ]
