@@ -12,9 +12,11 @@ from analysis.claims import claims
 from analysis.gather import gather
 from analysis.isoflop import IsoFlop, isoflop
 from analysis.law_tables import isoflop_table, laws_table
+from analysis.paper_tables import efficiency_table
+from analysis.quantities import human_count
 from analysis.settings import Settings
 from scaling.records import StudyDirectory
-from tests.analysis.generated import grid_study, lines, run_record, true_loss, write_run
+from tests.analysis.generated import FAMILY, grid_study, lines, run_record, true_loss, write_run
 
 
 def sizes_study(path: Path, seeds: dict[str, int]) -> StudyDirectory:
@@ -48,3 +50,19 @@ def test_an_interval_of_which_all_draws_lie_on_one_side_is_that_side(tmp_path: P
     iso = isoflop(found.kept, bootstraps=100, seed=0)
     drawn = IsoFlop([replace(p, bootstrap=np.full(100, draw)) for p in iso.parabolas], iso.path, freedom=iso.freedom)
     assert list(isoflop_table(drawn, found).text["Interval"]) == [text]
+
+
+# --- cost ----------------------------------------------------------------------------------
+
+
+def test_training_macs_per_wall_second_are_three_forward_passes_at_the_speed_of_training(tmp_path: Path):
+    path = sizes_study(tmp_path / "study", {"c8": 1, "t": 1}).path
+    study = gather(path)
+    table = efficiency_table(study, claims(study, Settings(path, bootstraps=100)))
+    assert "MACs/s achieved" not in table.text
+    for row, size in zip(table.data.to_dict("records"), ("c8", "t"), strict=True):
+        speed = study.runs.loc[study.runs["size"] == size, "audio_seconds_per_second"].item()
+        assert row["training_macs_per_wall_second"] == pytest.approx(3 * FAMILY[size][4] * speed)
+    shown = human_count(table.data["training_macs_per_wall_second"][1])
+    assert table.text.loc[1, "Training MACs per wall second"] == shown
+    assert "Training MACs per wall second: three times the MACs of a forward pass" in table.caption
