@@ -13,11 +13,12 @@ from analysis.claims import Claim, Claims
 from analysis.fit import FEWEST_FREEDOM, UNIDENTIFIABLE, Fit, quantiles
 from analysis.isoflop import IsoFlop
 from analysis.paper_table import PaperTable, table_of
-from analysis.quantities import MISSING, human_count, human_macs
-from analysis.settings import SIZES
+from analysis.quantities import MISSING, VALIDATION_LOSS, human_count, human_macs
+from analysis.settings import DATA, SIZES
 
 
-def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> PaperTable:
+def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data: str) -> PaperTable:
+    """A row a law; the CSV has a row a parameter. data: what D is, a key of DATA."""
     rows, numbers = [], []
     for claim in found:
         ids, law = " ".join(claim.run_ids), claim.fitted
@@ -30,6 +31,7 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> P
         needs_size = "N" in claim.law.variables
         row = {
             "Law": f"{claim.quantity.label}: {claim.law.name}",
+            "Of": claim.about,
             "N is": SIZES[claim.measure] if needs_size else MISSING,
             "Cells": str(law.data.num_cells),
             "Runs": str(len(claim.run_ids)),
@@ -43,6 +45,7 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> P
             entry: dict[str, Any] = {
                 "quantity": claim.quantity.key,
                 "law": claim.law.name,
+                "of": claim.about,
                 "measure": claim.measure,
                 "status": law.status,
             }
@@ -57,8 +60,24 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float) -> P
     intervals = f"{level:.0%} intervals in brackets, of bootstraps over {how}, with Student's tails."
     intervals = intervals if how else "No intervals."
     formulas = "; ".join(dict.fromkeys(f"{claim.law.name}: {claim.law.formula}" for claim in found))
-    caption = f"{formulas}. {intervals} Losses: Huber on log residuals."
+    caption = f"{formulas}. {_units(found, data)} {intervals} Losses: Huber on log residuals."
     return table_of(name, title, caption, rows, numbers)
+
+
+def _units(found: Sequence[Claim], data: str) -> str:
+    """In what the parameters count the variables of these laws, and what they predict."""
+    units = {
+        "N": "N in the unit of its column",
+        "D": f"D in {DATA[data]}",
+        "C": "C in multiply-accumulates of training",
+        "L": "L the validation loss as it was trained",
+    }
+    used = {variable for claim in found for variable in claim.law.variables}
+    quantities = {claim.quantity.key: claim.quantity for claim in found}
+    losses = "" if VALIDATION_LOSS.key not in quantities else "the validation loss is as it was trained, without a unit"
+    metrics = ", ".join(quantity.axis for key, quantity in quantities.items() if key != VALIDATION_LOSS.key)
+    said = [*(unit for variable, unit in units.items() if variable in used), losses, f"m: {metrics}" if metrics else ""]
+    return f"Units: {'; '.join(filter(None, said))}."
 
 
 def _parameter(claim: Claim, name: str, level: float) -> str:
@@ -85,7 +104,7 @@ def _degrees(freedom: int) -> str:
 
 def exclusions_effect_table(found: Claims) -> PaperTable:
     """Fits both ways, without the runs that a rule excludes and with them; and least squares beside the robust."""
-    rows = []
+    rows, numbers = [], []
     for claim in found.losses:
         if not claim.fitted.is_usable:
             continue
@@ -99,15 +118,28 @@ def exclusions_effect_table(found: Claims) -> PaperTable:
                 continue
             row = {"Law": claim.law.name, "N is": SIZES[claim.measure], "Fit": way, "Status": fitted.status}
             row |= {name: f"{value:.4g}" for name, value in fitted.parameters.items()}
-            rows.append({heading: (text, " ".join(claim.run_ids)) for heading, text in row.items()})
+            ids = " ".join(_runs_of(found, claim, fitted) if fitted is claim.with_excluded else claim.run_ids)
+            rows.append({heading: (text, ids) for heading, text in row.items()})
+            entry: dict[str, Any] = {"law": claim.law.name, "measure": claim.measure, "fit": way}
+            entry |= {"status": fitted.status, "runs": len(fitted.data.y), **fitted.parameters}
+            numbers.append(entry | {"run_ids": ids})
     caption = "Exclusions and the loss function change a law; how much is shown by fitting the other way."
-    return table_of("fits_both_ways", "The same laws, fitted the other way", caption, rows)
+    return table_of("fits_both_ways", "The same laws, fitted the other way", caption, rows, numbers)
 
 
-def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
-    """A row a test; the CSV has a row a cell."""
+def _runs_of(found: Claims, claim: Claim, fitted: Fit) -> list[str]:
+    """The runs that a fit was made of, which are those with its cells and values."""
+    used = set(zip(fitted.data.cell.tolist(), fitted.data.y.tolist(), strict=True))
+    runs = found.runs[found.runs["is_chosen"]]
+    pairs = zip(runs["cell"], runs[claim.quantity.key].astype(float), strict=True)
+    return list(runs.loc[[pair in used for pair in pairs], "run_id"])
+
+
+def held_out_table(found: Claims) -> PaperTable:
+    """A row a test; the CSV has a row a cell, with the runs observed and those of the fit that predicts them."""
     rows, numbers = [], []
-    for claim in found:
+    level = found.settings.level
+    for claim in [*found.losses, *found.metrics]:
         digits, is_relative = claim.quantity.digits, claim.law.is_log
 
         def size_of(errors: pd.Series, digits: int = digits, is_relative: bool = is_relative) -> str:
@@ -117,7 +149,10 @@ def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
         for test in claim.held_out:
             if test.verdict == "not possible" and not claim.fitted.is_usable:
                 continue  # its law is listed as unidentifiable
-            cells, ids = test.cells, " ".join(claim.run_ids)
+            cells = test.cells
+            observed = [_runs_of_cell(found, claim, cell) for _, cell in cells.iterrows()]
+            fitted = [run_id for run_id in claim.run_ids if not any(run_id in ids for ids in observed)]
+            sources = {"Predicted": " ".join(fitted), "Interval": " ".join(fitted)}
             row = {
                 "Law": f"{claim.quantity.label}: {claim.law.name}",
                 "N is": SIZES[claim.measure] if "N" in claim.law.variables else MISSING,
@@ -126,6 +161,7 @@ def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
             }
             if len(cells):
                 last = cells.iloc[-1]
+                sources["Observed"] = " ".join(observed[-1])
                 row |= {
                     "Observed": f"{last['observed']:.{digits}f}",
                     "Predicted": f"{last['predicted']:.{digits}f}",
@@ -136,11 +172,14 @@ def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
                 }
                 about = {"quantity": claim.quantity.key, "law": claim.law.name, "measure": claim.measure}
                 numbers += [
-                    about | {"left_out": test.left_out, **cell.to_dict(), "verdict": test.verdict, "run_ids": ids}
-                    for _, cell in cells.iterrows()
+                    about
+                    | {"left_out": test.left_out, **cell.to_dict(), "verdict": test.verdict}
+                    | {"run_ids": " ".join(ids), "fitted_run_ids": " ".join(fitted)}
+                    for ids, (_, cell) in zip(observed, cells.iterrows(), strict=True)
                 ]
             row["Why"] = test.reason
-            rows.append({heading: (text, ids) for heading, text in row.items()})
+            everything = " ".join(claim.run_ids)
+            rows.append({heading: (text, sources.get(heading, everything)) for heading, text in row.items()})
     caption = (
         f"Each law is fitted without these cells and predicts their mean. Pass: all lie in their {level:.0%} "
         "prediction intervals (taken together), and the mean error is smaller than the naive one, of expecting no more "
@@ -149,8 +188,19 @@ def held_out_table(found: Sequence[Claim], level: float) -> PaperTable:
     return table_of("held_out", "Prediction of what the fit did not see", caption, rows, numbers)
 
 
+def _runs_of_cell(found: Claims, claim: Claim, cell: pd.Series) -> list[str]:
+    """The runs of a law that a held-out cell is the mean of."""
+    runs = found.runs[found.runs["run_id"].isin(claim.run_ids)]
+    runs = runs[(runs["label"] == cell["label"]) & (runs["D"] == cell["D"]) & (runs["C"] == cell["C"])]
+    means = (
+        runs.groupby("cell")[claim.quantity.key].transform("mean").astype(float)
+    )  # cells may differ in hours of data
+    return list(runs.loc[np.isclose(means, cell["observed"], rtol=1e-12, atol=0), "run_id"])
+
+
 def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
-    rows = []
+    """A row a budget; the CSV has the parabolas' coefficients and the path's exponent too."""
+    rows, numbers = [], []
     level = found.settings.level
     for parabola in iso.parabolas:
         ids = " ".join(found.kept.loc[found.kept["cell"].isin(parabola.cells.index), "run_id"])
@@ -165,6 +215,12 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
             "Status": parabola.status + (f": {parabola.reason}" if parabola.reason else ""),
         }
         rows.append({heading: (text, ids) for heading, text in row.items()})
+        square, slope, constant = parabola.coefficients or (np.nan,) * 3
+        entry: dict[str, Any] = {"train_macs": parabola.compute, "sizes": parabola.cells["size"].nunique()}
+        entry |= {"best_size": parabola.best_size, "low": low, "high": high, "best_loss": parabola.best_loss}
+        entry |= {"status": parabola.status, "reason": parabola.reason, "log10_n_centre": parabola.centre}
+        entry |= {"square": square, "slope": slope, "constant": constant}
+        numbers.append(entry | _path_numbers(iso, level) | {"run_ids": ids})
     path = iso.path
     if np.isfinite(path.exponent):
         bounds = ""
@@ -175,7 +231,14 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
     else:
         told = f"No path: {path.reason}."
     caption = f"The best size is in {SIZES[found.settings.size]}. {told} {_isoflop_intervals(iso, level)}"
-    return table_of("isoflop", "Best size at each budget of compute", caption, rows)
+    return table_of("isoflop", "Best size at each budget of compute", caption, rows, numbers)
+
+
+def _path_numbers(iso: IsoFlop, level: float) -> dict[str, float]:
+    """log10 N* = intercept + exponent log10 C, the same for all budgets."""
+    low, high = (np.nan, np.nan) if iso.path.bootstrap is None else quantiles(iso.path.bootstrap[0], level)
+    about = {"path_exponent": iso.path.exponent, "path_intercept": iso.path.intercept}
+    return about | {"path_exponent_low": low, "path_exponent_high": high}
 
 
 def _interval(low: float, high: float) -> str:

@@ -29,10 +29,10 @@ def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame)
         data_table(study, found),
         joint_table(found),
         efficiency_table(study, found),
-        laws_table(found.losses, "laws", "Laws of the loss", found.settings.level),
-        laws_table(found.metrics, "metric_laws", "Laws of metrics", found.settings.level),
+        laws_table(found.losses, "laws", "Laws of the loss", found.settings.level, found.data),
+        laws_table(found.metrics, "metric_laws", "Laws of metrics", found.settings.level, found.data),
         exclusions_effect_table(found),
-        held_out_table([*found.losses, *found.metrics], found.settings.level),
+        held_out_table(found),
         isoflop_table(iso, found),
         significance_table(study, found),
         breakdown_table(study, found),
@@ -155,7 +155,8 @@ def joint_table(found: Claims) -> PaperTable:
                 row[heading] = _spread(of_size[(of_size[key] == level).all(axis=1)], VALIDATION_LOSS)
             rows.append(row)
     what = "training compute" if by_compute else DATA[found.data]
-    data = runs.groupby(["size", *key], sort=False)["validation_loss"].agg(["mean", "std", "count"])
+    cells = runs.groupby(["size", *key], sort=False)
+    data = cells["validation_loss"].agg(["mean", "std", "count"]).assign(run_ids=cells["run_id"].agg(" ".join))
     caption = f"Validation loss, mean ± sample standard deviation over seeds, by size and {what}."
     return table_of("joint_table", "Sizes and budgets together", caption, rows, data.reset_index() if rows else None)
 

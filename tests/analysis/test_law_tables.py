@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis.claims import claims
+from analysis.claims import Claims, claims
 from analysis.gather import gather
 from analysis.isoflop import IsoFlop, isoflop
-from analysis.law_tables import isoflop_table, laws_table
-from analysis.paper_tables import efficiency_table
-from analysis.quantities import human_count
+from analysis.law_tables import exclusions_effect_table, held_out_table, isoflop_table, laws_table
+from analysis.paper_table import PaperTable
+from analysis.paper_tables import efficiency_table, joint_table
+from analysis.quantities import MISSING, human_count
 from analysis.settings import Settings
 from scaling.records import StudyDirectory
 from tests.analysis.generated import FAMILY, grid_study, lines, run_record, true_loss, write_run
@@ -36,7 +39,7 @@ def test_why_a_law_has_no_intervals_counts_the_seeds_that_its_cells_have(
 ):
     path = sizes_study(tmp_path / "study", dict.fromkeys(("c8", "xt", "c24"), seeds[0]) | {"t": seeds[1]}).path
     found = claims(gather(path), Settings(path, bootstraps=100))
-    table = laws_table(found.losses, "laws", "Laws", found.settings.level)
+    table = laws_table(found.losses, "laws", "Laws", found.settings.level, found.data)
     assert f"no intervals: 4 cells of {said} leave 1 degree of freedom, of at least 3" in table.text.loc[0, "Status"]
 
 
@@ -50,6 +53,98 @@ def test_an_interval_of_which_all_draws_lie_on_one_side_is_that_side(tmp_path: P
     iso = isoflop(found.kept, bootstraps=100, seed=0)
     drawn = IsoFlop([replace(p, bootstrap=np.full(100, draw)) for p in iso.parabolas], iso.path, freedom=iso.freedom)
     assert list(isoflop_table(drawn, found).text["Interval"]) == [text]
+
+
+# --- what laws are of, and the runs behind each row ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_axes(tmp_path_factory: pytest.TempPathFactory) -> Claims:
+    """Sizes x hours seen x hours of data, two seeds of each; the shortest runs have too few steps for a fit."""
+    study = StudyDirectory(tmp_path_factory.mktemp("two") / "study")
+    rng, plans = np.random.default_rng(1), []
+    for size in ("c8", "xt", "c24", "t", "s"):
+        for hours_seen in (0.6, 10.0, 30.0, 100.0, 300.0):
+            for hours, seed in ((9.0, 0), (9.0, 1), (3.0, 0), (3.0, 1)):
+                plan = run_record(size, hours_seen, seed, hours=hours, axes={"data.hours": hours})
+                plan["run_id"] += f"-of-{hours:g}h"
+                write_run(study, plan, true_loss(size, hours_seen) * float(np.exp(rng.normal(0, 0.004))), rng)
+                plans.append(plan)
+    study.plan.write_text(lines(plans))
+    return claims(gather(study.path), Settings(study.path, bootstraps=100))
+
+
+def read_csv(table: PaperTable) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(table.to_csv()))
+
+
+def test_the_table_of_laws_says_which_cells_each_is_of_and_in_which_units(two_axes: Claims):
+    table = laws_table(two_axes.losses, "laws", "Laws", 0.95, two_axes.data)
+    of = dict(zip(table.text["Law"], table.text["Of"], strict=True))
+    assert of["Validation loss: L(N)"] == "300 h seen, of 9 h of audio"
+    assert of["Validation loss: L(D)"] == "hours of audio seen in training at size s"
+    assert set(read_csv(table)["of"]) <= set(of.values())
+    units = table.caption.partition("Units: ")[2].partition(".")[0]
+    assert units.split("; ") == [
+        "N in the unit of its column",
+        "D in hours of audio seen in training",
+        "C in multiply-accumulates of training",
+        "the validation loss is as it was trained, without a unit",
+    ]
+    metrics = laws_table(two_axes.metrics, "metric_laws", "Laws", 0.95, two_axes.data).caption
+    assert "L the validation loss as it was trained; m: PESQ-WB, STOI, ESTOI, SI-SDR (dB). " in metrics
+
+
+def test_a_fit_with_the_excluded_runs_lists_those_that_it_used(two_axes: Claims):
+    table = exclusions_effect_table(two_axes)
+    excluded = set(two_axes.exclusions["run_id"])
+    assert len(excluded) == 20
+    read = read_csv(table)
+    assert list(read["run_ids"]) == list(table.sources["Law"])
+    claimed = {(claim.law.name, claim.measure): claim for claim in two_axes.losses}
+    assert {"as claimed", "least squares", "with the excluded runs"} == set(read["fit"])
+    for row in read.to_dict("records"):
+        claim, ids = claimed[row["law"], row["measure"]], row["run_ids"].split()
+        fitted = {"as claimed": claim.fitted, "least squares": claim.squares}.get(row["fit"], claim.with_excluded)
+        assert fitted is not None
+        values = two_axes.runs.set_index("run_id").loc[ids, "validation_loss"]
+        assert sorted(values) == sorted(fitted.data.y)
+        assert bool(excluded & set(ids)) == (row["fit"] == "with the excluded runs")
+        assert row["E"] == pytest.approx(fitted.parameters["E"], rel=1e-12)
+
+
+def test_a_held_out_cell_lists_the_runs_observed_and_those_that_predict_it(two_axes: Claims):
+    table = held_out_table(two_axes)
+    read, runs = read_csv(table), two_axes.runs.set_index("run_id")
+    assert len(read) > 40
+    for row in read.to_dict("records"):
+        ids, fitted = row["run_ids"].split(), row["fitted_run_ids"].split()
+        assert len(ids) == row["seeds"] == 2
+        assert runs.loc[ids, "cell"].nunique() == 1
+        assert runs.loc[ids, row["quantity"]].mean() == pytest.approx(row["observed"], rel=1e-12)
+        assert not set(ids) & set(fitted)
+    last = table.text["Observed"] != MISSING
+    assert set(table.sources.loc[last, "Observed"]) <= set(read["run_ids"])
+    assert set(table.sources.loc[last, "Predicted"]) == set(read["fitted_run_ids"])
+
+
+def test_the_numbers_of_best_sizes_and_of_the_grid_are_in_full_with_their_runs(tmp_path: Path):
+    path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t", "c48"), pmacs=(0.3, 1.0), seeds=2).path
+    found = claims(gather(path), Settings(path, bootstraps=100))
+    iso = isoflop(found.kept, bootstraps=100, seed=0)
+    read = read_csv(isoflop_table(iso, found))
+    for parabola, row in zip(iso.parabolas, read.to_dict("records"), strict=True):
+        assert (row["low"], row["high"]) == pytest.approx(parabola.interval(0.95), rel=1e-12)
+        u = np.log10(row["best_size"]) - row["log10_n_centre"]
+        log_loss = row["square"] * u**2 + row["slope"] * u + row["constant"]
+        assert np.exp(log_loss) == pytest.approx(row["best_loss"], rel=1e-9)
+        assert set(found.runs.set_index("run_id").loc[row["run_ids"].split(), "cell"]) == set(parabola.cells.index)
+        assert row["path_exponent"] == pytest.approx(iso.path.exponent, rel=1e-12)
+    joint = read_csv(joint_table(found))
+    losses = found.runs.set_index("run_id")["validation_loss"]
+    for row in joint.to_dict("records"):
+        assert losses[row["run_ids"].split()].mean() == pytest.approx(row["mean"], rel=1e-12)
+        assert len(row["run_ids"].split()) == row["count"] == 2
 
 
 # --- cost ----------------------------------------------------------------------------------
