@@ -35,6 +35,7 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data
             "N is": SIZES[claim.measure] if needs_size else MISSING,
             "Cells": str(law.data.num_cells),
             "Runs": str(len(claim.run_ids)),
+            "Lack of fit": _lack_of_fit(law),
             "Status": law.status + (f" ({law.reason})" if law.reason else "") + _no_interval(law),
             "Parameters": values,
             "AICc": f"{aicc:.1f}" if np.isfinite(aicc) else MISSING,
@@ -48,6 +49,7 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data
                 "of": claim.about,
                 "measure": claim.measure,
                 "status": law.status,
+                "lack_of_fit": law.lack_of_fit[0] if law.lack_of_fit else np.nan,
             }
             entry |= {"parameter": parameter, "value": value, "resampled": law.resampled}
             if law.has_interval:
@@ -61,6 +63,11 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data
     intervals = intervals if how else "No intervals."
     formulas = "; ".join(dict.fromkeys(f"{claim.law.name}: {claim.law.formula}" for claim in found))
     caption = f"{formulas}. {_units(found, data)} {intervals} Losses: Huber on log residuals."
+    if any(claim.fitted.lack_of_fit for claim in found):
+        caption += (
+            " Lack of fit: F of the cells' distance from the law over their seeds' scatter (degrees of freedom of "
+            "both), about 1 where the law holds; above 1 it widens the intervals."
+        )
     return table_of(name, title, caption, rows, numbers)
 
 
@@ -86,6 +93,13 @@ def _parameter(claim: Claim, name: str, level: float) -> str:
         return text
     low, high = claim.fitted.interval(name, level)
     return f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def _lack_of_fit(law: Fit) -> str:
+    if law.lack_of_fit is None:
+        return MISSING
+    ratio, between, within = law.lack_of_fit
+    return f"{ratio:.3g} ({between}, {within})"
 
 
 def _no_interval(law: Fit) -> str:

@@ -41,10 +41,10 @@ from analysis.provenance import provenance, provenance_frame, remarks
 from analysis.published import CORPUS, SOURCES
 from analysis.settings import KEYS, SIZES, Settings, UsageError, parsed, settings_from
 from analysis.tables import (
-    NOTE,
     ScalingTable,
     listed,
     markdown_table,
+    note,
     scaling_table,
     to_csv,
     to_latex,
@@ -253,7 +253,7 @@ def _html_page(
     sources = pd.DataFrame("", index=text.index, columns=text.columns)
     for number, ids in enumerate([table.unprocessed["run_ids"], *table.cells["run_ids"]]):
         sources.iloc[number] = ids
-    scaling = PaperTable("scaling_table", "Every cell of the study", NOTE, text, sources)
+    scaling = PaperTable("scaling_table", "Every cell of the study", note(table), text, sources)
     breakdowns = [name for name in figures if name.startswith("breakdown_") and figures[name][0] is not None]
     sections = [
         html.Section("Held-out prediction", [*_verdicts(found), *shown("held_out")]),

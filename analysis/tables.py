@@ -36,7 +36,7 @@ from scaling.records import RecordError, read_records
 SIZE_COLUMNS = ("size", "num_params", "num_params_folded", "num_params_non_decoder", "macs_per_second")
 NOTE = (
     "Mean ± sample standard deviation over seeds (none for a single seed); in parentheses the gain from "
-    "unprocessed to enhanced, over the utterances that have both. Of 2: so many of the finished seeds have a value."
+    "unprocessed to enhanced, over the utterances that have both."
 )
 
 
@@ -229,9 +229,15 @@ def to_csv(table: ScalingTable) -> str:
     return both.to_csv(index=False, lineterminator="\n")
 
 
+def note(table: ScalingTable) -> str:
+    """What the entries are."""
+    is_partial = written(table).apply(lambda column: column.astype(str).str.contains(", of ")).any(axis=None)
+    return NOTE + (' "Of 2": so many of the finished seeds have a value.' if is_partial else "")
+
+
 def to_markdown(table: ScalingTable) -> str:
     """The table and, beneath it, the runs without a result."""
-    text = f"{markdown_table(written(table), numbers=True)}\n\n{NOTE}\n"
+    text = f"{markdown_table(written(table), numbers=True)}\n\n{note(table)}\n"
     if len(table.unfinished):
         text += f"\nNot finished ({len(table.unfinished)}):\n\n{markdown_table(listed(table))}\n"
     return text
@@ -248,7 +254,7 @@ def to_latex(table: ScalingTable) -> str:
     r"""A booktabs tabular to \input; what has not finished is named in comments at its end."""
     text = written(table)
     head = [
-        "% \\usepackage{booktabs}; " + NOTE.replace("±", "+-"),
+        "% \\usepackage{booktabs}; " + note(table).replace("±", "+-"),
         f"\\begin{{tabular}}{{l{'r' * (text.shape[1] - 1)}}}",
     ]
     rows = [" & ".join(latex_escape(str(value)) for value in row) + r" \\" for row in text.itertuples(index=False)]

@@ -82,7 +82,7 @@ def test_the_table_of_laws_says_which_cells_each_is_of_and_in_which_units(two_ax
     table = laws_table(two_axes.losses, "laws", "Laws", 0.95, two_axes.data)
     of = dict(zip(table.text["Law"], table.text["Of"], strict=True))
     assert of["Validation loss: L(N)"] == "300 h seen, of 9 h of audio"
-    assert of["Validation loss: L(D)"] == "hours of audio seen in training at size s"
+    assert of["Validation loss: L(D)"] == "hours of audio seen in training at size s of 9 h of distinct audio"
     assert set(read_csv(table)["of"]) <= set(of.values())
     units = table.caption.partition("Units: ")[2].partition(".")[0]
     assert units.split("; ") == [
