@@ -38,7 +38,7 @@ class Comparable:
 
 def comparable(study: Study, found: Claims) -> Comparable:
     """The runs to compare sizes by: of those that have scores and that no rule excludes."""
-    runs = found.kept[found.kept["run_id"].isin(study.scores["run_id"].astype(str))]
+    runs = found.kept[found.kept["run_id"].isin(study.scores["run_id"].drop_duplicates().astype(str))]
     runs = runs.assign(hours_seen=runs["audio_hours_seen"].astype(float))
     shared, about = at_one_budget(runs)
     levels = [(level["size"].nunique(), float(level["C"].mean()), level) for level in budgets(runs[runs["C"] > 0])]
@@ -59,8 +59,8 @@ def comparable(study: Study, found: Claims) -> Comparable:
 
 def compared_scores(study: Study, cells: Comparable) -> pd.DataFrame:
     """The scores of these cells, with size and N."""
-    scores = study.scores.assign(run_id=study.scores["run_id"].astype(str))
-    return scores.merge(cells.runs, on="run_id")
+    scores = study.scores[study.scores["run_id"].isin(cells.runs["run_id"])]  # few of what may be millions
+    return scores.assign(run_id=scores["run_id"].astype(str)).merge(cells.runs, on="run_id")
 
 
 def _largest(runs: pd.DataFrame) -> pd.DataFrame:
