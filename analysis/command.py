@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -12,12 +13,17 @@ def run_main(main: Callable[[], int], interrupted: str) -> None:
 
     A reader of the output that has seen enough (a pager, head) is 0.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table's arrows are not worth a traceback
     try:
         status = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         status = 130
+    except PermissionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         status = 0

@@ -109,8 +109,16 @@ def curves_figure(study: Study) -> Figure | None:
         for handle in _handles(series)[:-1] if names else ():
             handle.set_label(f"{', '.join(names)} {handle.get_label()}")
             handles.append(handle)
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=_legend_columns(figure, handles), frameon=False
+        )
     return figure
+
+
+def _legend_columns(figure: Figure, handles: Sequence[Any]) -> int:
+    """As many as fit the figure's width, an inch for eleven letters and half an inch for each line."""
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    return max(1, min(6, len(handles), int(figure.get_figwidth() / (0.5 + widest / 11))))
 
 
 # --- the panels of the scaling figure ------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from bsrnn.modelfile import whole_file
 WHOLE_NUMBERS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ALAC_16", "ALAC_24", "ULAW", "ALAW"}
 
 LENGTH_UNKNOWN = 0x7FFF0000  # bytes, from which on a WAV header means that its writer did not know the end
+LARGEST_HEADER = 4096  # bytes of a WAV file without samples, and then some
 HIGHEST_RATE, MOST_CHANNELS = 768_000, 1_024  # Hz, beyond what is recorded; and what libsndfile takes
 
 
@@ -75,7 +76,18 @@ def open_audio(source: Path) -> soundfile.SoundFile:
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{source}: not readable as audio ({error.error_string})") from None
     check_header(str(source), reading.samplerate, reading.channels)
+    if not reading.frames and reading.format in ("WAV", "WAVEX") and source.stat().st_size > LARGEST_HEADER:
+        raise ValueError(
+            f"{source}: its header tells of no samples, as a recorder leaves it that was cut off, and "
+            f"{source.stat().st_size} bytes are there: pipe it in, with - for INPUT and < {source}"
+        )
     return reading
+
+
+def blocks_of(reading: soundfile.SoundFile, seconds: int) -> Iterator[np.ndarray]:
+    """The samples of a file, (samples, channels) in 32 bits, in blocks; of formats too in which one cannot seek."""
+    while len(block := reading.read(seconds * reading.samplerate, dtype="float32", always_2d=True)):
+        yield block
 
 
 def check_header(name: str, sample_rate: int, num_channels: int) -> None:
@@ -142,6 +154,18 @@ def write_audio(
 def audio_files(folder: Path) -> tuple[list[Path], int]:
     """(the audio files below a folder by their names' endings, how many others there are)"""
     endings = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"} | {".aif", ".oga", ".opus"}
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in walked(folder) if path.is_file() and not path.name.startswith("."))
     audio = [path for path in files if path.suffix.lower() in endings]
     return audio, len(files) - len(audio)
+
+
+def walked(folder: Path) -> Iterator[Path]:
+    """The files of a tree, through links to folders too, each folder once."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (Path(place, name) for name in names)

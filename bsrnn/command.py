@@ -40,11 +40,12 @@ def run_main(main: Callable[[list[str]], int], usage: str) -> None:
     A user's mistake ends as one line on standard error and status 2; an interrupt as 130.
     """
     words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(usage.strip())
-        sys.exit(0)
     try:
-        status = main(words)
+        if {"-h", "--help"} & set(words):
+            print(usage.strip())
+            status = 0
+        else:
+            status = main(words)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has gone: nobody is left to tell
         sys.stderr.close()

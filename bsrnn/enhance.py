@@ -43,6 +43,7 @@ from bsrnn.audio import (
     MOST_CHANNELS,
     Report,
     audio_files,
+    blocks_of,
     cut_short,
     open_audio,
     write_audio,
@@ -127,7 +128,7 @@ def enhance_file(model: BSRNN, source: Path, target: Path, advance: Callable[[fl
         raise ValueError(f"{target} is the input: give the output another name")
     with open_audio(source) as reading:
         report = Report(cut_short=cut_short(reading))
-        blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
+        blocks = blocks_of(reading, BLOCK_SECONDS)
         enhanced = enhance_blocks(model, blocks, reading.samplerate, reading.channels, report)
         write_audio(target, enhanced, reading, report, advance)
     return report
@@ -148,10 +149,12 @@ def enhance_folder(model: BSRNN, source: Path, target: Path) -> int:
         for path in files:
             relative = path.relative_to(source)
             try:
+                if (target / relative).resolve().is_relative_to(source.resolve()):
+                    raise ValueError(f"{target / relative} would lie in the input {source}: give another output folder")
                 _tell(enhance_file(model, path, target / relative), str(relative))
             except (ValueError, OSError) as error:
                 failures += 1
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"error: {relative}: {' '.join(str(error).split())}", file=sys.stderr)
             progress.advance(task)
     others = f", {num_others} other files left out" if num_others else ""
     print(f"{len(files) - failures} of {len(files)} files enhanced to {target}{others}", file=sys.stderr)
@@ -212,7 +215,7 @@ def _enhance_to_pipe(model: BSRNN, source: Path) -> int:
     with open_audio(source) as reading:
         report = Report(cut_short=cut_short(reading))
         form = PipeFormat(reading.samplerate, reading.channels, reading.subtype in ("FLOAT", "DOUBLE"), is_wav=True)
-        blocks = reading.blocks(BLOCK_SECONDS * reading.samplerate, dtype="float32", always_2d=True)
+        blocks = blocks_of(reading, BLOCK_SECONDS)
         _write_pipe(enhance_blocks(model, blocks, form.samplerate, form.channels, report), form, report)
     _tell(report, source.name)
     return 0

@@ -35,11 +35,12 @@ def save_model(model: BSRNN, path: Path) -> None:
     write_whole(path, {"format": FORMAT, "config": config, "state": state})
 
 
-def load_model(path: Path) -> BSRNN:
+def load_model(path: Path | str) -> BSRNN:
     """The model of a file, or of a run's directory, on the CPU in evaluation mode.
 
     FileNotFoundError if there is none; ValueError if the file is no model or does not fit this version.
     """
+    path = Path(path)
     if path.is_dir():
         path = model_path(path)
         if not path.exists():
@@ -90,6 +91,7 @@ def read_content(path: Path) -> Any:
     """What a file of torch's holds, read without running code from it; ValueError if it is not such a file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    path.open("rb").close()  # a file that may not be read is no bad file
     if not zipfile.is_zipfile(path):  # as torch.save writes them; it fails in many ways on anything else
         raise ValueError(f"{path} is not a checkpoint that torch can read")
     try:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Shaped
 from torch import Tensor
 
 from bsrnn.folding import fold
@@ -57,6 +57,8 @@ class Stream:
     def __init__(
         self, model: BSRNN, num_streams: int = 1, use_kernel: bool | None = None, step: FrameStep | None = None
     ) -> None:
+        if num_streams < 1:
+            raise ValueError(f"num_streams = {num_streams}: expected at least 1")
         self.config = model.config
         self.config.check_streams()
         self._model = fold(model).requires_grad_(False)
@@ -87,10 +89,12 @@ class Stream:
         self._to_drop = n_fft // 2  # of the output, which begins where the mirrored beginning does
 
     @torch.inference_mode()
-    def process(self, chunk: Float[Tensor, "stream sample"]) -> Float[Tensor, "stream enhanced"]:
+    def process(self, chunk: Shaped[Tensor, "stream sample"]) -> Float[Tensor, "stream enhanced"]:
         """Take in the next samples, any number of them, full scale ±1; the enhanced samples that are final now."""
         if chunk.ndim != 2 or chunk.shape[0] != self.num_streams:
             raise ValueError(f"a chunk of shape {tuple(chunk.shape)}: expected ({self.num_streams}, samples)")
+        if not chunk.is_floating_point():
+            raise ValueError(f"a chunk of {chunk.dtype}: expected floats, full scale ±1")
         half = self.config.n_fft // 2
         is_begun = self.num_samples > half
         self.num_samples += chunk.shape[1]

@@ -93,7 +93,9 @@ def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfi
     Costs(config.cluster).require_within(todo, config.launch.max_gpu_hours)
     write_plan(study, plans)
     if todo:
-        signal.signal(signal.SIGTERM, _interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, _interrupt)
         with RunsDisplay(todo) as display:
             assert config.sweep is not None
             # Where speed is what is studied, runs side by side would slow one another.

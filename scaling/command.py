@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -21,13 +22,16 @@ def run_main(main: Callable[[list[str]], int], usage: str, interrupted: str = GO
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(usage.strip())
-        sys.exit(0)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table's arrows are not worth a traceback
     try:
-        status = main(words)
+        if {"-h", "--help"} & set(words):
+            print(usage.strip())
+            status = 0
+        else:
+            status = main(words)
         sys.stdout.flush()
-    except (UserError, RecordError) as error:
+    except (UserError, RecordError, PermissionError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:

@@ -354,8 +354,8 @@ class RunConfig:
     study: str = "studies/single"  # the study's folder
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed = {self.seed}: expected a whole number of at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed = {self.seed}: expected a whole number from 0 to 2^63 - 1")
         self.model.architecture(self.train.norm_batch)  # there is one for the shards' sample rate
         if self.execution.micro_batch is not None:
             self.micro_batches(world_size=1, norms_may_span=True)

@@ -37,7 +37,7 @@ from scaling.device import set_arithmetic, torch_device
 from scaling.early_stopping import EarlyStopping
 from scaling.errors import UserError
 from scaling.metrics import METRICS, Waveform, score, versions
-from scaling.plan import RunPlan, read_planned
+from scaling.plan import RunPlan, read_planned, require_writable
 from scaling.pool import spawned_pool
 from scaling.progress import ProgressDisplay
 from scaling.records import Record, RunDirectory, read_records, to_json, write_records, write_whole
@@ -199,14 +199,16 @@ def read_wav_triples(noisy: Path, clean: Path, enhanced: Path) -> tuple[int, Ite
     for name, folder in (("noisy", noisy), ("clean", clean), ("enhanced", enhanced)):
         if not folder.is_dir():
             raise UserError(f"{name}={folder}: no such folder; give the folder of the {name} wav files")
-    names = sorted(path.name for path in enhanced.glob("*.wav"))
-    if not names:
+    held = {folder: _wav_names(folder) for folder in (noisy, clean, enhanced)}
+    names = sorted(set().union(*held.values()))
+    if not held[enhanced]:
         raise UserError(f"enhanced={enhanced}: holds no .wav files")
-    for folder in (noisy, clean):
-        missing = [name for name in names if not (folder / name).is_file()]
+    for folder, own in held.items():  # one that is left out would be one that counts for nothing
+        missing = [name for name in names if name not in own]
         if missing:
+            twin = next(other for other, its in reversed(held.items()) if missing[0] in its)
             raise UserError(
-                f"{folder / missing[0]}: no such file, the twin of {enhanced / missing[0]} "
+                f"{folder / missing[0]}: no such file, the twin of {twin / missing[0]} "
                 f"({len(missing)} missing in all): give the three folders the same file names"
             )
 
@@ -221,6 +223,10 @@ def read_wav_triples(noisy: Path, clean: Path, enhanced: Path) -> tuple[int, Ite
             yield Utterance(record | {"duration": len(signals[0]) / SAMPLE_RATE}, *signals)
 
     return len(names), utterances()
+
+
+def _wav_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix.lower() == ".wav" and not path.name.startswith(".")}
 
 
 def _read_wav(path: Path) -> Waveform:
@@ -247,6 +253,7 @@ def main(words: list[str]) -> int:
         index = ShardIndex.load(replace(data, shards=config.shards or data.shards).shard_root)
         plan.check_index(index)
         metrics = config.metrics or plan.config.execution.metrics
+        require_writable(directory.path)  # before hours of scoring
         model = model.to(torch_device("cpu" if plan.config.execution.device == "cpu" else "auto"))  # as in the run
         rows = evaluate_run(plan, index, model, processes, metrics)
         target = directory.scores

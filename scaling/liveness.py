@@ -166,7 +166,8 @@ class Deadline:
         self.seconds, self.on_expiry = seconds, on_expiry
         self._since: float | None = None
         self._is_closed = threading.Event()
-        threading.Thread(target=self._watch, daemon=True, name="deadline").start()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="deadline")
+        self._thread.start()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -177,7 +178,9 @@ class Deadline:
             self._since = None
 
     def close(self) -> None:
+        """End the thread: one that let go of a model while Python ends would abort the process."""
         self._is_closed.set()
+        self._thread.join()
 
     def _watch(self) -> None:
         while not self._is_closed.wait(0.5):

@@ -27,7 +27,7 @@ def held_lock(lock: Path, taken: str) -> Iterator[int]:
 
     Yields the descriptor that holds it: a child process that inherits it holds the lock too.
     """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
     try:
         try:
             _take(descriptor)

@@ -83,7 +83,7 @@ def append_record(path: Path, record: Record) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = to_json(record) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)  # less the umask
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -239,6 +239,11 @@ class RunDirectory:
         versions = self.scores.with_suffix(".versions.json")
         for file in (self.metrics, self.events, self.scores, versions, self.model, self.plan):
             file.unlink(missing_ok=True)
+
+    def held(self) -> list[str]:
+        """The names of what training would write over or add to, where the folder has it."""
+        own = (self.checkpoints, self.metrics, self.scores, self.model)
+        return [path.name for path in own if path.exists()]
 
     def read_plan(self) -> Record:
         """The run's plan; RecordError if there is none."""

@@ -102,6 +102,10 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
                 if not force:
                     raise
                 directory.clear()
+            if not directory.plan.exists() and (foreign := directory.held()):
+                raise UserError(
+                    f"{directory.path} holds {', '.join(foreign)} and no plan.json: it is no run's; name another folder"
+                )
             if plan.config.train.test:  # a quick check starts anew every time
                 directory.clear()
             plan.write()

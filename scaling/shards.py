@@ -144,7 +144,10 @@ class ShardIndex:
         except (FileNotFoundError, NotADirectoryError):
             if isinstance(root, Path) and root.exists():
                 raise _bad_index(root, "index.json is missing") from None
-            raise UserError(f"no shards at {root}: make them with python -m scaling.prepare") from None
+            raise UserError(
+                f"no shards at {root}: make them with python -m scaling.prepare, or name where they are "
+                "(data.shards=DIR; for scaling.evaluate shards=DIR)"
+            ) from None
         try:
             summary = json.loads(content)
             version = summary["format"]

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from bsrnn.audio import walked
 from scaling.corpus.wav import WavSource, close_zips, open_zip
 from scaling.errors import UserError
 
@@ -141,7 +142,7 @@ def _find_sets(root: Path) -> dict[str, dict[str, WavSource]]:
 
 
 def _wavs_in_folder(folder: Path) -> Iterator[WavSource]:
-    for path in folder.rglob("*"):
+    for path in walked(folder):
         if _is_wav(path.relative_to(folder).as_posix()) and path.is_file():
             yield WavSource(path, None, path.stat().st_size)
 

@@ -221,6 +221,51 @@ def test_an_opus_file_holds_opus_and_an_ogg_file_vorbis(folder: Path, tmp_path: 
         assert soundfile.info(tmp_path / name).subtype == subtype
 
 
+def test_a_folders_output_is_never_one_of_its_inputs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """noisy/noisy/a.wav into the folder above noisy would be noisy/a.wav."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "noisy" / "noisy").mkdir(parents=True)
+    for path in ("noisy/a.wav", "noisy/noisy/a.wav"):
+        soundfile.write(path, music(3_000, 16_000, 1), 16_000)
+    before = (tmp_path / "noisy" / "a.wav").read_bytes()
+    assert run(folder, "noisy", ".") == 1
+    assert "error: noisy/a.wav: noisy/a.wav would lie in the input noisy" in capsys.readouterr().err
+    assert (tmp_path / "noisy" / "a.wav").read_bytes() == before
+    assert (tmp_path / "a.wav").exists()
+
+
+def test_links_to_folders_are_followed_once(folder: Path, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "elsewhere" / "a.wav", music(3_000, 16_000, 1), 16_000)
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "itself").symlink_to(tmp_path / "in")
+    assert run(folder, tmp_path / "in", tmp_path / "out") == 0
+    assert [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.wav")] == [
+        "linked/a.wav"
+    ]
+
+
+def test_formats_in_which_one_cannot_seek_are_read(folder: Path, tmp_path: Path):
+    soundfile.write(tmp_path / "in.wav", music(8_000, 8_000, 1), 8_000, subtype="GSM610")
+    assert run(folder, tmp_path / "in.wav", tmp_path / "out.flac") == 0
+    assert soundfile.info(tmp_path / "out.flac").frames == soundfile.info(tmp_path / "in.wav").frames
+
+
+def test_a_wav_whose_recorder_was_cut_off_is_not_enhanced_to_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    soundfile.write(tmp_path / "in.wav", music(16_000, 16_000, 1), 16_000)
+    content = bytearray((tmp_path / "in.wav").read_bytes())
+    content[40:44] = bytes(4)  # how many bytes of samples there are
+    (tmp_path / "in.wav").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tells of no samples, .* and 32044 bytes are there: pipe it in"):
+        run(folder, tmp_path / "in.wav", tmp_path / "out.wav")
+    assert not (tmp_path / "out.wav").exists()
+
+
 def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
     audio = tmp_path / "in.wav"
     soundfile.write(audio, music(4_000, 16_000, 1), 16_000)

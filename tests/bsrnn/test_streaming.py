@@ -183,6 +183,13 @@ def test_the_compiled_kernel_equals_torch_frame_by_frame(
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_no_stream_of_floats_is_refused(model: BSRNN):
+    with pytest.raises(ValueError, match=r"a chunk of torch.int16: expected floats, full scale ±1"):
+        Stream(model).process(torch.zeros(1, 10, dtype=torch.int16))
+    with pytest.raises(ValueError, match="num_streams = 0: expected at least 1"):
+        Stream(model, 0)
+
+
 def test_without_a_c_compiler_a_stream_runs_through_torch(
     model: BSRNN, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ):

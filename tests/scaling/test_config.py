@@ -20,7 +20,7 @@ MISTAKES = {
     "foo": r"foo: not understood as KEY=VALUE",
     "execution.metrics=si_sdr": r"execution.metrics: expected a list, execution.metrics=\[\.\.\.\]",
     "seed=one": r"seed: Value 'one' of type 'str' could not be converted to Integer",
-    "seed=-1": r"seed = -1: expected a whole number of at least 0",
+    "seed=-1": r"seed = -1: expected a whole number from 0 to 2\^63 - 1",
     "data.hours=0": r"data.hours = 0.0: expected a number of hours above 0",
     "data.demo.hours=-1": r"hours=-1.0, expected 0.04",
     "model.num_channels=0": r"model xt: num_channels = 0: expected a whole number of at least 1",

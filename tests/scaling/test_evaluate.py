@@ -243,6 +243,13 @@ def test_folders_of_wavs_are_scored_one_row_an_utterance(speech, tmp_path: Path,
     assert "No utterances detected" in rows[1]["refused"]["unprocessed_pesq_wb"]
     assert '"pesq_wb_refused": 1' in done.stdout
 
+    (tmp_path / "enhanced" / "p1_002.wav").rename(tmp_path / "aside.wav")  # the hard one, on which a system failed
+    done = command("scaling.evaluate", *words)
+    assert (done.returncode, "enhanced/p1_002.wav: no such file, the twin of clean/p1_002.wav" in done.stderr) == (
+        2,
+        True,
+    )
+    (tmp_path / "aside.wav").rename(tmp_path / "enhanced" / "p1_002.wav")
     os.remove(tmp_path / "clean" / "p1_002.wav")
     done = command("scaling.evaluate", *words)
     assert done.returncode == 2

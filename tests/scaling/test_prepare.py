@@ -30,6 +30,17 @@ def refusal(source: Path, target: Path) -> str:
 # --- layouts -------------------------------------------------------------------------------
 
 
+def test_linked_folders_of_a_set_belong_to_it(tmp_path: Path) -> None:
+    source = make_corpus(tmp_path / "vbd")
+    expected = prepare(source, tmp_path / "expected shards")
+    for kind in ("clean", "noisy"):
+        part = source / f"{kind}_trainset_28spk_wav"
+        part.rename(tmp_path / kind)
+        part.mkdir()
+        (part / "more").symlink_to(tmp_path / kind)
+    assert prepare(source, tmp_path / "linked shards").index_hash == expected.index_hash
+
+
 @pytest.mark.parametrize("place", ["logfiles", ".", "zip"])
 @pytest.mark.parametrize("inside", [None, "", "VBD/downloads/"])
 def test_folders_and_zips_and_any_place_of_the_logs_make_the_same_shards(

@@ -25,6 +25,7 @@ from scaling.processes import ALONE, VARIABLES, Processes, _check_gpus, join
 from scaling.records import RunDirectory
 from scaling.run import classify
 from scaling.shards import ShardIndex
+from scaling.stopping import StopFlag
 from tests.ranks import Rank, end_all, run_ranks, start_ranks
 
 STEPS = "train.budget.steps=8"
@@ -106,6 +107,21 @@ def test_two_processes_train_as_one_does_up_to_rounding_and_zero_as_they_do(tiny
     assert losses["zero3 bf16"] == pytest.approx(losses["two bf16"], rel=1e-2)
     for name in ("two", "zero3"):  # 16-bit products are another computation from the first step on
         assert losses[f"{name} bf16"][0] != pytest.approx(losses["two"][0], rel=1e-6)
+
+
+def test_a_lost_terminal_asks_a_run_to_stop_unless_it_was_started_to_outlive_it():
+    before = signal.getsignal(signal.SIGHUP)
+    heard = []
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN):  # the second as nohup leaves it
+            signal.signal(signal.SIGHUP, handler)
+            with StopFlag() as stop, stop.deferred():
+                os.kill(os.getpid(), signal.SIGHUP)
+                heard.append(stop.signal)
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert heard == ["SIGHUP", None]
 
 
 @pytest.mark.parametrize(

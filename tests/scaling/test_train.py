@@ -226,6 +226,18 @@ def test_the_quick_check_trains_ten_steps_validates_scores_and_ends(tiny_run: li
         assert "10 of 10" in done.stderr  # plain lines where there is no terminal
 
 
+@pytest.mark.parametrize("more", [[], ["train.test=true"], ["force=true"]])
+def test_a_folder_that_is_no_runs_is_left_as_it_is(tiny_run: list[str], tmp_path: Path, command, more: list[str]):
+    foreign = tmp_path / "mine" / "checkpoints" / "best.pth"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("precious")
+    (tmp_path / "mine" / "model.pt").write_text("precious too")
+    done = command("scaling.train", *tiny_run, f"run={tmp_path / 'mine'}", *more)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "mine holds checkpoints, model.pt and no plan.json: it is no run's; name another folder" in done.stderr
+    assert foreign.read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     ("setting", "lstm"),
     [
