@@ -18,6 +18,7 @@ from bsrnn.modelfile import whole_file
 WHOLE_NUMBERS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ALAC_16", "ALAC_24", "ULAW", "ALAW"}
 
 LENGTH_UNKNOWN = 0x7FFF0000  # bytes, from which on a WAV header means that its writer did not know the end
+MOST_WAV_BYTES = 2**32 - 2**16  # of samples
 LARGEST_HEADER = 4096  # bytes of a WAV file without samples, and then some
 HIGHEST_RATE, MOST_CHANNELS = 768_000, 1_024  # Hz, beyond what is recorded; and what libsndfile takes
 
@@ -136,6 +137,8 @@ def write_audio(
     subtype = like.subtype if soundfile.check_format(name, like.subtype) else soundfile.default_subtype(name)
     if ending == "OPUS":
         subtype = "OPUS"
+    if name == "WAV" and _exceeds_wav(like, subtype):
+        name = "RF64"  # WAV with lengths of 64 bits
     with whole_file(target) as temporary:
         temporary.touch()  # what the system refuses it says better than a library
         try:
@@ -149,6 +152,13 @@ def write_audio(
                 f"{target}: {like.channels} channels at {like.samplerate} Hz cannot be read to the end, or cannot be "
                 f"written as {ending} ({error.error_string}): take .wav, which holds up to {MOST_CHANNELS} channels"
             ) from None
+
+
+def _exceeds_wav(like: SampleFormat, subtype: str) -> bool:
+    """Whether the source is of 64-bit lengths, or the samples need them; of a pipe nothing is known."""
+    width = {"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}.get(subtype, 1)
+    num_bytes = getattr(like, "frames", 0) * like.channels * width
+    return getattr(like, "format", "") == "RF64" or num_bytes > MOST_WAV_BYTES
 
 
 def audio_files(folder: Path) -> tuple[list[Path], int]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import lru_cache
@@ -26,6 +28,9 @@ from scaling.errors import UserError
 CONFIG_FOLDER = Path(__file__).parent.parent / "conf"
 
 Config = TypeVar("Config")
+
+# Settings that name a place, which may be called whatever a file system allows.
+PLACES = {"study", "run", "shards", "data.root", "data.shards", "data.cache", "noisy", "clean", "enhanced", "scores"}
 
 BOTH_AXES = (
     "an axis and settings below it as axes do not go together so; write sweep.axes={model: [...], model.norm: [...]}"
@@ -47,7 +52,7 @@ def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictCon
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            return compose(name, list(overrides))
+            return compose(name, [_quoted_place(word) for word in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema, overrides)) from None
     except ValueError as error:  # Hydra's own, for model=null or a nameless key
@@ -57,6 +62,18 @@ def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictCon
     except AssertionError:  # OmegaConf's answer to data.demo.hours=1 where data.demo is null
         dotted = " ".join(word for word in overrides if "." in word.split("=")[0])
         raise UserError(f"{dotted}: one of these sets a part of something that is null here; leave it out") from None
+
+
+def _quoted_place(word: str) -> str:
+    """A place as Hydra's grammar takes it, ~ expanded, which a shell leaves to us behind a dotted key."""
+    key, _, value = word.partition("=")
+    if key.lstrip("+") not in PLACES or value in ("", "null") or value[0] in "'\"" or "${" in value:
+        return word
+    place = os.path.expanduser(value)
+    if re.fullmatch(r"[\w./:%+@-]+", place, re.ASCII):
+        return f"{key}={place}"
+    escaped = place.replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def with_values(config: DictConfig, values: Mapping[str, Any], schema: type) -> DictConfig:

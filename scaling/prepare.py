@@ -74,6 +74,8 @@ def prepare_shards(
         source = fingerprint(utterances)
         # Before the lock, so that finished shards may lie where this user cannot write.
         if (index := _finished(shard_root, corpus, source, source_root)) is not None:
+            if corpus != "demo":  # that is synthesised, always alike
+                _warn_of_newer_sources(utterances, shard_root)
             return index
         with _lock(shard_root):
             if (index := _finished(shard_root, corpus, source, source_root)) is not None:
@@ -196,6 +198,22 @@ def _finished(shard_root: Path, corpus: str, source: str, source_root: Path) -> 
             f"{source_root} ({corpus}, fingerprint {source[:12]}): delete {shard_root} or name another data.shards"
         )
     return index
+
+
+def _warn_of_newer_sources(utterances: Sequence[Utterance], shard_root: Path) -> None:
+    """The fingerprint knows names and sizes: noise that was mixed anew leaves both as they were."""
+    made = (shard_root / "index.json").stat().st_mtime
+    paths = {source.path for utterance in utterances for source in (utterance.clean, utterance.noisy)}
+    newer = sorted(path for path in paths if path.stat().st_mtime > made)
+    if newer:
+        logger.warning(
+            "%d of %d source files are newer than the shards at %s, of the same names and sizes, first %s: if what "
+            "they hold has changed, delete the shards to have them made again",
+            len(newer),
+            len(paths),
+            shard_root,
+            newer[0],
+        )
 
 
 @contextlib.contextmanager

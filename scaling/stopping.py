@@ -43,8 +43,9 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is threading.main_thread():  # handlers can be set nowhere else
-            # What whoever started this process lets it ignore (nohup) it ignores.
-            heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            # nohup lets it ignore the end of its terminal; what else is ignored was to wait for these handlers.
+            outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            heard = [number for number in STOP_SIGNALS if not (outlives and number == signal.SIGHUP)]
             self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 

@@ -45,8 +45,7 @@ def main(words: list[str]) -> int:
 
 def _plan(words: Sequence[str]) -> tuple[TrainCommandConfig, RunPlan]:
     config = load_config(TrainCommandConfig, "run", words)
-    about = {word.lstrip("+").split("=")[0].split(".")[0] for word in words}
-    if config.run is not None and about <= {"run", "force", "execution"}:
+    if config.run is not None and all(_key(word) in ("run", "force") or _may_change(word) for word in words):
         return config, _planned(Path(config.run).resolve(), words)
     run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
     plan = plan_run(run, open_shards(config.data))
@@ -55,14 +54,23 @@ def _plan(words: Sequence[str]) -> tuple[TrainCommandConfig, RunPlan]:
 
 
 def _planned(folder: Path, words: Sequence[str]) -> RunPlan:
-    """The run that a folder holds, executed as it was planned but for what the words set of `execution`."""
+    """The run that a folder holds, as planned but for what the words set of its execution and its data's place."""
     plan = read_planned(RunDirectory(folder))
-    overrides = [word for word in words if word.lstrip("+").startswith("execution.")]
+    overrides = [word for word in words if _may_change(word)]
     composed = compose_config(RunConfig, "run", overrides)
-    keys = [word.lstrip("+").split("=")[0] for word in overrides]
+    keys = [_key(word) for word in overrides]
     values = {key: OmegaConf.select(composed, key) for key in keys}
     stored = OmegaConf.create(asdict(plan.config))
     return replace(plan, config=to_object(RunConfig, with_values(stored, values, RunConfig)))
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
+
+
+def _may_change(word: str) -> bool:
+    """Whether a setting leaves a run the same run: how it is executed, and where its data lies."""
+    return _key(word).startswith("execution.") or _key(word) in ("data.shards", "data.cache", "data.cache_gb")
 
 
 if __name__ == "__main__":

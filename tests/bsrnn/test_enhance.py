@@ -254,6 +254,20 @@ def test_formats_in_which_one_cannot_seek_are_read(folder: Path, tmp_path: Path)
     assert soundfile.info(tmp_path / "out.flac").frames == soundfile.info(tmp_path / "in.wav").frames
 
 
+def test_a_wav_with_lengths_of_64_bits_stays_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So does one whose samples need them."""
+    soundfile.write(tmp_path / "in.wav", music(3_000, 16_000, 1), 16_000, format="RF64", subtype="PCM_16")
+    soundfile.write(tmp_path / "in.flac", music(3_000, 16_000, 1), 16_000)
+    formats = []
+    for name, most in (("in.wav", None), ("in.flac", None), ("in.flac", 5_999)):
+        if most is not None:
+            monkeypatch.setattr("bsrnn.audio.MOST_WAV_BYTES", most)
+        assert run(folder, tmp_path / name, tmp_path / "out.wav") == 0
+        found = soundfile.info(tmp_path / "out.wav")
+        formats.append((found.format, found.frames))
+    assert formats == [("RF64", 3_000), ("WAV", 3_000), ("RF64", 3_000)]
+
+
 def test_a_wav_whose_recorder_was_cut_off_is_not_enhanced_to_nothing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

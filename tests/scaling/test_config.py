@@ -82,3 +82,14 @@ def test_steps_come_from_the_budget_in_one_way():
     assert BudgetConfig(audio_hours=1).resolve_steps(100, 8, 2.0, 1e9) == 225
     assert BudgetConfig(epochs=0.001).resolve_steps(10, 8, 1.0, 1e9) == 1
     assert BudgetConfig(train_pmacs=2e-3).resolve_steps(10, 8, 1.0, 1e9) == 250
+
+
+@pytest.mark.parametrize("name", ["ü (1)", "it's", "a,b", "a=b", "日本", "a#b & c", "x[1]", "plain-1.2_3", "a b"])
+def test_a_place_may_be_called_whatever_a_file_system_allows(name: str):
+    config = load_config(RunConfig, "run", [f"study=studies/{name}", f"data.shards=/data/{name}", "+data.cache=null"])
+    assert (config.study, config.data.shards, config.data.cache) == (f"studies/{name}", f"/data/{name}", None)
+
+
+def test_a_home_folder_is_named_by_a_tilde_behind_any_key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(RunConfig, "run", ["data.shards=~/VBD (16 k)"]).data.shards == "/home/me/VBD (16 k)"

@@ -30,6 +30,22 @@ def refusal(source: Path, target: Path) -> str:
 # --- layouts -------------------------------------------------------------------------------
 
 
+def test_sources_that_are_newer_than_their_shards_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the same names and sizes, as a corpus is whose noise was mixed anew."""
+    source = make_corpus(tmp_path / "vbd")
+    made = prepare(source, tmp_path / "shards")
+    assert prepare(source, tmp_path / "shards").index_hash == made.index_hash
+    assert "newer" not in caplog.text
+    noisy = sorted(source.rglob("noisy_testset_wav/*.wav"))[0]
+    later = (tmp_path / "shards" / "index.json").stat().st_mtime + 5
+    os.utime(noisy, (later, later))
+    assert prepare(source, tmp_path / "shards").index_hash == made.index_hash
+    assert (
+        f"source files are newer than the shards at {tmp_path / 'shards'}, of the same names and sizes" in caplog.text
+    )
+    assert f"first {noisy}: if what they hold has changed, delete the shards" in caplog.text
+
+
 def test_linked_folders_of_a_set_belong_to_it(tmp_path: Path) -> None:
     source = make_corpus(tmp_path / "vbd")
     expected = prepare(source, tmp_path / "expected shards")

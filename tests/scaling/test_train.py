@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,23 @@ def test_the_quick_check_trains_ten_steps_validates_scores_and_ends(tiny_run: li
         assert directory.read_scores()
         assert next(event["event"] for event in directory.read_events()) == "started"
         assert "10 of 10" in done.stderr  # plain lines where there is no terminal
+
+
+def test_a_run_goes_on_where_its_shards_have_been_moved_to(tiny_run: list[str], tmp_path: Path, command):
+    words = [*tiny_run, "train.budget.steps=10"]
+    (shards,) = (word.partition("=")[2] for word in words if word.startswith("data.shards="))
+    shutil.copytree(shards, tmp_path / "first")
+    first = command("scaling.train", *words, f"data.shards={tmp_path / 'first'}", "execution.checkpoint_every=2")
+    assert first.returncode == 0, first.stderr
+    run = only_run(tmp_path / "study")
+    (tmp_path / "first").rename(tmp_path / "second")
+    for path in (run.events, run.model):  # as a run that was cut off
+        path.unlink()
+    lost = command("scaling.train", f"run={run.path}")
+    assert (lost.returncode, "or name where they are (data.shards=DIR" in lost.stderr) == (2, True)
+    found = command("scaling.train", f"run={run.path}", f"data.shards={tmp_path / 'second'}")
+    assert found.returncode == 0, found.stderr
+    assert run.state()[0] == "finished"
 
 
 @pytest.mark.parametrize("more", [[], ["train.test=true"], ["force=true"]])
