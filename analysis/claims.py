@@ -36,16 +36,18 @@ SAME_COMPUTE = 0.05  # relative: steps are whole, so equal budgets are equal to 
 class HeldOut:
     """A prediction of cells that the fit did not see.
 
-    cells: one row a cell left out: label, N, D, C, seeds, observed, predicted, low, high, error (predicted - observed;
-        relative for losses), naive_error (of predicting the best cell that was seen), is_covered.
+    cells: one row a cell left out: label, N, D, C, seeds, run_ids, observed, predicted, low, high, error (predicted -
+        observed; relative for losses), naive_error (of predicting the best cell that was seen), is_covered.
     verdict: "pass" if every cell lies in its interval and the errors are smaller than the naive ones; "fail";
         or "not possible", with the reason.
+    fitted_run_ids: of the fit that predicts.
     """
 
     left_out: str
     verdict: str
     reason: str
     cells: pd.DataFrame
+    fitted_run_ids: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -69,6 +71,7 @@ class Claim:
     with_excluded: Fit | None
     held_out: tuple[HeldOut, ...]
     run_ids: tuple[str, ...]
+    excluded_run_ids: tuple[str, ...]  # of `with_excluded`, beside run_ids
 
 
 @dataclass(frozen=True)
@@ -331,6 +334,7 @@ def _claim(
         fitted(usable, 0) if len(usable) > len(kept) else None,
         tests,
         tuple(kept["run_id"]),
+        tuple(usable.loc[usable["excluded"] != "", "run_id"]),
     )
 
 
@@ -357,8 +361,8 @@ def _held_out(
     fitted: Callable[..., Fit],
     settings: Settings,
 ) -> HeldOut:
-    columns = ["label", "N", "D", "C", "seeds", "observed", "predicted", "low", "high", "error", "naive_error"]
-    empty = pd.DataFrame(columns=[*columns, "is_covered"])
+    columns = ["label", "N", "D", "C", "seeds", "run_ids", "observed", "predicted", "low", "high"]
+    empty = pd.DataFrame(columns=[*columns, "error", "naive_error", "is_covered"])
     levels = _levels(runs[column])
     if len(levels) < 2:
         return HeldOut(what, "not possible", f"{column} has {len(levels)} level{'s' * (len(levels) != 1)}", empty)
@@ -391,6 +395,7 @@ def _held_out(
                 "D": cell["D"].iloc[0],
                 "C": cell["C"].iloc[0],
                 "seeds": len(cell),
+                "run_ids": " ".join(cell["run_id"]),
                 "observed": observed,
                 "predicted": predicted,
                 "low": min(float(low[0]), ceiling),
@@ -405,7 +410,8 @@ def _held_out(
     beats = bool(cells["error"].abs().mean() < cells["naive_error"].abs().mean())
     failures = [] if covered else [f"{(~cells['is_covered']).sum()} of {len(cells)} cells outside the interval"]
     failures += [] if beats else ["no nearer than the best cell that was seen"]
-    return HeldOut(f"{what} ({name})", "fail" if failures else "pass", "; ".join(failures), cells)
+    verdict = "fail" if failures else "pass"
+    return HeldOut(f"{what} ({name})", verdict, "; ".join(failures), cells, tuple(seen["run_id"]))
 
 
 def _largest(runs: pd.DataFrame, column: str) -> str:

@@ -132,21 +132,14 @@ def exclusions_effect_table(found: Claims) -> PaperTable:
                 continue
             row = {"Law": claim.law.name, "N is": SIZES[claim.measure], "Fit": way, "Status": fitted.status}
             row |= {name: f"{value:.4g}" for name, value in fitted.parameters.items()}
-            ids = " ".join(_runs_of(found, claim, fitted) if fitted is claim.with_excluded else claim.run_ids)
+            own = claim.run_ids + (claim.excluded_run_ids if fitted is claim.with_excluded else ())
+            ids = " ".join(own)
             rows.append({heading: (text, ids) for heading, text in row.items()})
             entry: dict[str, Any] = {"law": claim.law.name, "measure": claim.measure, "fit": way}
             entry |= {"status": fitted.status, "runs": len(fitted.data.y), **fitted.parameters}
             numbers.append(entry | {"run_ids": ids})
     caption = "Exclusions and the loss function change a law; how much is shown by fitting the other way."
     return table_of("fits_both_ways", "The same laws, fitted the other way", caption, rows, numbers)
-
-
-def _runs_of(found: Claims, claim: Claim, fitted: Fit) -> list[str]:
-    """The runs that a fit was made of, which are those with its cells and values."""
-    used = set(zip(fitted.data.cell.tolist(), fitted.data.y.tolist(), strict=True))
-    runs = found.runs[found.runs["is_chosen"]]
-    pairs = zip(runs["cell"], runs[claim.quantity.key].astype(float), strict=True)
-    return list(runs.loc[[pair in used for pair in pairs], "run_id"])
 
 
 def held_out_table(found: Claims) -> PaperTable:
@@ -164,9 +157,8 @@ def held_out_table(found: Claims) -> PaperTable:
             if test.verdict == "not possible" and not claim.fitted.is_usable:
                 continue  # its law is listed as unidentifiable
             cells = test.cells
-            observed = [_runs_of_cell(found, claim, cell) for _, cell in cells.iterrows()]
-            fitted = [run_id for run_id in claim.run_ids if not any(run_id in ids for ids in observed)]
-            sources = {"Predicted": " ".join(fitted), "Interval": " ".join(fitted)}
+            fitted = " ".join(test.fitted_run_ids)
+            sources = {"Predicted": fitted, "Interval": fitted}
             row = {
                 "Law": f"{claim.quantity.label}: {claim.law.name}",
                 "N is": SIZES[claim.measure] if "N" in claim.law.variables else MISSING,
@@ -175,7 +167,7 @@ def held_out_table(found: Claims) -> PaperTable:
             }
             if len(cells):
                 last = cells.iloc[-1]
-                sources["Observed"] = " ".join(observed[-1])
+                sources["Observed"] = last["run_ids"]
                 row |= {
                     "Observed": f"{last['observed']:.{digits}f}",
                     "Predicted": f"{last['predicted']:.{digits}f}",
@@ -187,9 +179,8 @@ def held_out_table(found: Claims) -> PaperTable:
                 about = {"quantity": claim.quantity.key, "law": claim.law.name, "measure": claim.measure}
                 numbers += [
                     about
-                    | {"left_out": test.left_out, **cell.to_dict(), "verdict": test.verdict}
-                    | {"run_ids": " ".join(ids), "fitted_run_ids": " ".join(fitted)}
-                    for ids, (_, cell) in zip(observed, cells.iterrows(), strict=True)
+                    | {"left_out": test.left_out, **cell.to_dict(), "verdict": test.verdict, "fitted_run_ids": fitted}
+                    for _, cell in cells.iterrows()
                 ]
             row["Why"] = test.reason
             everything = " ".join(claim.run_ids)
@@ -200,16 +191,6 @@ def held_out_table(found: Claims) -> PaperTable:
         "than the best cell that was seen. Observed, predicted and interval are of the last cell; the CSV has all."
     )
     return table_of("held_out", "Prediction of what the fit did not see", caption, rows, numbers)
-
-
-def _runs_of_cell(found: Claims, claim: Claim, cell: pd.Series) -> list[str]:
-    """The runs of a law that a held-out cell is the mean of."""
-    runs = found.runs[found.runs["run_id"].isin(claim.run_ids)]
-    runs = runs[(runs["label"] == cell["label"]) & (runs["D"] == cell["D"]) & (runs["C"] == cell["C"])]
-    means = (
-        runs.groupby("cell")[claim.quantity.key].transform("mean").astype(float)
-    )  # cells may differ in hours of data
-    return list(runs.loc[np.isclose(means, cell["observed"], rtol=1e-12, atol=0), "run_id"])
 
 
 def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:

@@ -254,7 +254,7 @@ def main(words: list[str]) -> int:
         plan.check_index(index)
         metrics = config.metrics or plan.config.execution.metrics
         require_writable(directory.path)  # before hours of scoring
-        model = model.to(torch_device("cpu" if plan.config.execution.device == "cpu" else "auto"))  # as in the run
+        model = model.to(torch_device(plan.config.execution.device))  # as in the run
         rows = evaluate_run(plan, index, model, processes, metrics)
         target = directory.scores
     else:
