@@ -18,7 +18,8 @@ import torch
 
 from scaling.cli import load_config
 from scaling.config import RunConfig
-from scaling.engines import MOST_OVERFLOWS, DataParallel, make_engine
+from scaling.engines import make_engine
+from scaling.engines.data_parallel import MOST_OVERFLOWS, DataParallel
 from scaling.errors import MeetingError, UserError
 from scaling.ports import free_port
 from scaling.processes import ALONE, VARIABLES, Processes, _check_gpus, join
