@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from analysis.claims import Claims, claims
+from analysis.gather import gather
+from analysis.settings import Settings
 from scaling.records import Record, StudyDirectory, to_json, write_records, write_whole
+from tests.analysis.generated import grid_study
 
 # name → parameters, folded, without the mask decoder, MACs a second
 SIZES = {
@@ -99,3 +103,14 @@ def write_study(tmp_path: Path) -> WriteStudy:
         return study
 
     return write
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
+    """6 sizes x 4 budgets of equal compute x 3 seeds, whose best sizes lie within."""
+    return grid_study(tmp_path_factory.mktemp("grid") / "study")
+
+
+@pytest.fixture(scope="session")
+def found(grid: StudyDirectory) -> Claims:
+    return claims(gather(grid.path), Settings(grid.path, bootstraps=300))

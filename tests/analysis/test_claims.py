@@ -8,51 +8,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from analysis.advise import RefusalError, advise, main
 from analysis.claims import CEILINGS, Claims, claims
 from analysis.fit import CONVERGED, UNIDENTIFIABLE
 from analysis.gather import gather
-from analysis.isoflop import AT_EDGE, isoflop
-from analysis.laws import joint_law
+from analysis.isoflop import isoflop
 from analysis.nodes import node_table
 from analysis.paper_tables import paper_tables
 from analysis.quantities import CHOSEN_METRICS, METRICS
 from analysis.settings import Settings
-from analysis.significance import holm, paired
 from scaling.dnsmos import CALIBRATION
 from scaling.records import StudyDirectory, read_records
-from tests.analysis.generated import COST, FAMILY, LAW, grid_study, lines, run_record, true_loss, write_run
+from tests.analysis.generated import COST, FAMILY, LAW, grid_study, lines, run_record, sizes_study, true_loss, write_run
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
-    """6 sizes x 4 budgets of equal compute x 3 seeds, whose best sizes lie within."""
-    return grid_study(tmp_path_factory.mktemp("grid") / "study")
-
-
-@pytest.fixture(scope="module")
-def found(grid: StudyDirectory) -> Claims:
-    return claims(gather(grid.path), Settings(grid.path, bootstraps=300))
-
-
-def sizes_study(path: Path, noise: float = 0.003, seeds: int = 3) -> StudyDirectory:
-    """All sizes at one budget of audio."""
-    study, rng, plans = StudyDirectory(path), np.random.default_rng(1), []
-    for size in FAMILY:
-        for seed in range(seeds):
-            plan = run_record(size, 100.0, seed)
-            write_run(study, plan, true_loss(size, 100.0) * float(np.exp(rng.normal(0, noise))), rng)
-            plans.append(plan)
-    study.plan.write_text(lines(plans))
-    return study
-
-
-# --- laws ----------------------------------------------------------------------------------
 
 
 def test_the_joint_law_of_a_study_is_the_one_that_made_it(found: Claims):
@@ -229,208 +199,6 @@ def test_a_fixed_ceiling_is_the_highest_value_that_its_metric_can_take():
     assert {CEILINGS[name] for name in ("csig", "cbak", "covl", "dnsmos_p808")} == {5.0}
     unbounded = {"si_sdr", "segmental_snr"}
     assert set(CEILINGS) == {metric.key for metric in METRICS + CHOSEN_METRICS} - unbounded
-
-
-# --- equal compute, and advice -------------------------------------------------------------
-
-
-def optimum(compute: float) -> float:
-    """The best size at a budget of compute by the law that made the studies (Hoffmann et al., eq. 4)."""
-    a, b = LAW["alpha"], LAW["beta"]
-    return float((a * LAW["A"] / (b * LAW["B"])) ** (1 / (a + b)) * (compute / COST) ** (b / (a + b)))
-
-
-def test_each_parabola_finds_the_best_size_and_the_path_its_exponent(found: Claims):
-    iso = isoflop(found.kept, bootstraps=400, seed=0)
-    assert [round(p.compute / 1e14, 6) for p in iso.parabolas] == [1, 3, 10, 30]
-    for parabola in iso.parabolas:
-        assert parabola.best_size == pytest.approx(optimum(parabola.compute), rel=0.25)
-        low, high = parabola.interval(0.95)
-        assert low < parabola.best_size < high
-    assert iso.path.status == CONVERGED
-    assert iso.path.exponent == pytest.approx(0.45 / 0.85, abs=0.05)
-
-
-def test_a_minimum_beyond_the_sizes_trained_is_said_and_not_extrapolated(found: Claims):
-    small = found.kept[found.kept["size"].isin(["c8", "xt", "c24", "t"]) & (found.kept["C"] > 2e15)]
-    (parabola,) = isoflop(small, bootstraps=100, seed=0).parabolas
-    assert parabola.status == AT_EDGE
-    assert np.isnan(parabola.best_size)
-    assert "larger sizes are needed" in parabola.reason
-    few = isoflop(small[small["size"] != "c8"], bootstraps=100, seed=0).parabolas[0]
-    assert few.reason.startswith("3 sizes; a parabola needs 4")
-
-
-def test_the_planner_recommends_what_the_law_and_the_speeds_make_best(found: Claims):
-    advice = advise(found, 0.05)
-    assert list(advice.options["size"]) == list(FAMILY)
-    n = np.geomspace(FAMILY["c8"][4], FAMILY["s"][4], 4000)
-    losses = LAW["E"] + LAW["A"] * n ** -LAW["alpha"] + LAW["B"] * (0.05 * 1e9 / (0.001 * n + 4e5)) ** -LAW["beta"]
-    assert advice.best_size == pytest.approx(n[losses.argmin()], rel=0.3)
-    assert advice.loss_interval[0] < losses.min() < advice.loss_interval[1]
-    assert advice.best_size_interval[0] <= advice.best_size <= advice.best_size_interval[1]
-    assert advise(found, 0.01).best_size < advice.best_size
-    largest = advise(found, 1e5)
-    assert largest.remarks[0].startswith("The best is the largest size trained")
-    last = largest.options.iloc[-1]
-    assert (last["low"], last["high"]) == pytest.approx(largest.loss_interval, rel=1e-9), "one interval a point"
-
-
-def test_the_planner_says_when_its_audio_lies_below_the_study_and_refuses_far_below(found: Claims):
-    few = advise(found, 0.0005)
-    assert few.hours < found.kept["D"].min()
-    assert any("times the audio of the study's shortest run: below" in remark for remark in few.remarks)
-    with pytest.raises(RefusalError, match=r"gpu_hours=1e-09 buys \S+ h of audio, less than a tenth of the study's"):
-        advise(found, 1e-9)
-
-
-def test_the_planner_recommends_no_size_whose_runs_all_diverged(tmp_path: Path):
-    study = grid_study(tmp_path / "study")
-    for row in study.read_plan():
-        if row["size"]["name"] == "s":
-            failed = {"event": "failed", "failure": "diverged", "reason": "the loss of step 9 is nan", "time": 1.7e9}
-            study.run(row["run_id"]).events.write_text(lines([failed]))
-    advice = advise(claims(gather(study.path), Settings(study.path, bootstraps=100)), 1e4)
-    assert list(advice.options["size"]) == ["c8", "xt", "c24", "t", "c48"]
-    assert advice.best_size <= FAMILY["c48"][4] * (1 + 1e-9)
-
-
-def test_the_planner_refuses_where_the_law_is_not_identified(
-    tmp_path: Path, grid: StudyDirectory, capsys: pytest.CaptureFixture[str]
-):
-    study = sizes_study(tmp_path / "study", seeds=2)
-    with pytest.raises(RefusalError, match=r"unidentifiable \(D has 1 level"):
-        advise(claims(gather(study.path), Settings(study.path, bootstraps=100)), 1.0)
-    assert main([f"study={study.path}", "gpu_hours=1"]) == 1
-    assert capsys.readouterr().err.startswith("no advice: L(N, D) of this study is unidentifiable (D has 1 level")
-    for hours in ("-1", "nan", "1e300"):
-        assert main([f"study={grid.path}", f"gpu_hours={hours}"]) == 2
-        assert capsys.readouterr().err == f"error: gpu_hours={hours}: expected a number above 0 and at most 1e+09\n"
-    assert main([f"study={grid.path}", "gpu_hours=3", "bootstraps=200"]) == 0
-    out = capsys.readouterr().out
-    assert "Best between the sizes trained" in out
-    assert "without the largest size (s): pass" in out
-
-
-def test_the_planner_says_of_a_law_at_a_bound_what_would_free_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
-    for budget in (0.1, 1.0, 10.0):
-        for size in ("c8", "xt", "t", "s"):
-            hours = budget * 1e15 / COST / FAMILY[size][4]
-            plan = run_record(size, hours)  # every size and budget still gains, as if there were no floor
-            write_run(study, plan, float(joint_law(FAMILY[size][4], hours, **LAW | {"E": 0.0})), rng)
-            plans.append(plan)
-    study.plan.write_text(lines(plans))
-    assert main([f"study={study.path}", "gpu_hours=1", "bootstraps=100"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("no advice: L(N, D) of this study is at a bound (E = ")
-    assert "add larger budgets or sizes to the sweep" in told
-    assert "isoflop" not in told, "the study is of equal compute already"
-
-
-# --- significance --------------------------------------------------------------------------
-
-
-def scored(shift: float, seeds: int, spread: float) -> pd.DataFrame:
-    rng = np.random.default_rng(4)
-    hardness = rng.normal(0, 0.5, 40)  # an utterance is as hard for one size as for the other
-    rows = []
-    for size, n, gain in (("small", 1.0, 0.0), ("large", 2.0, shift)):
-        for seed in range(seeds):
-            values = 3 + gain + hardness + rng.normal(0, spread) + rng.normal(0, 0.02, 40)
-            rows += [
-                {"size": size, "N": n, "run_id": f"{size}{seed}", "id": number, "pesq_wb": value}
-                for number, value in enumerate(values)
-            ]
-    return pd.DataFrame(rows)
-
-
-def test_pairing_finds_a_difference_much_smaller_than_the_spread_of_utterances():
-    (row,) = paired(scored(0.05, 3, 0.0), METRICS[:1], bootstraps=2000, level=0.95, seed=0).to_dict("records")
-    assert row["difference"] == pytest.approx(0.05, abs=0.02)
-    assert row["low"] > 0
-    assert row["p"] <= 0.01
-
-
-def test_a_difference_within_the_spread_of_seeds_is_not_significant():
-    (row,) = paired(scored(0.05, 3, 0.15), METRICS[:1], bootstraps=2000, level=0.95, seed=0).to_dict("records")
-    assert row["low"] < 0 < row["high"]
-    assert row["p"] > 0.05
-
-
-def test_holms_correction_is_the_published_one():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    corrected = holm([0.01, np.nan, 0.03])
-    assert (corrected[0], corrected[2], np.isnan(corrected[1])) == (pytest.approx(0.02), pytest.approx(0.03), True)
-
-
-def test_a_p_that_no_sample_contradicts_is_written_as_a_bound_whatever_the_bootstraps(tmp_path: Path):
-    path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t", "c48"), pmacs=(0.3, 3.0), utterances=40).path
-    study = gather(path)
-    found = claims(study, Settings(path, bootstraps=100))
-    tables = paper_tables(study, found, isoflop(found.kept, bootstraps=100, seed=0), node_table(study))
-    (table,) = (table for table in tables if table.name == "significance")
-    bound = table.data["is_bound"]
-    assert bound.sum() > 10
-    assert table.data.loc[bound, "p"].to_numpy() == pytest.approx(2 / 10_001)
-    assert set(table.text.loc[bound.to_numpy(), "p"]) == {"<0.0002"}
-    assert table.text.loc[bound.to_numpy(), "p (Holm)"].str.startswith("<0.00").all()
-    assert not table.text.loc[~bound.to_numpy(), "p"].str.startswith("<").any()
-
-
-# --- processes -----------------------------------------------------------------------------
-
-
-def test_speedup_and_efficiency_over_processes_strong_and_weak(tmp_path: Path):
-    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
-    for weak in (False, True):
-        for processes, speed in ((1, 10.0), (2, 19.0), (4, 32.0)):
-            plan = run_record("t", 1.0 + weak, processes=processes, axes={"cluster.nodes": processes})
-            plan["global_batch"] = 64 * (processes if weak else 1) * (1 + weak)
-            write_run(study, plan, 0.04, rng)
-            run = study.run(plan["run_id"])
-            events = run.read_events()
-            events[1] |= {"world_size": processes}
-            run.events.write_text(lines(events))
-            rows = run.read_metrics()
-            for row in rows:
-                row |= {
-                    "audio_seconds_per_second": speed,
-                    "step_seconds": 1.0,
-                    "communication_seconds": 0.05 * processes,
-                }
-            run.metrics.write_text(lines(rows))
-            plans.append(plan)
-    study.plan.write_text(lines(plans))
-    table = node_table(gather(study.path))
-    for scaling in ("strong", "weak"):
-        rows_of = table[table["scaling"] == scaling]
-        assert list(rows_of["processes"]) == [1, 2, 4]
-        assert list(rows_of["speedup"]) == pytest.approx([1, 1.9, 3.2])
-        assert list(rows_of["efficiency"]) == pytest.approx([1, 0.95, 0.8])
-        assert list(rows_of["communication_share"]) == pytest.approx([0.05, 0.1, 0.2])
-        assert list(rows_of["nodes"]) == [1, 2, 4]
-
-
-def test_hours_of_compute_are_summed_over_sessions_and_processes(tmp_path: Path):
-    study, plan = StudyDirectory(tmp_path / "study"), run_record("t", 1.0)
-    write_run(study, plan, 0.04, np.random.default_rng(0))
-    study.run(plan["run_id"]).events.write_text(
-        lines(
-            [
-                {"event": "started", "time": 0.0, "world_size": 2},
-                {"event": "checkpointed", "time": 1800.0},
-                {"event": "resumed", "time": 9000.0, "world_size": 2},  # killed in between
-                {"event": "evaluating", "time": 9000.0 + 3600},
-                {"event": "finished", "time": 9000.0 + 4000},
-            ]
-        )
-    )
-    study.plan.write_text(lines([plan]))
-    assert gather(study.path).runs.loc[0, "training_hours"] == pytest.approx(2 * 1.5)
-
-
-# --- tables --------------------------------------------------------------------------------
 
 
 def test_every_table_cell_with_a_number_names_the_runs_that_it_comes_from(grid: StudyDirectory, found: Claims):

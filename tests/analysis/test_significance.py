@@ -13,11 +13,13 @@ from analysis import significance
 from analysis.claims import claims
 from analysis.comparable import comparable
 from analysis.gather import gather
+from analysis.isoflop import isoflop
+from analysis.nodes import node_table
 from analysis.paper_table import PaperTable
-from analysis.paper_tables import breakdown_table, significance_table
+from analysis.paper_tables import breakdown_table, paper_tables, significance_table
 from analysis.quantities import METRICS
 from analysis.settings import Settings
-from analysis.significance import paired
+from analysis.significance import holm, paired
 from scaling.records import StudyDirectory
 from tests.analysis.generated import grid_study, lines, run_record, true_loss, write_run
 
@@ -129,3 +131,50 @@ def test_runs_without_scores_do_not_make_a_budget_shared(tmp_path: Path):
     study = gather(path)
     found = claims(study, Settings(path, bootstraps=100))
     assert comparable(study, found).caption == "at 300 TMACs each"
+
+
+def scored(shift: float, seeds: int, spread: float) -> pd.DataFrame:
+    rng = np.random.default_rng(4)
+    hardness = rng.normal(0, 0.5, 40)  # an utterance is as hard for one size as for the other
+    rows = []
+    for size, n, gain in (("small", 1.0, 0.0), ("large", 2.0, shift)):
+        for seed in range(seeds):
+            values = 3 + gain + hardness + rng.normal(0, spread) + rng.normal(0, 0.02, 40)
+            rows += [
+                {"size": size, "N": n, "run_id": f"{size}{seed}", "id": number, "pesq_wb": value}
+                for number, value in enumerate(values)
+            ]
+    return pd.DataFrame(rows)
+
+
+def test_pairing_finds_a_difference_much_smaller_than_the_spread_of_utterances():
+    (row,) = paired(scored(0.05, 3, 0.0), METRICS[:1], bootstraps=2000, level=0.95, seed=0).to_dict("records")
+    assert row["difference"] == pytest.approx(0.05, abs=0.02)
+    assert row["low"] > 0
+    assert row["p"] <= 0.01
+
+
+def test_a_difference_within_the_spread_of_seeds_is_not_significant():
+    (row,) = paired(scored(0.05, 3, 0.15), METRICS[:1], bootstraps=2000, level=0.95, seed=0).to_dict("records")
+    assert row["low"] < 0 < row["high"]
+    assert row["p"] > 0.05
+
+
+def test_holms_correction_is_the_published_one():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    corrected = holm([0.01, np.nan, 0.03])
+    assert (corrected[0], corrected[2], np.isnan(corrected[1])) == (pytest.approx(0.02), pytest.approx(0.03), True)
+
+
+def test_a_p_that_no_sample_contradicts_is_written_as_a_bound_whatever_the_bootstraps(tmp_path: Path):
+    path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t", "c48"), pmacs=(0.3, 3.0), utterances=40).path
+    study = gather(path)
+    found = claims(study, Settings(path, bootstraps=100))
+    tables = paper_tables(study, found, isoflop(found.kept, bootstraps=100, seed=0), node_table(study))
+    (table,) = (table for table in tables if table.name == "significance")
+    bound = table.data["is_bound"]
+    assert bound.sum() > 10
+    assert table.data.loc[bound, "p"].to_numpy() == pytest.approx(2 / 10_001)
+    assert set(table.text.loc[bound.to_numpy(), "p"]) == {"<0.0002"}
+    assert table.text.loc[bound.to_numpy(), "p (Holm)"].str.startswith("<0.00").all()
+    assert not table.text.loc[~bound.to_numpy(), "p"].str.startswith("<").any()

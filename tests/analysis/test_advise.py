@@ -1,0 +1,112 @@
+"""The best size at a budget: by parabolas of equal compute, and by the planner from the joint law."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.advise import RefusalError, advise, main
+from analysis.claims import Claims, claims
+from analysis.fit import CONVERGED
+from analysis.gather import gather
+from analysis.isoflop import AT_EDGE, isoflop
+from analysis.laws import joint_law
+from analysis.settings import Settings
+from scaling.records import StudyDirectory
+from tests.analysis.generated import COST, FAMILY, LAW, grid_study, lines, run_record, sizes_study, write_run
+
+
+def optimum(compute: float) -> float:
+    """The best size at a budget of compute by the law that made the studies (Hoffmann et al., eq. 4)."""
+    a, b = LAW["alpha"], LAW["beta"]
+    return float((a * LAW["A"] / (b * LAW["B"])) ** (1 / (a + b)) * (compute / COST) ** (b / (a + b)))
+
+
+def test_each_parabola_finds_the_best_size_and_the_path_its_exponent(found: Claims):
+    iso = isoflop(found.kept, bootstraps=400, seed=0)
+    assert [round(p.compute / 1e14, 6) for p in iso.parabolas] == [1, 3, 10, 30]
+    for parabola in iso.parabolas:
+        assert parabola.best_size == pytest.approx(optimum(parabola.compute), rel=0.25)
+        low, high = parabola.interval(0.95)
+        assert low < parabola.best_size < high
+    assert iso.path.status == CONVERGED
+    assert iso.path.exponent == pytest.approx(0.45 / 0.85, abs=0.05)
+
+
+def test_a_minimum_beyond_the_sizes_trained_is_said_and_not_extrapolated(found: Claims):
+    small = found.kept[found.kept["size"].isin(["c8", "xt", "c24", "t"]) & (found.kept["C"] > 2e15)]
+    (parabola,) = isoflop(small, bootstraps=100, seed=0).parabolas
+    assert parabola.status == AT_EDGE
+    assert np.isnan(parabola.best_size)
+    assert "larger sizes are needed" in parabola.reason
+    few = isoflop(small[small["size"] != "c8"], bootstraps=100, seed=0).parabolas[0]
+    assert few.reason.startswith("3 sizes; a parabola needs 4")
+
+
+def test_the_planner_recommends_what_the_law_and_the_speeds_make_best(found: Claims):
+    advice = advise(found, 0.05)
+    assert list(advice.options["size"]) == list(FAMILY)
+    n = np.geomspace(FAMILY["c8"][4], FAMILY["s"][4], 4000)
+    losses = LAW["E"] + LAW["A"] * n ** -LAW["alpha"] + LAW["B"] * (0.05 * 1e9 / (0.001 * n + 4e5)) ** -LAW["beta"]
+    assert advice.best_size == pytest.approx(n[losses.argmin()], rel=0.3)
+    assert advice.loss_interval[0] < losses.min() < advice.loss_interval[1]
+    assert advice.best_size_interval[0] <= advice.best_size <= advice.best_size_interval[1]
+    assert advise(found, 0.01).best_size < advice.best_size
+    largest = advise(found, 1e5)
+    assert largest.remarks[0].startswith("The best is the largest size trained")
+    last = largest.options.iloc[-1]
+    assert (last["low"], last["high"]) == pytest.approx(largest.loss_interval, rel=1e-9), "one interval a point"
+
+
+def test_the_planner_says_when_its_audio_lies_below_the_study_and_refuses_far_below(found: Claims):
+    few = advise(found, 0.0005)
+    assert few.hours < found.kept["D"].min()
+    assert any("times the audio of the study's shortest run: below" in remark for remark in few.remarks)
+    with pytest.raises(RefusalError, match=r"gpu_hours=1e-09 buys \S+ h of audio, less than a tenth of the study's"):
+        advise(found, 1e-9)
+
+
+def test_the_planner_recommends_no_size_whose_runs_all_diverged(tmp_path: Path):
+    study = grid_study(tmp_path / "study")
+    for row in study.read_plan():
+        if row["size"]["name"] == "s":
+            failed = {"event": "failed", "failure": "diverged", "reason": "the loss of step 9 is nan", "time": 1.7e9}
+            study.run(row["run_id"]).events.write_text(lines([failed]))
+    advice = advise(claims(gather(study.path), Settings(study.path, bootstraps=100)), 1e4)
+    assert list(advice.options["size"]) == ["c8", "xt", "c24", "t", "c48"]
+    assert advice.best_size <= FAMILY["c48"][4] * (1 + 1e-9)
+
+
+def test_the_planner_refuses_where_the_law_is_not_identified(
+    tmp_path: Path, grid: StudyDirectory, capsys: pytest.CaptureFixture[str]
+):
+    study = sizes_study(tmp_path / "study", seeds=2)
+    with pytest.raises(RefusalError, match=r"unidentifiable \(D has 1 level"):
+        advise(claims(gather(study.path), Settings(study.path, bootstraps=100)), 1.0)
+    assert main([f"study={study.path}", "gpu_hours=1"]) == 1
+    assert capsys.readouterr().err.startswith("no advice: L(N, D) of this study is unidentifiable (D has 1 level")
+    for hours in ("-1", "nan", "1e300"):
+        assert main([f"study={grid.path}", f"gpu_hours={hours}"]) == 2
+        assert capsys.readouterr().err == f"error: gpu_hours={hours}: expected a number above 0 and at most 1e+09\n"
+    assert main([f"study={grid.path}", "gpu_hours=3", "bootstraps=200"]) == 0
+    out = capsys.readouterr().out
+    assert "Best between the sizes trained" in out
+    assert "without the largest size (s): pass" in out
+
+
+def test_the_planner_says_of_a_law_at_a_bound_what_would_free_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for budget in (0.1, 1.0, 10.0):
+        for size in ("c8", "xt", "t", "s"):
+            hours = budget * 1e15 / COST / FAMILY[size][4]
+            plan = run_record(size, hours)  # every size and budget still gains, as if there were no floor
+            write_run(study, plan, float(joint_law(FAMILY[size][4], hours, **LAW | {"E": 0.0})), rng)
+            plans.append(plan)
+    study.plan.write_text(lines(plans))
+    assert main([f"study={study.path}", "gpu_hours=1", "bootstraps=100"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("no advice: L(N, D) of this study is at a bound (E = ")
+    assert "add larger budgets or sizes to the sweep" in told
+    assert "isoflop" not in told, "the study is of equal compute already"
