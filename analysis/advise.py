@@ -25,17 +25,17 @@ from rich.table import Table
 
 from analysis.claims import Claim, Claims, claims
 from analysis.command import run_main
-from analysis.fit import BOUND, CONVERGED, FEWEST_FREEDOM, UNFINISHED, UNIDENTIFIABLE, Fit, quantiles
+from analysis.fit import BOUND, CONVERGED, UNFINISHED, UNIDENTIFIABLE, Fit, size_interval
 from analysis.gather import gather
 from analysis.laws import Array
-from analysis.quantities import human_count, human_hours
+from analysis.quantities import human_count, human_hours, human_interval, human_macs
 from analysis.settings import KEYS, UsageError, parsed, settings_from
 from scaling.records import RecordError
 
 USAGE = "usage: python -m analysis.advise study=DIR gpu_hours=H"
 ADVISE_KEYS = KEYS | {"gpu_hours": "of one GPU (or CPU core) of the study's kind, to spend on one training"}
 GRID = 400  # sizes between the smallest and the largest that are compared
-FAR = 10.0  # times the audio of the study's longest run, or of its shortest: further than a law of it should be trusted
+FAR = 10.0  # times what the study's runs had: further than a law of them should be trusted
 MOST_HOURS = 1e9
 
 REMEDIES = {
@@ -52,7 +52,9 @@ class Advice:
 
     options: one row a size of the study: size, N, hours of audio that the budget buys, passes over the data, loss
         with its prediction interval, and in what share of bootstraps it is the best of them.
-    best_size: N of the least predicted loss between the sizes trained, with the interval over bootstraps.
+    best_size: N of the least predicted loss between the sizes trained, with the interval over bootstraps; its ends
+        are 0 or infinite where bootstraps have it at the smallest or the largest size.
+    about: which cells the law is of.
     """
 
     gpu_hours: float
@@ -62,6 +64,7 @@ class Advice:
     hours: float
     loss: float
     loss_interval: tuple[float, float]
+    about: str
     remarks: list[str]
 
 
@@ -79,45 +82,46 @@ def advise(found: Claims, gpu_hours: float) -> Advice:
         )
     if not claim.fitted.has_interval:
         raise RefusalError(
-            f"L(N, D) of this study has {claim.fitted.freedom} degrees of freedom, of at least {FEWEST_FREEDOM} for an "
-            f"interval: {REMEDIES[UNFINISHED]}"
+            f"L(N, D) of this study has no interval ({claim.fitted.why_no_interval}): {REMEDIES[UNFINISHED]}"
         )
     if found.data != "audio_hours_seen":
         raise RefusalError(
             "D of this study is distinct audio, which hours of compute do not buy: data=audio_hours_seen"
         )
-    speeds = training_speeds(found)
+    runs = found.kept[found.kept["run_id"].isin(claim.run_ids)]
+    speeds = training_speeds(runs)
     law = claim.fitted
     level = found.settings.level
     grid = np.geomspace(speeds["N"].min(), speeds["N"].max(), GRID)
     hours = gpu_hours * _speed_at(speeds, grid)
     losses = law.predict({"N": grid, "D": hours})
-    drawn = _predicted(law, grid, hours)
+    drawn = law.predict_bootstraps({"N": grid, "D": hours})
     best = int(np.argmin(losses))
-    shortest = float(found.kept["D"].min())
+    shortest = float(runs["D"].min())
     if hours[best] * FAR < shortest:
         raise RefusalError(
             f"gpu_hours={gpu_hours:g} buys {human_hours(float(hours[best]))} h of audio, less than a tenth of the "
             f"study's shortest run ({human_hours(shortest)} h), of which its law says nothing; give more hours"
         )
-    bests = grid[np.argmin(drawn, axis=1)]
+    bests = np.concatenate([[0.0], grid[1:-1], [np.inf]])[np.argmin(drawn, axis=1)]
     low, high = law.prediction_interval({"N": grid[best], "D": hours[best]}, level, seed=found.settings.seed)
     edge = best in (0, GRID - 1)
     return Advice(
         gpu_hours,
-        _options(found, claim, speeds, gpu_hours),
+        _options(found, runs, law, speeds, gpu_hours),
         float(grid[best]),
-        quantiles(bests, level),
+        size_interval(bests, level),
         float(hours[best]),
         float(losses[best]),
         (float(low[0]), float(high[0])),
-        _remarks(found, claim, float(hours[best]), float(grid[best]), edge),
+        claim.about,
+        _remarks(found, runs, claim, float(hours[best]), float(grid[best]), edge),
     )
 
 
-def training_speeds(found: Claims) -> pd.DataFrame:
+def training_speeds(runs: pd.DataFrame) -> pd.DataFrame:
     """Audio-seconds that one process trains on in a second, a row a size: N, size, speed, runs; by N."""
-    runs = found.kept[np.isfinite(found.kept["audio_seconds_per_second"])]
+    runs = runs[np.isfinite(runs["audio_seconds_per_second"])]
     if runs.empty:
         raise RefusalError("no run has its speed (audio_seconds_per_second) on record")
     speed = runs["audio_seconds_per_second"] / runs["world_size"].fillna(1)
@@ -134,22 +138,18 @@ def _speed_at(speeds: pd.DataFrame, sizes: Array) -> Array:
     return np.exp(np.interp(np.log(sizes), np.log(speeds["N"]), np.log(speeds["speed"])))
 
 
-def _predicted(law: Fit, sizes: Array, hours: Array) -> Array:
-    return law.predict_bootstraps({"N": sizes, "D": hours})
-
-
-def _options(found: Claims, claim: Claim, speeds: pd.DataFrame, gpu_hours: float) -> pd.DataFrame:
-    law, settings = claim.fitted, found.settings
+def _options(found: Claims, runs: pd.DataFrame, law: Fit, speeds: pd.DataFrame, gpu_hours: float) -> pd.DataFrame:
+    settings = found.settings
     sizes = speeds["N"].to_numpy(dtype=float)
     hours = gpu_hours * speeds["speed"].to_numpy(dtype=float)
     low, high = law.prediction_interval({"N": sizes, "D": hours}, settings.level, seed=settings.seed)
-    wins = np.bincount(np.argmin(_predicted(law, sizes, hours), axis=1), minlength=len(sizes))
+    wins = np.bincount(np.argmin(law.predict_bootstraps({"N": sizes, "D": hours}), axis=1), minlength=len(sizes))
     return pd.DataFrame(
         {
             "size": speeds["size"].to_numpy(),
             "N": sizes,
             "hours": hours,
-            "passes": hours / float(found.kept["hours"].max()),
+            "passes": hours / float(runs["hours"].max()),
             "loss": law.predict({"N": sizes, "D": hours}),
             "low": low,
             "high": high,
@@ -158,12 +158,13 @@ def _options(found: Claims, claim: Claim, speeds: pd.DataFrame, gpu_hours: float
     )
 
 
-def _remarks(found: Claims, claim: Claim, hours: float, size: float, edge: bool) -> list[str]:
+def _remarks(found: Claims, runs: pd.DataFrame, claim: Claim, hours: float, size: float, edge: bool) -> list[str]:
+    """runs: those of the law."""
     said = [found.other_axes.remark] if found.other_axes.chosen else []
     if edge:
-        at = "largest" if size >= found.kept["N"].max() * 0.99 else "smallest"
+        at = "largest" if size >= runs["N"].max() * 0.99 else "smallest"
         said.append(f"The best is the {at} size trained: the true optimum may lie beyond it. Train beyond it to know.")
-    shortest, longest = float(found.kept["D"].min()), float(found.kept["D"].max())
+    shortest, longest = float(runs["D"].min()), float(runs["D"].max())
     if hours < shortest:
         said.append(
             f"This is {hours / shortest:.2g} times the audio of the study's shortest run: below what the law is of."
@@ -171,7 +172,12 @@ def _remarks(found: Claims, claim: Claim, hours: float, size: float, edge: bool)
     if hours > longest:
         far = f"{hours / longest:.3g} times the audio of the study's longest run"
         said.append(f"This is {far}{': too far for the interval to be trusted' if hours > FAR * longest else ''}.")
-    passes, seen = hours / float(found.kept["hours"].max()), longest / float(found.kept["hours"].max())
+    compute, most = _training_macs(runs, size, hours), float(runs["C"].max())
+    if compute > 1.5 * most:
+        far = f"{human_macs(compute)} of training, {compute / most:.3g} times the study's most"
+        said.append(f"This is {far}{': too far for the interval to be trusted' if compute > FAR * most else ''}.")
+    distinct = float(runs["hours"].max())
+    passes, seen = hours / distinct, longest / distinct
     if passes > 1.5 * seen:
         said.append(
             f"{passes:.3g} passes over the data; the study has seen {seen:.3g}, so nothing shows what repetition costs."
@@ -180,6 +186,13 @@ def _remarks(found: Claims, claim: Claim, hours: float, size: float, edge: bool)
     verdicts = "; ".join(f"without {test.left_out}: {test.verdict}" for test in tests)
     said.append(f"The law's own test on cells it did not see: {verdicts or 'not possible in this study'}.")
     return said
+
+
+def _training_macs(runs: pd.DataFrame, size: float, hours: float) -> float:
+    """Of a size between those of the runs; a run's are proportional to its MACs a second times its audio."""
+    cells = runs.drop_duplicates("N").sort_values("N")
+    rate = np.interp(np.log(size), np.log(cells["N"]), np.log(cells["C"] / cells["D"]))
+    return float(np.exp(rate) * hours)
 
 
 def to_terminal(advice: Advice, found: Claims) -> Table:
@@ -210,11 +223,11 @@ def to_terminal(advice: Advice, found: Claims) -> Table:
 
 def summary(advice: Advice, found: Claims) -> str:
     unit = {"macs_per_second": "MACs/s"}.get(found.settings.size, "parameters")
-    low, high = advice.best_size_interval
     return (
         f"Best between the sizes trained: {human_count(advice.best_size)} {unit} "
-        f"({human_count(low)} to {human_count(high)}) on {human_hours(advice.hours)} h of audio seen; "
-        f"expected validation loss {advice.loss:.4g} ({advice.loss_interval[0]:.4g} to {advice.loss_interval[1]:.4g})."
+        f"({human_interval(*advice.best_size_interval)}) on {human_hours(advice.hours)} h of audio seen; "
+        f"expected validation loss {advice.loss:.4g} ({advice.loss_interval[0]:.4g} to {advice.loss_interval[1]:.4g}), "
+        f"by L(N, D) of {advice.about}."
     )
 
 

@@ -11,14 +11,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.fit import FEWEST_FREEDOM, HUBER_DELTA, Data, Fit, fit
+from analysis.budgets import at_one_budget, at_one_level, levels_of
+from analysis.fit import HUBER_DELTA, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
 from analysis.other_axes import OtherAxes, one_setting
@@ -29,7 +30,6 @@ from analysis.settings import DATA, SIZES, Settings
 CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}
 CEILINGS |= {"csig": 5.0, "cbak": 5.0, "covl": 5.0, "dnsmos_p808": 5.0}
 CEILINGS |= {"dnsmos_sig": 4.443, "dnsmos_bak": 4.521, "dnsmos_ovrl": 4.644}  # the tops of the published polynomials
-SAME_COMPUTE = 0.05  # relative: steps are whole, so equal budgets are equal to within some percent
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _loss_against_size(runs: pd.DataFrame, measure: str, settings: Settings) -> 
 
 def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Claim:
     kept = runs[runs["excluded"] == ""]
-    counts = kept.groupby("size")["D"].agg(lambda d: len(_levels(d)))
+    counts = kept.groupby("size")["D"].agg(lambda d: len(levels_of(d)))
     sizes = kept.groupby("size")["macs_per_second"].first()
     best = pd.DataFrame({"levels": counts, "macs": sizes}).sort_values(["levels", "macs"])
     size = best.index[-1] if len(best) else None
@@ -204,7 +204,7 @@ def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Cla
 def _loss_against_compute(runs: pd.DataFrame, settings: Settings) -> Claim:
     kept = runs[runs["excluded"] == ""]
     means = kept.groupby("cell").agg(C=("C", "first"), loss=("validation_loss", "mean")).sort_values("C")
-    means["level"] = np.searchsorted(_levels(means["C"]), means["C"], side="right")
+    means["level"] = np.searchsorted(levels_of(means["C"]), means["C"], side="right")
     best = means.sort_values(["level", "loss"]).drop_duplicates("level")  # a cell a level
 
     def frontier(of: pd.DataFrame) -> list[Any]:
@@ -237,41 +237,6 @@ def _joint(runs: pd.DataFrame, measure: str, data: str, settings: Settings) -> C
         settings,
         {"the largest size": "N", "the largest budget of data": "D", "the largest budget of compute": "C"},
     )
-
-
-def at_one_level(runs: pd.DataFrame, data: str) -> tuple[pd.DataFrame, str]:
-    """The runs of one level of what `data` is not, of audio seen and distinct audio, if that varies beside it.
-
-    Of several levels the one with the most cells, of several such the largest; and which it is, in words.
-    """
-    levels = {
-        "audio_hours_seen": runs["audio_hours_seen"].astype(float).map(round_hours),
-        "hours": runs["budget_hours"],
-    }
-    (other,) = levels.keys() - {data}
-    kept = pd.DataFrame(levels)[runs["excluded"] == ""].assign(cell=runs["cell"])
-    if (kept.groupby(data)[other].nunique() <= 1).all():  # the one follows from the other
-        return runs, ""
-    cells = kept.groupby(other)["cell"].nunique()
-    best = cells[cells == cells.max()].index.max()
-    words = {"hours": "of {} h of distinct audio", "audio_hours_seen": "of {} h of audio seen"}[other]
-    return runs[levels[other] == best], f" {words.format(human_hours(best))}"
-
-
-def at_one_budget(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The runs of the budget (hours, audio seen) with the most sizes, of several the largest; and which it is."""
-    kept = runs[runs["excluded"] == ""]
-    seen = kept["audio_hours_seen"].astype(float).map(round_hours)
-    sizes = kept.groupby([seen.rename("seen"), "budget_hours"])["size"].nunique()
-    if sizes.empty:
-        return runs[:0], "no run is left"
-    best = sizes[sizes == sizes.max()].index.max()
-    chosen = runs[
-        (runs["audio_hours_seen"].astype(float).map(round_hours) == best[0]) & (runs["budget_hours"] == best[1])
-    ]
-    if sizes.max() < 2:
-        return chosen, "no two sizes have seen the same audio"
-    return chosen, f"{human_hours(best[0])} h seen, of {human_hours(best[1])} h of audio"
 
 
 # --- laws of metrics -----------------------------------------------------------------------
@@ -344,14 +309,6 @@ def to_data(runs: pd.DataFrame, law: Law, quantity: Quantity) -> Data:
     return Data(x, runs[quantity.key].to_numpy(dtype=float), runs["cell"].to_numpy())
 
 
-def _levels(values: pd.Series) -> np.ndarray:
-    """Distinct values, those within some percent of each other taken as one."""
-    ordered = np.sort(np.asarray(values, dtype=float))
-    if not len(ordered):
-        return ordered
-    return ordered[np.concatenate([[True], np.diff(np.log(ordered)) > SAME_COMPUTE])]
-
-
 def _held_out(
     runs: pd.DataFrame,
     quantity: Quantity,
@@ -363,7 +320,7 @@ def _held_out(
 ) -> HeldOut:
     columns = ["label", "N", "D", "C", "seeds", "run_ids", "observed", "predicted", "low", "high"]
     empty = pd.DataFrame(columns=[*columns, "error", "naive_error", "is_covered"])
-    levels = _levels(runs[column])
+    levels = levels_of(runs[column])
     if len(levels) < 2:
         return HeldOut(what, "not possible", f"{column} has {len(levels)} level{'s' * (len(levels) != 1)}", empty)
     is_last = runs[column] >= levels[-1] * (1 - 1e-9)
@@ -373,9 +330,7 @@ def _held_out(
     if not trial.is_usable:
         return HeldOut(f"{what} ({name})", "not possible", f"without it: {trial.status}, {trial.reason}", empty)
     if not trial.has_interval:
-        degrees = f"{trial.freedom} degree{'s' * (trial.freedom != 1)} of freedom"
-        reason = f"without it: {degrees}, of at least {FEWEST_FREEDOM} for an interval"
-        return HeldOut(f"{what} ({name})", "not possible", reason, empty)
+        return HeldOut(f"{what} ({name})", "not possible", f"without it: {trial.why_no_interval}", empty)
     ceiling = CEILINGS.get(quantity.key, np.inf)
     sign = -1 if quantity.higher_is_better else 1
     best_seen = (seen.groupby("cell")[quantity.key].mean() * sign).min() * sign
@@ -420,28 +375,3 @@ def _largest(runs: pd.DataFrame, column: str) -> str:
     if column == "D":
         return f"{human_hours(runs['D'].max())} h"
     return human_macs(runs["C"].max())
-
-
-# --- tables of them ------------------------------------------------------------------------
-
-
-def comparison(found: Sequence[Claim]) -> pd.DataFrame:
-    """Laws of the same quantity side by side: AICc (of the same cells), held-out error and verdict."""
-    rows = []
-    for claim in found:
-        test = claim.held_out[0] if claim.held_out else None
-        rows.append(
-            {
-                "quantity": claim.quantity.key,
-                "law": claim.law.name,
-                "measure": claim.measure,
-                "cells": claim.fitted.data.num_cells,
-                "runs": len(claim.run_ids),
-                "status": claim.fitted.status,
-                "reason": claim.fitted.reason,
-                "aicc": claim.fitted.aicc,
-                "held_out_error": np.nan if test is None else test.error,
-                "held_out": "" if test is None else test.verdict,
-            }
-        )
-    return pd.DataFrame(rows)

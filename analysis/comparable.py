@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.claims import Claims, at_one_budget
+from analysis.budgets import at_one_budget, of_equal_compute
+from analysis.claims import Claims
 from analysis.gather import Study
-from analysis.isoflop import budgets
 from analysis.quantities import human_macs, round_hours
 
 
@@ -41,7 +41,8 @@ def comparable(study: Study, found: Claims) -> Comparable:
     runs = found.kept[found.kept["run_id"].isin(study.scores["run_id"].drop_duplicates().astype(str))]
     runs = runs.assign(hours_seen=runs["audio_hours_seen"].astype(float))
     shared, about = at_one_budget(runs)
-    levels = [(level["size"].nunique(), float(level["C"].mean()), level) for level in budgets(runs[runs["C"] > 0])]
+    budgets = of_equal_compute(runs[runs["C"] > 0])
+    levels = [(budget["size"].nunique(), float(budget["C"].mean()), budget) for budget in budgets]
     most, compute, level = max(levels, key=lambda one: one[:2], default=(0, 0.0, runs))
     is_of_compute = most > max(1, shared["size"].nunique())
     if is_of_compute:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.laws import Array, Law
-from analysis.problem import STEPS, Problem
+from analysis.problem import BOOTSTRAP_STEPS, MOST_UNFINISHED, STEPS, Problem
 
 HUBER_DELTA = 1e-3  # of residuals of log loss, as Hoffmann et al. 2022
 FEWEST_FREEDOM = 3  # degrees of freedom of the scatter; with fewer an interval says nothing, and is not given
@@ -88,6 +88,7 @@ class Fit:
     widening: (B,) by which each bootstrap's distance from the optimum counts in an interval; standard errors are
         of the bootstraps as drawn.
     residuals: (cells,) of the cells' means, of log y or y.
+    unfinished: share of the bootstraps that found no optimum.
     lack_of_fit: F of the cells' distance from the law over the scatter of seeds within them, about 1 where the law
         holds, and the degrees of freedom of both; None where no cell has several seeds.
     """
@@ -103,6 +104,7 @@ class Fit:
     bootstrap: dict[str, Array] = field(default_factory=dict)
     resampled: str = ""
     widening: Array = field(default_factory=lambda: np.empty(0))
+    unfinished: float = 0.0
 
     @property
     def freedom(self) -> int:
@@ -112,7 +114,16 @@ class Fit:
 
     @property
     def has_interval(self) -> bool:
-        return bool(self.bootstrap) and self.freedom >= FEWEST_FREEDOM
+        return bool(self.bootstrap) and not self.why_no_interval
+
+    @property
+    def why_no_interval(self) -> str:
+        """Of a law with bootstraps: why they give no interval; "" where they do."""
+        if self.freedom < FEWEST_FREEDOM:
+            return f"{human_degrees(self.freedom)}, of at least {FEWEST_FREEDOM} for an interval"
+        if self.unfinished > MOST_UNFINISHED:
+            return f"{self.unfinished:.0%} of the bootstraps found no optimum in {BOOTSTRAP_STEPS} steps"
+        return ""
 
     @property
     def is_usable(self) -> bool:
@@ -191,8 +202,18 @@ class Fit:
         return n * np.log(squares / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 
 
+def human_degrees(freedom: int) -> str:
+    return f"{freedom} degree{'s' * (freedom != 1)} of freedom"
+
+
 def quantiles(values: Array, level: float = 0.95) -> tuple[float, float]:
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def size_interval(sizes: Array, level: float) -> tuple[float, float]:
+    """Of draws of a best size, of which those below the sizes trained are 0 and those beyond them infinite."""
+    low, high = np.quantile(sizes, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(low), float(high)
 
 
@@ -244,7 +265,7 @@ def fit(
     residuals = problem.residuals(point[None])[0]
     values = {name: float(value[0]) for name, value in problem.named(point[None]).items()}
     drawn: dict[str, Array] = {}
-    widening = np.empty(0)
+    widening, unfinished = np.empty(0), 0.0
     if bootstraps:
         if resample == "auto":
             resample = "seeds" if (data.counts > 1).all() and "L" not in law.variables else "cells"
@@ -267,7 +288,8 @@ def fit(
         # The runner-up valley too: another sample may prefer it.
         order = np.argsort(objectives)
         others = [points[i] for i in order[1:] if not np.allclose(points[i], point, rtol=1e-3, atol=1e-6)][:1]
-        drawn = problem.named(problem.minimise_all([point, *others], draws, y))
+        best_points, unfinished = problem.minimise_all([point, *others], draws, y)
+        drawn, widening = problem.named(best_points), widening[: len(best_points)]
     return Fit(
         law,
         data,
@@ -280,6 +302,7 @@ def fit(
         drawn,
         resample if bootstraps else "",
         widening,
+        unfinished,
     )
 
 

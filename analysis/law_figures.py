@@ -98,8 +98,8 @@ def _law_handles() -> list[Any]:
 
 
 def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
-    """Left: loss against N at each budget of compute, with parabola and minimum. Right: the path N*(C)."""
-    drawn = [parabola for parabola in iso.parabolas if parabola.coefficients]
+    """Left: loss against N at each budget of compute, with curve and minimum. Right: the path N*(C)."""
+    drawn = [curve for curve in iso.curves if curve.coefficients]
     if not drawn:
         return None
     level = found.settings.level
@@ -108,15 +108,15 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
         figure = Figure(figsize=(6.6, 3.1), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
         values: list[float] = []
-        for number, parabola in enumerate(drawn):
+        for number, curve in enumerate(drawn):
             look: dict[str, Any] = {"color": style.color(number), "marker": style.marker(number)}
-            cells = parabola.cells
-            left.plot(cells["N"], cells["loss"], linestyle="", label=human_macs(parabola.compute), **look)
+            cells = curve.cells
+            left.plot(cells["N"], cells["loss"], linestyle="", label=human_macs(curve.compute), **look)
             x = np.geomspace(cells["N"].min(), cells["N"].max(), POINTS)
-            left.plot(x, parabola.loss(x), color=look["color"], linestyle=DASHES[number % len(DASHES)], linewidth=1.1)
+            left.plot(x, curve.loss(x), color=look["color"], linestyle=DASHES[number % len(DASHES)], linewidth=1.1)
             values += list(cells["loss"])
-            if np.isfinite(parabola.best_size):
-                left.plot(parabola.best_size, parabola.best_loss, marker="*", markersize=10, color="black", zorder=5)
+            if np.isfinite(curve.best_size):
+                left.plot(curve.best_size, curve.best_loss, marker="*", markersize=10, color="black", zorder=5)
         _log_x(left, min(p.cells["N"].min() for p in drawn), max(p.cells["N"].max() for p in drawn))
         left.set_yscale("log")
         _log_y(left, min(values), max(values))

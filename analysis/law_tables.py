@@ -3,6 +3,7 @@ minima, and the runs left out of all of them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,23 +11,23 @@ import numpy as np
 import pandas as pd
 
 from analysis.claims import Claim, Claims
-from analysis.fit import FEWEST_FREEDOM, UNIDENTIFIABLE, Fit, quantiles
-from analysis.isoflop import IsoFlop
+from analysis.fit import CONVERGED, FEWEST_FREEDOM, Fit, human_degrees, quantiles, size_interval
+from analysis.isoflop import PARABOLA, Curve, IsoFlop, best_by_law
 from analysis.paper_table import PaperTable, table_of
-from analysis.quantities import MISSING, VALIDATION_LOSS, human_count, human_macs
+from analysis.quantities import MISSING, VALIDATION_LOSS, human_count, human_interval, human_macs
 from analysis.settings import DATA, SIZES
 
 
 def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data: str) -> PaperTable:
     """A row a law; the CSV has a row a parameter. data: what D is, a key of DATA."""
     rows, numbers = [], []
+    rivals = Counter((claim.quantity.key, frozenset(claim.run_ids)) for claim in found)
     for claim in found:
         ids, law = " ".join(claim.run_ids), claim.fitted
-        if law.status == UNIDENTIFIABLE:
-            values = MISSING
-        else:
+        values = MISSING
+        if law.is_usable:
             values = "; ".join(_parameter(claim, parameter, level) for parameter in claim.law.parameters)
-        aicc = law.aicc
+        aicc = law.aicc if rivals[claim.quantity.key, frozenset(claim.run_ids)] > 1 else np.nan
         test = next((t for t in claim.held_out if t.verdict != "not possible"), None)
         needs_size = "N" in claim.law.variables
         row = {
@@ -39,10 +40,10 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data
             "Status": law.status + (f" ({law.reason})" if law.reason else "") + _no_interval(law),
             "Parameters": values,
             "AICc": f"{aicc:.1f}" if np.isfinite(aicc) else MISSING,
-            "Held-out error": f"{test.error:.3g}" if test else MISSING,
+            "Held-out error": f"{test.error:.3g}, without {test.left_out}" if test else MISSING,
         }
         rows.append({heading: (text, ids) for heading, text in row.items()})
-        for parameter, value in law.parameters.items():
+        for parameter, value in law.parameters.items() if law.is_usable else ():
             entry: dict[str, Any] = {
                 "quantity": claim.quantity.key,
                 "law": claim.law.name,
@@ -62,7 +63,10 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data
     intervals = f"{level:.0%} intervals in brackets, of bootstraps over {how}, with Student's tails."
     intervals = intervals if how else "No intervals."
     formulas = "; ".join(dict.fromkeys(f"{claim.law.name}: {claim.law.formula}" for claim in found))
-    caption = f"{formulas}. {_units(found, data)} {intervals} Losses: Huber on log residuals."
+    caption = (
+        f"{formulas}. {_units(found, data)} {intervals} Losses: Huber on log residuals. "
+        "AICc: of laws of the same quantity and the same cells, lower is better; differences below 2 say nothing."
+    )
     if any(claim.fitted.lack_of_fit for claim in found):
         caption += (
             " Lack of fit: F of the cells' distance from the law over their seeds' scatter (degrees of freedom of "
@@ -106,14 +110,12 @@ def _no_interval(law: Fit) -> str:
     """Why a law that was fitted has no intervals."""
     if not law.bootstrap or law.has_interval:
         return ""
+    if law.freedom >= FEWEST_FREEDOM:
+        return f"; no intervals: {law.why_no_interval}"
     fewest, most = int(law.data.counts.min()), int(law.data.counts.max())
     seeds = "one seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    cells = f"{law.data.num_cells} cells of {seeds} leave {_degrees(law.freedom)}"
+    cells = f"{law.data.num_cells} cells of {seeds} leave {human_degrees(law.freedom)}"
     return f"; no intervals: {cells}, of at least {FEWEST_FREEDOM}"
-
-
-def _degrees(freedom: int) -> str:
-    return f"{freedom} degree{'s' * (freedom != 1)} of freedom"
 
 
 def exclusions_effect_table(found: Claims) -> PaperTable:
@@ -194,28 +196,32 @@ def held_out_table(found: Claims) -> PaperTable:
 
 
 def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
-    """A row a budget; the CSV has the parabolas' coefficients and the path's exponent too."""
+    """A row a budget; the CSV has the curves' coefficients and the path's exponent too."""
     rows, numbers = [], []
     level = found.settings.level
-    for parabola in iso.parabolas:
-        ids = " ".join(found.kept.loc[found.kept["cell"].isin(parabola.cells.index), "run_id"])
-        low, high = parabola.interval(level)
-        has_best = np.isfinite(parabola.best_size)
+    for curve in iso.curves:
+        ids = " ".join(found.kept.loc[found.kept["cell"].isin(curve.cells.index), "run_id"])
+        low, high = curve.interval(level)
+        has_best = np.isfinite(curve.best_size)
+        by_law, law_low, law_high, law_ids = _best_by_law(curve, found)
         row = {
-            "Training compute": human_macs(parabola.compute),
-            "Sizes": str(parabola.cells["size"].nunique()),
-            "Best size": human_count(parabola.best_size) if has_best else MISSING,
-            "Interval": _interval(low, high) if parabola.bootstrap is not None else MISSING,
-            "Loss there": f"{parabola.best_loss:.4f}" if has_best else MISSING,
-            "Status": parabola.status + (f": {parabola.reason}" if parabola.reason else ""),
+            "Training compute": (human_macs(curve.compute), ids),
+            "Sizes": (str(curve.cells["size"].nunique()), ids),
+            "Best size": (human_count(curve.best_size) if has_best else MISSING, ids),
+            "Interval": (human_interval(low, high), ids),
+            "Loss there": (f"{curve.best_loss:.4f}" if has_best else MISSING, ids),
+            "Status": (curve.status + (f": {curve.reason}" if curve.reason else ""), ids),
+            "By L(N, D)": (human_count(by_law) if 0 < by_law < np.inf else human_interval(by_law, by_law), law_ids),
+            "Interval of it": (human_interval(law_low, law_high), law_ids),
         }
-        rows.append({heading: (text, ids) for heading, text in row.items()})
-        square, slope, constant = parabola.coefficients or (np.nan,) * 3
-        entry: dict[str, Any] = {"train_macs": parabola.compute, "sizes": parabola.cells["size"].nunique()}
-        entry |= {"best_size": parabola.best_size, "low": low, "high": high, "best_loss": parabola.best_loss}
-        entry |= {"status": parabola.status, "reason": parabola.reason, "log10_n_centre": parabola.centre}
-        entry |= {"square": square, "slope": slope, "constant": constant}
-        numbers.append(entry | _path_numbers(iso, level) | {"run_ids": ids})
+        rows.append(row)
+        cube, square, slope, constant = curve.coefficients or (np.nan,) * 4
+        entry: dict[str, Any] = {"train_macs": curve.compute, "sizes": curve.cells["size"].nunique()}
+        entry |= {"best_size": curve.best_size, "low": low, "high": high, "best_loss": curve.best_loss}
+        entry |= {"status": curve.status, "reason": curve.reason, "log10_n_centre": curve.centre}
+        entry |= {"cube": cube, "square": square, "slope": slope, "constant": constant}
+        entry |= {"law_best_size": by_law, "law_low": law_low, "law_high": law_high}
+        numbers.append(entry | _path_numbers(iso, level) | {"run_ids": ids, "law_run_ids": law_ids})
     path = iso.path
     if np.isfinite(path.exponent):
         bounds = ""
@@ -226,7 +232,24 @@ def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
     else:
         told = f"No path: {path.reason}."
     caption = f"The best size is in {SIZES[found.settings.size]}. {told} {_isoflop_intervals(iso, level)}"
+    if any(curve.degree == PARABOLA for curve in iso.curves):
+        caption += (
+            " Of four sizes, or of too few runs for a cubic, a curve is a parabola, whose minimum may lie a fifth "
+            "beside the law's, which its interval does not know of."
+        )
     return table_of("isoflop", "Best size at each budget of compute", caption, rows, numbers)
+
+
+def _best_by_law(curve: Curve, found: Claims) -> tuple[float, float, float, str]:
+    """(size, its interval, the law's runs) by the study's L(N, D), where it is of this budget's cells."""
+    claim = found.loss("L(N, D)")
+    assert claim is not None
+    of_law = set(found.kept.loc[found.kept["run_id"].isin(claim.run_ids), "cell"])
+    if claim.fitted.status != CONVERGED or found.data != "audio_hours_seen" or not of_law.issuperset(curve.cells.index):
+        return np.nan, np.nan, np.nan, ""
+    best, draws = best_by_law(curve, claim.fitted)
+    low, high = size_interval(draws, found.settings.level) if claim.fitted.has_interval else (np.nan, np.nan)
+    return best, low, high, " ".join(claim.run_ids)
 
 
 def _path_numbers(iso: IsoFlop, level: float) -> dict[str, float]:
@@ -236,23 +259,12 @@ def _path_numbers(iso: IsoFlop, level: float) -> dict[str, float]:
     return about | {"path_exponent_low": low, "path_exponent_high": high}
 
 
-def _interval(low: float, high: float) -> str:
-    """Of a best size: 0 below the sizes trained, infinite beyond them."""
-    if high == 0:
-        return "below the smallest"
-    if np.isinf(low):
-        return "beyond the largest"
-    first = human_count(low) if low > 0 else "below the smallest"
-    return f"{first} to {human_count(high) if np.isfinite(high) else 'beyond the largest'}"
-
-
 def _isoflop_intervals(iso: IsoFlop, level: float) -> str:
+    freedom = human_degrees(iso.freedom)
     if iso.freedom < FEWEST_FREEDOM:
-        return (
-            f"No intervals: {_degrees(iso.freedom)} of the scatter about the parabolas, of at least {FEWEST_FREEDOM}."
-        )
+        return f"No intervals: {freedom} of the scatter about the curves, of at least {FEWEST_FREEDOM}."
     return (
-        f"{level:.0%} intervals: runs scatter about the parabolas of all budgets alike, with {_degrees(iso.freedom)}; "
+        f"{level:.0%} intervals: runs scatter about the curves of all budgets alike, with {freedom}; "
         "open where a share of the draws has its minimum beyond the sizes trained."
     )
 

@@ -20,7 +20,8 @@ from analysis.laws import Array, Law
 STARTS = {1: 48, 2: 14}  # grid points a shape, by the number of shapes
 BEST_STARTS = 6
 STEPS, TOLERANCE = 200, 1e-10  # of Newton's method; of the objective that another step would gain, relative
-BOOTSTRAP_STEPS, BOOTSTRAP_TOLERANCE = 60, 1e-6  # far below what samples differ by
+BOOTSTRAP_STEPS, BOOTSTRAP_TOLERANCE = 300, 1e-6  # far below what samples differ by
+MOST_UNFINISHED = 0.05  # of the bootstraps: beyond, those that found no optimum make the intervals too narrow
 EXACT = 1e-10  # a residual that counts as none
 AT_BOUND = 1e-6
 WORST_CONDITION = 1e13  # of the curvature in units of its diagonal
@@ -254,24 +255,29 @@ class Problem:
             gauss_newton = np.where(better[:, None, None], new[3], gauss_newton)
         return points, self.objective(points, weights, target), done
 
-    def minimise_all(self, starts: Sequence[Array], weights: Array, y: Array | None = None) -> Array:
-        """The best point (B, P) of each sample, over the starts; in threads, chunk by chunk.
+    def minimise_all(self, starts: Sequence[Array], weights: Array, y: Array | None = None) -> tuple[Array, float]:
+        """The best point (B, P) of each sample, over the starts, and the share of samples that found no optimum.
 
-        weights (B, n); y (B, n) of each sample where it is not the data's
+        weights (B, n); y (B, n) of each sample where it is not the data's. In threads, chunk by chunk; where far too
+        many of the first chunk find none, only that.
         """
         target = None if y is None else np.log(y) if self.law.is_log else y
 
-        def one(chunk: slice) -> Array:
+        def one(chunk: slice) -> tuple[Array, NDArray[np.bool_]]:
             sample = weights[chunk], None if target is None else target[chunk]
             count = len(sample[0])
             end = BOOTSTRAP_STEPS, BOOTSTRAP_TOLERANCE
             results = [self.minimise(np.repeat(start[None], count, axis=0), *sample, *end) for start in starts]
-            best = np.argmin([objective for _, objective, _ in results], axis=0)
-            return np.stack([points for points, _, _ in results])[best, np.arange(count)]
+            best = np.argmin([objective for _, objective, _ in results], axis=0), np.arange(count)
+            return np.stack([points for points, *_ in results])[best], np.stack([done for *_, done in results])[best]
 
-        chunks = [slice(first, first + CHUNK) for first in range(0, len(weights), CHUNK)]
-        with ThreadPoolExecutor(_num_threads()) as pool:
-            return np.concatenate(list(pool.map(one, chunks)))
+        first, *others = [slice(first, first + CHUNK) for first in range(0, len(weights), CHUNK)]
+        found = [one(first)]
+        if np.mean(~found[0][1]) <= 2 * MOST_UNFINISHED:
+            with ThreadPoolExecutor(_num_threads()) as pool:
+                found += pool.map(one, others)
+        points, done = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return points, float(np.mean(~done))
 
     def at_bounds(self, point: Array) -> dict[str, float]:
         """The parameters of a point (P,) that stopped at the end of their range, and where."""

@@ -82,6 +82,18 @@ def human_count(count: float, digits: int = 3) -> str:
     return f"{scaled:.{decimals}f} {' KMGTP'[scale]}"
 
 
+def human_interval(low: float, high: float) -> str:
+    """Of a best size: 0 stands for one below the sizes trained, infinity for one beyond them."""
+    if math.isnan(low):
+        return MISSING
+    if high == 0:
+        return "below the smallest"
+    if math.isinf(low):
+        return "beyond the largest"
+    first = human_count(low) if low > 0 else "below the smallest"
+    return f"{first} to {human_count(high) if math.isfinite(high) else 'beyond the largest'}"
+
+
 def _plain(value: float) -> str:
     """A number below 1,000 in three significant digits: 150, 0.37, and 0.00004 where Python writes 4e-05."""
     text = f"{value:.3g}"

@@ -157,9 +157,9 @@ def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nod
         ),
         "isoflop_curves": (
             isoflop_figure(iso, found),
-            "Loss against size at equal training compute, with the parabola of each budget and its minimum; and the "
+            "Loss against size at equal training compute, with the curve of each budget and its minimum; and the "
             "compute-optimal size against compute.",
-            iso.reason or "no budget has enough sizes for a parabola",
+            iso.reason or "no budget has enough sizes for a curve",
         ),
         "published": (
             published_figure(found, study.metrics, data),

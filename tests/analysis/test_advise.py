@@ -1,4 +1,4 @@
-"""The best size at a budget: by parabolas of equal compute, and by the planner from the joint law."""
+"""The best size at a budget: by curves of equal compute, and by the planner from the joint law."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.advise import RefusalError, advise, main
+from analysis.advise import RefusalError, advise, main, summary
 from analysis.claims import Claims, claims
 from analysis.fit import CONVERGED
 from analysis.gather import gather
 from analysis.isoflop import AT_EDGE, isoflop
+from analysis.law_tables import isoflop_table
 from analysis.laws import joint_law
+from analysis.quantities import MISSING
 from analysis.settings import Settings
 from scaling.records import StudyDirectory
-from tests.analysis.generated import COST, FAMILY, LAW, grid_study, lines, run_record, sizes_study, write_run
+from tests.analysis.generated import COST, FAMILY, LAW, grid_study, lines, run_record, sizes_study, true_loss, write_run
 
 
 def optimum(compute: float) -> float:
@@ -24,25 +26,37 @@ def optimum(compute: float) -> float:
     return float((a * LAW["A"] / (b * LAW["B"])) ** (1 / (a + b)) * (compute / COST) ** (b / (a + b)))
 
 
-def test_each_parabola_finds_the_best_size_and_the_path_its_exponent(found: Claims):
+def test_each_curve_finds_the_best_size_and_the_path_its_exponent(found: Claims):
     iso = isoflop(found.kept, bootstraps=400, seed=0)
-    assert [round(p.compute / 1e14, 6) for p in iso.parabolas] == [1, 3, 10, 30]
-    for parabola in iso.parabolas:
-        assert parabola.best_size == pytest.approx(optimum(parabola.compute), rel=0.25)
-        low, high = parabola.interval(0.95)
-        assert low < parabola.best_size < high
+    assert [round(p.compute / 1e14, 6) for p in iso.curves] == [1, 3, 10, 30]
+    for curve in iso.curves:
+        assert curve.best_size == pytest.approx(optimum(curve.compute), rel=0.25)
+        low, high = curve.interval(0.95)
+        assert low < curve.best_size < high
     assert iso.path.status == CONVERGED
     assert iso.path.exponent == pytest.approx(0.45 / 0.85, abs=0.05)
 
 
+def test_the_joint_law_says_the_best_size_of_each_budget_beside_its_curve(found: Claims):
+    table = isoflop_table(isoflop(found.kept, bootstraps=100, seed=0), found)
+    claim = found.loss("L(N, D)")
+    assert claim is not None
+    for row in table.data.to_dict("records"):
+        truth = optimum(row["train_macs"])
+        assert row["law_best_size"] == pytest.approx(truth, rel=0.1)
+        assert row["law_low"] < truth < row["law_high"]
+        assert row["law_run_ids"] == " ".join(claim.run_ids)
+    assert MISSING not in set(table.text["By L(N, D)"])
+
+
 def test_a_minimum_beyond_the_sizes_trained_is_said_and_not_extrapolated(found: Claims):
     small = found.kept[found.kept["size"].isin(["c8", "xt", "c24", "t"]) & (found.kept["C"] > 2e15)]
-    (parabola,) = isoflop(small, bootstraps=100, seed=0).parabolas
-    assert parabola.status == AT_EDGE
-    assert np.isnan(parabola.best_size)
-    assert "larger sizes are needed" in parabola.reason
-    few = isoflop(small[small["size"] != "c8"], bootstraps=100, seed=0).parabolas[0]
-    assert few.reason.startswith("3 sizes; a parabola needs 4")
+    (curve,) = isoflop(small, bootstraps=100, seed=0).curves
+    assert curve.status == AT_EDGE
+    assert np.isnan(curve.best_size)
+    assert "larger sizes are needed" in curve.reason
+    few = isoflop(small[small["size"] != "c8"], bootstraps=100, seed=0).curves[0]
+    assert few.reason.startswith("3 sizes; a curve with a minimum needs 4")
 
 
 def test_the_planner_recommends_what_the_law_and_the_speeds_make_best(found: Claims):
@@ -56,8 +70,38 @@ def test_the_planner_recommends_what_the_law_and_the_speeds_make_best(found: Cla
     assert advise(found, 0.01).best_size < advice.best_size
     largest = advise(found, 1e5)
     assert largest.remarks[0].startswith("The best is the largest size trained")
+    assert largest.best_size_interval[1] == np.inf
+    assert "beyond the largest) on" in summary(largest, found)
     last = largest.options.iloc[-1]
     assert (last["low"], last["high"]) == pytest.approx(largest.loss_interval, rel=1e-9), "one interval a point"
+
+
+def test_the_planner_says_when_its_compute_lies_beyond_the_study_though_its_audio_does_not(found: Claims):
+    """The longest run of a study of equal compute is the smallest size's."""
+    advice = advise(found, 8.0)
+    assert advice.hours < found.kept["D"].max()
+    compute = COST * advice.best_size * advice.hours
+    assert compute > 10 * found.kept["C"].max()
+    (said,) = (remark for remark in advice.remarks if "of training" in remark)
+    assert said.endswith(
+        f"{compute / found.kept['C'].max():.3g} times the study's most: too far for the interval to be trusted."
+    )
+
+
+def test_the_planner_speaks_of_the_distinct_audio_that_its_law_is_of(tmp_path: Path):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for hours in (1.0, 9.0):
+        for size in FAMILY:
+            for seen in (30.0, 100.0, 300.0) if hours == 1 else (30.0, 100.0):
+                plan = run_record(size, seen, hours=hours) | {"run_id": f"{size}-{seen}-{hours}"}
+                plan["axes"] |= {"data.hours": hours}
+                write_run(study, plan, true_loss(size, seen) * (1.3 if hours == 1 else 1.0), rng)
+                plans.append(plan)
+    study.plan.write_text(lines(plans))
+    found = claims(gather(study.path), Settings(study.path, bootstraps=100))
+    advice = advise(found, 0.2)
+    assert "of 1 h of distinct audio" in summary(advice, found)
+    assert advice.options["passes"].to_numpy() == pytest.approx(advice.options["hours"].to_numpy())
 
 
 def test_the_planner_says_when_its_audio_lies_below_the_study_and_refuses_far_below(found: Claims):

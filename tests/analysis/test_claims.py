@@ -14,6 +14,7 @@ from analysis.claims import CEILINGS, Claims, claims
 from analysis.fit import CONVERGED, UNIDENTIFIABLE
 from analysis.gather import gather
 from analysis.isoflop import isoflop
+from analysis.law_tables import laws_table
 from analysis.nodes import node_table
 from analysis.paper_tables import paper_tables
 from analysis.quantities import CHOSEN_METRICS, METRICS
@@ -154,6 +155,19 @@ def test_an_interval_of_a_metric_ends_where_the_metric_does(tmp_path: Path):
         if len(test.cells)
     ]
     assert max(ends) == CEILINGS["stoi"]
+
+
+def test_a_law_whose_bootstraps_find_no_optimum_has_no_interval_and_the_reason_is_in_the_table(tmp_path: Path):
+    study = sizes_study(tmp_path / "study")
+    metrics = claims(gather(study.path), Settings(study.path, bootstraps=200)).metrics
+    table = laws_table(metrics, "laws", "Laws", 0.95, "audio_hours_seen")
+    unfinished = [claim.fitted for claim in metrics if claim.fitted.unfinished > 0.05]
+    assert unfinished
+    for law in unfinished:
+        assert not law.has_interval
+        assert np.isnan(law.interval(law.law.parameters[0])).all()
+    said = table.text["Status"].str.contains(r"no intervals: \d+% of the bootstraps found no optimum in 300 steps")
+    assert said.sum() == len(unfinished)
 
 
 def test_what_a_rule_leaves_out_is_on_record_and_fitted_the_other_way(tmp_path: Path):

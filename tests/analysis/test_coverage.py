@@ -17,7 +17,7 @@ from analysis.laws import joint_law, joint_loss_law, loss_law, power_law
 from analysis.quantities import METRICS, MISSING
 from analysis.settings import Settings
 from analysis.significance import paired
-from tests.analysis.generated import grid_study
+from tests.analysis.generated import COST, FAMILY, grid_study
 
 FEWEST_COVERED = 0.90
 LAW = {"E": 0.02, "A": 7.8, "alpha": 0.3}
@@ -39,14 +39,41 @@ def parabolas(
     return pd.DataFrame(rows), 10 ** float(best[0])
 
 
-@pytest.mark.parametrize(("sizes", "seeds", "budgets"), [(6, 1, 1), (4, 1, 3), (4, 2, 1), (6, 2, 1)])
+@pytest.mark.parametrize(("sizes", "seeds", "budgets"), [(7, 1, 1), (6, 1, 1), (4, 1, 3), (4, 2, 1), (6, 2, 1)])
 def test_the_best_size_lies_in_its_interval(sizes: int, seeds: int, budgets: int):
     rng, hits, trials = np.random.default_rng(1), 0, 150
     for trial in range(trials):
         runs, best = parabolas(rng, sizes, seeds, budgets)
-        low, high = isoflop(runs, bootstraps=400, seed=trial).parabolas[0].interval(0.95)
+        low, high = isoflop(runs, bootstraps=400, seed=trial).curves[0].interval(0.95)
         hits += low <= best <= high
     assert hits / trials >= FEWEST_COVERED
+
+
+@pytest.mark.parametrize(("law", "seeds"), [((0.4, 0.45, 26.0), 3), ((0.6, 0.25, 1640.0), 1), ((0.6, 0.25, 1640.0), 3)])
+def test_the_best_size_of_a_law_that_is_no_parabola_lies_in_its_interval(law: tuple[float, float, float], seeds: int):
+    """A parabola's minimum is 1 to 3 % and 14 to 22 % beside the law's: its interval held that in 13 and 0 of 100."""
+    alpha, beta, a = law
+    rng, trials = np.random.default_rng(1), 60
+    n = np.array([record[4] for record in FAMILY.values()], dtype=float)
+    fine = np.geomspace(n.min(), n.max(), 20_000)
+    budgets = np.array([1e14, 3e14, 1e15]) / COST
+    exact = {c: joint_law(n, c / n, E=0.02, A=a, alpha=alpha, B=0.06, beta=beta) for c in budgets}
+    best = [fine[joint_law(fine, c / fine, E=0.02, A=a, alpha=alpha, B=0.06, beta=beta).argmin()] for c in budgets]
+    hits = np.zeros(3)
+    for trial in range(trials):
+        rows = [
+            {"N": size, "size": f"{size:g}", "D": c / size, "C": c, "cell": f"{c:g}/{size:g}", "budget_hours": 9.0}
+            | {"validation_loss": loss * np.exp(rng.normal(0, 0.004))}
+            for c, losses in exact.items()
+            for size, loss in zip(n, losses, strict=True)
+            for _ in range(seeds)
+        ]
+        curves = isoflop(pd.DataFrame(rows), bootstraps=400, seed=trial).curves
+        hits += [
+            low <= size <= high for size, (low, high) in zip(best, (c.interval(0.95) for c in curves), strict=True)
+        ]
+    assert (hits[1:] / trials >= FEWEST_COVERED).all()
+    assert hits[0] / trials >= 0.6, "its best size lies beside the smallest, where even a cubic's is 2 % beside"
 
 
 @pytest.mark.parametrize(("sizes", "seeds"), [(6, 1), (6, 2)])
@@ -135,8 +162,8 @@ def test_sizes_that_do_not_differ_are_seldom_called_different(seeds: int):
 def test_too_few_degrees_of_freedom_give_no_interval():
     runs, _ = parabolas(np.random.default_rng(0), 5, 1, 1)
     iso: IsoFlop = isoflop(runs, bootstraps=100, seed=0)
-    assert (iso.freedom, iso.parabolas[0].bootstrap) == (2, None)
-    assert np.isnan(iso.parabolas[0].interval(0.95)).all()
+    assert (iso.freedom, iso.curves[0].bootstrap) == (2, None)
+    assert np.isnan(iso.curves[0].interval(0.95)).all()
     x = np.geomspace(1e8, 1e10, 5)
     fitted = fit(loss_law("N"), Data({"N": x}, power_law(x, **LAW) * [1, 1.01, 0.99, 1, 1.01], x), bootstraps=100)
     assert (fitted.freedom, fitted.has_interval) == (2, False)
@@ -162,10 +189,10 @@ def test_an_interval_of_a_best_size_is_open_where_draws_have_no_minimum_within_t
     steep = runs["validation_loss"] * np.exp(0.2 * (np.log10(runs["N"]) - 8.7))  # the minimum moves to smaller sizes
     rng = np.random.default_rng(0)
     runs = runs.assign(validation_loss=steep * np.exp(rng.normal(0, 0.03, len(runs))))
-    (parabola,) = isoflop(runs, bootstraps=1000, seed=0).parabolas
-    assert parabola.bootstrap is not None
-    low, high = parabola.interval(0.95)
-    assert (np.mean(parabola.bootstrap == 0) > 0.025, low) == (True, 0.0)
+    (curve,) = isoflop(runs, bootstraps=1000, seed=0).curves
+    assert curve.bootstrap is not None
+    low, high = curve.interval(0.95)
+    assert (np.mean(curve.bootstrap == 0) > 0.025, low) == (True, 0.0)
     assert high > runs["N"].min()
 
 

@@ -51,7 +51,7 @@ def test_an_interval_of_which_all_draws_lie_on_one_side_is_that_side(tmp_path: P
     path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t"), pmacs=(0.3,), seeds=2).path
     found = claims(gather(path), Settings(path, bootstraps=100))
     iso = isoflop(found.kept, bootstraps=100, seed=0)
-    drawn = IsoFlop([replace(p, bootstrap=np.full(100, draw)) for p in iso.parabolas], iso.path, freedom=iso.freedom)
+    drawn = IsoFlop([replace(p, bootstrap=np.full(100, draw)) for p in iso.curves], iso.path, freedom=iso.freedom)
     assert list(isoflop_table(drawn, found).text["Interval"]) == [text]
 
 
@@ -133,12 +133,12 @@ def test_the_numbers_of_best_sizes_and_of_the_grid_are_in_full_with_their_runs(t
     found = claims(gather(path), Settings(path, bootstraps=100))
     iso = isoflop(found.kept, bootstraps=100, seed=0)
     read = read_csv(isoflop_table(iso, found))
-    for parabola, row in zip(iso.parabolas, read.to_dict("records"), strict=True):
-        assert (row["low"], row["high"]) == pytest.approx(parabola.interval(0.95), rel=1e-12)
+    for curve, row in zip(iso.curves, read.to_dict("records"), strict=True):
+        assert (row["low"], row["high"]) == pytest.approx(curve.interval(0.95), rel=1e-12)
         u = np.log10(row["best_size"]) - row["log10_n_centre"]
-        log_loss = row["square"] * u**2 + row["slope"] * u + row["constant"]
+        log_loss = row["cube"] * u**3 + row["square"] * u**2 + row["slope"] * u + row["constant"]
         assert np.exp(log_loss) == pytest.approx(row["best_loss"], rel=1e-9)
-        assert set(found.runs.set_index("run_id").loc[row["run_ids"].split(), "cell"]) == set(parabola.cells.index)
+        assert set(found.runs.set_index("run_id").loc[row["run_ids"].split(), "cell"]) == set(curve.cells.index)
         assert row["path_exponent"] == pytest.approx(iso.path.exponent, rel=1e-12)
     joint = read_csv(joint_table(found))
     losses = found.runs.set_index("run_id")["validation_loss"]

@@ -93,8 +93,8 @@ def test_laws_and_tables_are_of_the_setting_that_covers_the_most_cells_with_the_
     law = found.loss("L(N, D)")
     assert law is not None
     assert law.fitted.data.num_cells == 15
-    for parabola in isoflop(found.kept, bootstraps=100, seed=0).parabolas:
-        assert list(parabola.cells["seeds"]) == [2] * 5
+    for curve in isoflop(found.kept, bootstraps=100, seed=0).curves:
+        assert list(curve.cells["seeds"]) == [2] * 5
 
 
 def test_no_table_counts_runs_of_several_settings_as_seeds_and_captions_name_the_setting(rates: StudyDirectory):
