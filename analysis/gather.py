@@ -80,7 +80,8 @@ class Study:
         METRIC_gain: mean of enhanced - unprocessed over the utterances that have both;
         METRIC_scored, METRIC_refused: how many have an enhanced value, and how many have not.
         noisiest_si_sdr_gain: the gain over the noisiest quarter (see `noisiest_quarter`).
-        training_hours: of compute, hours times processes, over all sessions, evaluation left out;
+        training_hours: of compute, hours times processes, over all sessions, evaluation left out, a killed session
+        as far as its records reach;
         attempts: jobs of a cluster that executed it; device_hours: what those took in all, of GPUs, or of cores
         where they had none (loading, validation, scoring and what was cut off included); NaN where it was no job;
         world_size, nodes: processes and nodes of the last session, NaN where not on record;

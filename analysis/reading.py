@@ -6,6 +6,7 @@ an id, and its hours of compute are those of all its sessions together.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from scaling.records import Record, RunDirectory
+from scaling.records import Record, RunDirectory, read_records
 
 UNPROCESSED = "unprocessed_"
 UTTERANCE = ("id", "speaker", "noise", "snr_db", "duration")
 REPLACED = ("t", "id", "shard", "what", "by")
+TRAINED = ("evaluating", "finished", "failed", "preempted")  # a session's own events after its training
 
 Columns = dict[str, NDArray[Any]]
 
@@ -66,7 +68,7 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
         if hardware := _hardware(events):
             provenance |= flatten({"hardware": hardware})
     outcome = {**_outcome(run, curve, steps), **_validation(curve, is_best_kept)}
-    outcome |= {**_execution(events, curve), **_means(scores)}
+    outcome |= {**_execution(run, events, curve), **_means(scores)}
     # Means are of double precision; what is kept of each utterance has the seven digits of single.
     single = {name: values if values.dtype == bool else values.astype(np.float32) for name, values in scores.items()}
     replaced = [tuple(row.get(key) for key in REPLACED) for row in run.read_quarantine()]
@@ -190,34 +192,11 @@ def _hardware(events: Sequence[Record]) -> Record:
     return {key: value for key, value in found[-1].items() if key != "host"} if found else {}
 
 
-def _execution(events: Sequence[Record], curve: Columns) -> dict[str, Any]:
+def _execution(run: RunDirectory, events: Sequence[Record], curve: Columns) -> dict[str, Any]:
     """Hours and speed of training: hours are those of processes, so twice the time for two."""
-    hours, since, size, last = 0.0, None, 1, None
-    sizes, nodes = [], []
-    for event in events:
-        kind, at = event.get("event"), event.get("time")
-        if not isinstance(at, (int, float)):
-            continue
-        if kind in ("started", "resumed"):
-            if since is not None and last is not None:  # the session before was killed
-                hours += max(0.0, last - since) * size / 3600
-            said = event.get("world_size")
-            size = int(said) if isinstance(said, (int, float)) and said >= 1 else 1
-            sizes.append(size)
-            if isinstance(event.get("nodes"), (int, float)):
-                nodes.append(int(event["nodes"]))
-            since, last = at, at
-        elif since is not None:
-            last = at
-            if kind in ("evaluating", "finished", "failed", "preempted"):
-                hours += max(0.0, at - since) * size / 3600
-                since = None
+    sessions = _sessions(run, events)
+    nodes = [session.nodes for session in sessions if session.nodes is not None]
     train = curve["kind"] == 0
-    if since is not None and last is not None:  # running, or killed: as far as its records reach
-        times = curve.get("time")
-        if times is not None and train.any():
-            last = max(last, float(np.nanmax(times)))
-        hours += max(0.0, last - since) * size / 3600
 
     def median(name: str) -> float:
         # The first rows hold the warming up of caches and compilers.
@@ -228,15 +207,53 @@ def _execution(events: Sequence[Record], curve: Columns) -> dict[str, Any]:
 
     ends = [event for event in events if event.get("event") == "ended"]
     return {
-        "training_hours": hours if sizes else np.nan,
+        "training_hours": sum(each.seconds * each.size for each in sessions) / 3600 if sessions else np.nan,
         "attempts": len(ends) or np.nan,
-        "device_hours": sum(float(end.get("device_hours", np.nan)) for end in ends) if ends else np.nan,
-        "world_size": sizes[-1] if sizes else np.nan,
+        "device_hours": _floats([end.get("device_hours") for end in ends]).sum() if ends else np.nan,
+        "world_size": sessions[-1].size if sessions else np.nan,
         "nodes": nodes[-1] if nodes else np.nan,
         "audio_seconds_per_second": median("audio_seconds_per_second"),
         "step_seconds": median("step_seconds"),
         "communication_seconds": median("communication_seconds"),
     }
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One execution of a run: seconds of training, processes, and nodes where they are on record."""
+
+    seconds: float
+    size: int
+    nodes: int | None
+
+
+def _sessions(run: RunDirectory, events: Sequence[Record]) -> list[_Session]:
+    """A session trains until it evaluates or says that it ends; killed, or still running, as far as its records reach.
+
+    What others put on record of the run (the next submission, an end that nobody saw) may come a day later.
+    """
+    timed = [event for event in events if isinstance(event.get("time"), (int, float))]
+    starts = [number for number, event in enumerate(timed) if event.get("event") in ("started", "resumed")]
+    sessions, rows = [], None
+    for start, following in itertools.pairwise([*starts, len(timed)]):
+        first = timed[start]
+        own = [event for event in timed[start:following] if event.get("pid") == first.get("pid")]
+        over = next((event["time"] for event in own if event.get("event") in TRAINED), None)
+        if over is None:
+            if rows is None:  # as written: of the steps that were made twice `read_metrics` has the later row alone
+                rows = [row.get("time") for row in read_records(run.metrics, orjson.loads)]
+            until = timed[following]["time"] if following < len(timed) else math.inf
+            signs = [at for at in rows if isinstance(at, (int, float)) and first["time"] <= at < until]
+            over = max([event["time"] for event in own] + signs)
+        size, nodes = first.get("world_size"), first.get("nodes")
+        sessions.append(
+            _Session(
+                max(0.0, over - first["time"]),
+                int(size) if isinstance(size, (int, float)) and size >= 1 else 1,
+                int(nodes) if isinstance(nodes, (int, float)) else None,
+            )
+        )
+    return sessions
 
 
 # --- scores --------------------------------------------------------------------------------

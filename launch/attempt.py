@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.failures import TREATMENT, Failure, classify_attempt, classify_silence, read_tail
+from launch.state import last_train_rows
 from launch.submission import Settings, Submission
 from launch.throughput import record_run
 from scaling.ports import free_port
@@ -121,7 +122,7 @@ class Attempt:
         if lost:
             failure = Failure("node failure", f"of its nodes {launched.get('nodes')} SLURM says: {'; '.join(lost)}")
         failure = failure or Failure("preempted", "SLURM queued the job again; its processes left no word")
-        self._record_end(launched, None, failure)
+        self._record_end(launched, None, failure, _last_sign(self.directory, launched["time"]))
 
     def _wait_for_the_lock(self) -> None:
         """A process of an attempt that SLURM gave up may live on for a moment on this machine."""
@@ -185,8 +186,12 @@ class Attempt:
         )
         return False
 
-    def _record_end(self, launched: Record, status: int | None, failure: Failure | None) -> None:
-        seconds = time.time() - launched.get("time", time.time())
+    def _record_end(
+        self, launched: Record, status: int | None, failure: Failure | None, over: float | None = None
+    ) -> None:
+        """over: when the attempt ended, where that is not now"""
+        over = time.time() if over is None else over
+        seconds = over - launched.get("time", over)
         details: Record = {"failure": failure.kind, "reason": failure.reason} if failure else {}
         if failure and failure.last_lines:
             details["last_lines"] = failure.last_lines
@@ -247,6 +252,13 @@ def fruitless_attempts(history: list[Record], step: int) -> int:
         elif event.get("event") == "requeued" and event.get("treatment") == "halve":
             break  # an attempt of another kind
     return count
+
+
+def _last_sign(directory: RunDirectory, launched: float) -> float:
+    """When an attempt launched then was last heard of: its job may have waited for a day since."""
+    event = newest_event(directory.event_lines(), "launched", "started", "resumed", "checkpointed", "evaluating")
+    rows = last_train_rows(directory.metrics)
+    return max([launched, event.get("time", launched), *(row.get("time", launched) for row in rows)])
 
 
 def _halved(row: Record, settings: Settings, halvings: int) -> int | None:

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.gather import gather
 from analysis.reading import noisiest_quarter
-from scaling.records import RecordError, append_record, write_records
+from scaling.records import Record, RecordError, append_record, write_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 
 
@@ -203,3 +203,71 @@ def test_a_run_costs_what_all_its_jobs_took(write_study: WriteStudy):
     runs = gather(study.path).runs.set_index("run_id")
     assert tuple(runs.loc[plan[0]["run_id"], ["attempts", "device_hours"]]) == (2, 6.0)
     assert runs.loc[plan[1]["run_id"], ["attempts", "device_hours"]].isna().all()
+    run.log_event("ended", seconds=60.0, device_hours=math.nan)  # null on record
+    runs = gather(study.path).runs.set_index("run_id")
+    assert runs.loc[plan[0]["run_id"], "attempts"] == 3
+    assert math.isnan(runs.loc[plan[0]["run_id"], "device_hours"]), "not on record of all"
+
+
+SUBMITTED = {"event": "submitted", "pid": 9}
+SESSION = {"world_size": 4, "nodes": 2, "hosts": ["n1", "n2"]}
+# hours and event, or hours and step of a row of training; the first session is of process 40
+KILLED = [
+    (-0.1, SUBMITTED),
+    (0.0, {"event": "started", "pid": 40, "step": 0} | SESSION),
+    (0.2, 10),
+    (0.3, {"event": "checkpointed", "pid": 40, "step": 10}),
+    (0.5, 20),
+]
+RESUMED = [
+    (20.5, {"event": "resumed", "pid": 41, "step": 10} | SESSION),
+    (20.75, 20),  # made again: of this step the metrics keep the later row alone
+    (21.0, {"event": "evaluating", "pid": 41, "step": 40}),
+    (22.0, {"event": "finished", "pid": 41, "step": 40}),
+]
+LAUNCHED = {"event": "launched", "pid": 31, "job": "7_0"}
+ENDED = {"event": "ended", "pid": 32, "job": "7_0", "exit_status": None}
+WITHOUT_A_WORD = {"event": "failed", "pid": 10, "failure": "node failure", "reason": "its process ended without a word"}
+INTERRUPTED = {"event": "preempted", "pid": 40, "reason": "SIGUSR1"}
+
+
+@pytest.mark.parametrize(
+    ("records", "hours"),
+    [
+        ([(-0.05, LAUNCHED), *KILLED, (20.4, ENDED), (20.4, LAUNCHED), *RESUMED], 4.0),
+        ([(-0.05, LAUNCHED), *KILLED, (0.6, INTERRUPTED), (0.61, ENDED), (20.4, LAUNCHED), *RESUMED], 4.4),
+        ([(-0.05, LAUNCHED), *KILLED, (20.4, ENDED), (20.4, WITHOUT_A_WORD)], 2.0),
+        ([*KILLED, (20.4, SUBMITTED), *RESUMED], 4.0),
+        ([*KILLED, *RESUMED], 4.0),
+        ([*KILLED, (20.4, SUBMITTED)], 2.0),
+        ([*KILLED, (20.4, SUBMITTED), (20.45, WITHOUT_A_WORD)], 2.0),
+        (KILLED, 2.0),
+        (KILLED[:2], 0.0),
+    ],
+    ids=[
+        "its node died, and its job was queued again",
+        "told to stop, and queued again",
+        "its node died, and it is not tried again",
+        "killed, and the sweep typed again a day later",
+        "killed, and executed again",
+        "waiting for its second session",
+        "the next process killed before it began",
+        "running",
+        "just begun",
+    ],
+)
+def test_hours_of_compute_are_of_sessions_and_not_of_the_queue(
+    records: list[tuple[float, Record | int]], hours: float, write_study: WriteStudy
+):
+    row = plan_row()
+    study = write_study([row], skip=[row["run_id"]])
+    run = study.run(row["run_id"])
+    for at, record in records:
+        time = {"time": 1.7e9 + at * 3600}
+        if isinstance(record, int):
+            append_record(run.metrics, {"kind": "train", "step": record, "loss": 0.3} | time)
+        else:
+            append_record(run.events, record | time)
+    gathered = gather(study.path).runs.loc[0]
+    assert gathered["training_hours"] == pytest.approx(hours)
+    assert (gathered["world_size"], gathered["nodes"]) == (4, 2)

@@ -1,0 +1,57 @@
+"""An attempt's end is put on record by the next one, where its own batch shell died with it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.attempt import Attempt
+from launch.submission import Settings, Submission
+from scaling.records import Record, RunDirectory, StudyDirectory, append_record, write_whole
+
+HOUR = 3600.0
+LAUNCHED = {"event": "launched", "pid": 31, "job": "7_0", "attempt": 0, "step": 0, "nodes": "n[1-2]", "processes": 4}
+STARTED = {"event": "started", "pid": 40, "step": 0, "world_size": 4, "nodes": 2}
+
+
+@pytest.mark.parametrize(
+    ("events", "last_row", "hours"),
+    [
+        ((LAUNCHED | {"time": 0.0},), None, 0.0),
+        ((LAUNCHED | {"time": 0.0}, STARTED | {"time": 0.1 * HOUR}), None, 0.1),
+        ((LAUNCHED | {"time": 0.0}, STARTED | {"time": 0.1 * HOUR}), 1.5 * HOUR, 1.5),
+        ((LAUNCHED | {"time": 0.0}, {"event": "evaluating", "pid": 40, "time": 2.0 * HOUR}), 1.5 * HOUR, 2.0),
+    ],
+    ids=["before its training", "while it loads", "in training", "in evaluation"],
+)
+def test_an_attempt_that_died_without_a_word_ended_when_it_was_last_heard_of(
+    events: tuple[Record, ...], last_row: float | None, hours: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its node is gone, and its job waits in the queue for a day."""
+    now = time.time()
+    begun = now - 24 * HOUR
+    row = {"run_id": "xt-seed0-3f2a9c1b"}
+    study = StudyDirectory(tmp_path / "study")
+    settings = Settings(4, 4, {}, 1, str(tmp_path / "throughput.jsonl"), 3)
+    submission = Submission.create(study, [row], settings)
+    run: RunDirectory = study.run(row["run_id"])
+    write_whole(run.plan, "{}\n")
+    append_record(run.events, {"event": "submitted", "time": begun - HOUR, "pid": 9, "job": "7_0", "executor": "slurm"})
+    for event in events:
+        append_record(run.events, event | {"time": begun + event["time"]})
+    if last_row is not None:
+        for kind, at in (("train", last_row), ("validation", last_row - 60)):
+            append_record(run.metrics, {"kind": kind, "step": 10, "time": begun + at, "loss": 0.1})
+    for name, value in (("ARRAY_TASK_ID", "0"), ("ARRAY_JOB_ID", "7"), ("RESTART_COUNT", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+    assert Attempt(submission, "n1 down*\n").begin()["MASTER_ADDR"] == "127.0.0.1"
+    *_, ended, launched = run.read_events()
+    assert (ended["event"], ended["failure"], ended["exit_status"]) == ("ended", "node failure", None)
+    assert ended["seconds"] == pytest.approx(hours * HOUR)
+    assert ended["device_hours"] == pytest.approx(4 * hours)
+    assert (launched["event"], launched["attempt"]) == ("launched", 1)
+    assert launched["time"] >= now
