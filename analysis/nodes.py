@@ -1,7 +1,8 @@
 """How training scales over processes: speed, speedup, efficiency, and time in communication.
 
 Strong scaling: the same global batch on more processes. Weak scaling: the global batch grows with them. Efficiency is
-audio-seconds a second and process over those of the fewest processes on record of the same size and kind.
+audio-seconds a second and process over those of the fewest processes (on the fewest nodes) of the same size, kind and
+setting of all other axes. Of runs that finished.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from analysis import style
 from analysis.gather import Study
+from analysis.other_axes import BUDGET_AXES
+from analysis.tables import axis_value
 
-AXES = ("cluster.nodes", "execution.processes")
+# Of what the number of processes and the batch are made; how long training goes on is no matter of its speed either.
+SCALED_AXES = ("cluster.nodes", "cluster.gpus_per_node", "cluster.processes_per_node", "train.global_batch")
 COLUMNS = [
     "size",
+    "setting",
     "scaling",
     "processes",
     "nodes",
@@ -33,54 +38,50 @@ COLUMNS = [
 
 
 def node_table(study: Study) -> pd.DataFrame:
-    """A row a size, kind of scaling and number of processes; no rows if the study has one number of processes only."""
-    runs = study.runs[np.isfinite(study.runs["audio_seconds_per_second"].astype(float))].copy()
-    runs["processes"] = _processes(runs)
+    """A row a size, setting of the other axes, kind of scaling, number of processes and of nodes.
+
+    No rows if the study has one number of processes only. setting: "" if no other axis tells runs of a size apart.
+    """
+    runs = study.finished[np.isfinite(study.finished["audio_seconds_per_second"].astype(float))]
+    runs = runs.assign(processes=runs["world_size"].astype(float), nodes=runs["nodes"].astype(float))
     runs = runs[runs["processes"].notna()]
     if runs["processes"].nunique() < 2:
         return pd.DataFrame(columns=COLUMNS)
     runs["per_process"] = runs["global_batch"] / runs["processes"]
+    others = [axis for axis in study.axes if axis not in SCALED_AXES and not axis.startswith(BUDGET_AXES)]
+    by_size = runs.groupby("size")
+    told = [axis for axis in others if (by_size[f"axes.{axis}"].nunique(dropna=False) > 1).any()]
     rows = []
-    for size, of_size in runs.groupby("size", sort=False):
+    for _, alike in runs.groupby(["size", *(f"axes.{axis}" for axis in others)], sort=False, dropna=False):
+        one = alike.iloc[0]
+        about = {
+            "size": str(one["size"]),
+            "setting": ", ".join(f"{axis}={axis_value(one[f'axes.{axis}'])}" for axis in told),
+        }
         for scaling, fixed in (("strong", "global_batch"), ("weak", "per_process")):
-            for _, group in of_size.groupby(fixed):
-                if group["processes"].nunique() < 2:
-                    continue
-                rows += _rows(str(size), scaling, group)
+            for _, group in alike.groupby(fixed):
+                if group["processes"].nunique() > 1:
+                    rows += [about | {"scaling": scaling} | row for row in _rows(group)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _processes(runs: pd.DataFrame) -> pd.Series:
-    """As the started event has it; where it says nothing, as the axis of processes does."""
-    processes = runs["world_size"].astype(float)
-    for axis in AXES:
-        if f"axes.{axis}" in runs:
-            processes = processes.fillna(runs[f"axes.{axis}"].astype(float))
-    return processes
-
-
-def _rows(size: str, scaling: str, group: pd.DataFrame) -> list[dict[str, object]]:
+def _rows(group: pd.DataFrame) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     first = None
-    for processes, same in group.groupby("processes"):
-        speed = float(same["audio_seconds_per_second"].median())
-        first = first or (float(str(processes)), speed)
+    for _, same in group.groupby(["processes", "nodes"], dropna=False):
+        processes, speed = float(same["processes"].iloc[0]), float(same["audio_seconds_per_second"].median())
+        first = first or (processes, speed)
         step = float(same["step_seconds"].astype(float).median())
         share = float((same["communication_seconds"].astype(float) / same["step_seconds"].astype(float)).median())
-        nodes = same["nodes"].astype(float)
-        if "axes.cluster.nodes" in same:
-            nodes = nodes.fillna(same["axes.cluster.nodes"].astype(float))
         speedup = speed / first[1]
         rows.append(
             {
-                "size": size,
-                "scaling": scaling,
-                "processes": int(float(str(processes))),
-                "nodes": nodes.iloc[0],
+                "processes": int(processes),
+                "nodes": same["nodes"].iloc[0],
                 "global_batch": int(same["global_batch"].iloc[0]),
                 "audio_seconds_per_second": speed,
                 "speedup": speedup,
-                "efficiency": speedup / (float(str(processes)) / first[0]),
+                "efficiency": speedup / (processes / first[0]),
                 "step_seconds": step,
                 "communication_share": share,
                 "runs": len(same),
@@ -91,7 +92,7 @@ def _rows(size: str, scaling: str, group: pd.DataFrame) -> list[dict[str, object
 
 
 def nodes_figure(table: pd.DataFrame) -> Figure | None:
-    """Speed and efficiency against processes, a line a size and kind of scaling; ideal dashed."""
+    """Speed and efficiency against processes, a line a size, setting and kind of scaling; ideal dashed."""
     if table.empty:
         return None
     with style.applied():
@@ -99,10 +100,12 @@ def nodes_figure(table: pd.DataFrame) -> Figure | None:
         left, right = figure.subplots(1, 2)
         batch = table["global_batch"] / table["processes"]
         each = table.assign(fixed=table["global_batch"].where(table["scaling"] == "strong", batch))
-        for number, ((size, scaling, fixed), line) in enumerate(each.groupby(["size", "scaling", "fixed"], sort=False)):
+        lines = each.groupby(["size", "setting", "scaling", "fixed"], sort=False)
+        for number, ((size, setting, scaling, fixed), line) in enumerate(lines):
+            of = f"{size}, {setting}" if setting else size
             what = f"{fixed:g} crops" if scaling == "strong" else f"{fixed:g} crops a process"
             look = {"color": style.color(number), "marker": style.marker(number)}
-            left.plot(line["processes"], line["audio_seconds_per_second"], label=f"{size}, {scaling}: {what}", **look)
+            left.plot(line["processes"], line["audio_seconds_per_second"], label=f"{of}, {scaling}: {what}", **look)
             first = line.iloc[0]
             ideal = first["audio_seconds_per_second"] * line["processes"] / first["processes"]
             left.plot(line["processes"], ideal, zorder=1, **style.REFERENCE)

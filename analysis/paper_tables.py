@@ -290,11 +290,12 @@ def breakdown_table(study: Study, found: Claims) -> PaperTable:
 
 
 def nodes_table(nodes: pd.DataFrame) -> PaperTable:
-    rows = []
+    rows, has_settings = [], bool((nodes["setting"] != "").any())
     for _, entry in nodes.iterrows():
         share = entry["communication_share"]
         row = {
             "Size": str(entry["size"]),
+            **({"Setting": str(entry["setting"])} if has_settings else {}),
             "Scaling": str(entry["scaling"]),
             "Processes": str(entry["processes"]),
             "Nodes": f"{entry['nodes']:.0f}" if np.isfinite(entry["nodes"]) else MISSING,
@@ -306,7 +307,7 @@ def nodes_table(nodes: pd.DataFrame) -> PaperTable:
             "Runs": str(entry["runs"]),
         }
         rows.append({heading: (text, str(entry["run_ids"])) for heading, text in row.items()})
-    caption = "Strong: the same global batch on more processes; weak: the batch grows with them."
+    caption = "Of runs that finished. Strong: the same global batch on more processes; weak: the batch grows with them."
     return table_of("node_scaling", "Training on more processes", caption, rows, nodes)
 
 

@@ -8,9 +8,26 @@ import numpy as np
 import pytest
 
 from analysis.gather import gather
-from analysis.nodes import node_table
-from scaling.records import StudyDirectory
+from analysis.nodes import node_table, nodes_figure
+from analysis.paper_tables import nodes_table
+from analysis.tables import axis_value
+from scaling.records import Record, StudyDirectory
 from tests.analysis.generated import lines, run_record, write_run
+
+
+def write_measured(
+    study: StudyDirectory, plan: Record, processes: int, nodes: int, speed: float, rng: np.random.Generator
+) -> None:
+    """A run of so many processes and audio-seconds a second."""
+    write_run(study, plan, 0.04, rng)
+    run = study.run(plan["run_id"])
+    events = run.read_events()
+    events[1] |= {"world_size": processes, "nodes": nodes}
+    run.events.write_text(lines(events))
+    rows = run.read_metrics()
+    for row in rows:
+        row |= {"audio_seconds_per_second": speed, "step_seconds": 1.0, "communication_seconds": 0.05 * processes}
+    run.metrics.write_text(lines(rows))
 
 
 def test_speedup_and_efficiency_over_processes_strong_and_weak(tmp_path: Path):
@@ -19,19 +36,7 @@ def test_speedup_and_efficiency_over_processes_strong_and_weak(tmp_path: Path):
         for processes, speed in ((1, 10.0), (2, 19.0), (4, 32.0)):
             plan = run_record("t", 1.0 + weak, processes=processes, axes={"cluster.nodes": processes})
             plan["global_batch"] = 64 * (processes if weak else 1) * (1 + weak)
-            write_run(study, plan, 0.04, rng)
-            run = study.run(plan["run_id"])
-            events = run.read_events()
-            events[1] |= {"world_size": processes}
-            run.events.write_text(lines(events))
-            rows = run.read_metrics()
-            for row in rows:
-                row |= {
-                    "audio_seconds_per_second": speed,
-                    "step_seconds": 1.0,
-                    "communication_seconds": 0.05 * processes,
-                }
-            run.metrics.write_text(lines(rows))
+            write_measured(study, plan, processes, processes, speed, rng)
             plans.append(plan)
     study.plan.write_text(lines(plans))
     table = node_table(gather(study.path))
@@ -42,6 +47,68 @@ def test_speedup_and_efficiency_over_processes_strong_and_weak(tmp_path: Path):
         assert list(rows_of["efficiency"]) == pytest.approx([1, 0.95, 0.8])
         assert list(rows_of["communication_share"]) == pytest.approx([0.05, 0.1, 0.2])
         assert list(rows_of["nodes"]) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [("execution.zero_stage", (0, 2)), ("train.precision", ("bf16", "fp32")), ("train.crop_seconds", (None, 2.0))],
+)
+def test_settings_of_another_axis_scale_each_by_itself(axis: str, values: tuple[object, object], tmp_path: Path):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    speeds = {values[0]: {1: 90.0, 2: 180.0}, values[1]: {1: 50.0, 2: 80.0}}
+    for nodes in (1, 2):
+        for value in values:
+            for seed in (0, 1):
+                plan = run_record("t", 1.0, seed, axes={"cluster.nodes": nodes, axis: value})
+                plan["run_id"] += f"-{nodes}-{value}"
+                write_measured(study, plan, nodes, nodes, speeds[value][nodes], rng)
+                plans.append(plan)
+    study.plan.write_text(lines(plans))
+    table = node_table(gather(study.path))
+    names = [f"{axis}={axis_value(value)}" for value in values]
+    assert list(table["setting"]) == [names[0]] * 2 + [names[1]] * 2
+    assert list(table["audio_seconds_per_second"]) == [90, 180, 50, 80]
+    assert list(table["efficiency"]) == pytest.approx([1, 1, 1, 0.8])
+    assert list(table["runs"]) == [2] * 4
+    shown = nodes_table(table).text
+    assert list(shown["Setting"]) == list(table["setting"])
+    figure = nodes_figure(table)
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        f"t, {name}, strong: 64 crops" for name in names
+    ]
+
+
+def test_processes_of_one_node_and_of_several_are_rows_of_their_own(tmp_path: Path):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for nodes, on_each, speed in ((1, 1, 10.0), (1, 2, 20.0), (2, 1, 15.0)):
+        plan = run_record("t", 1.0, axes={"cluster.nodes": nodes, "cluster.processes_per_node": on_each})
+        plan["run_id"] += f"-{nodes}-{on_each}"
+        write_measured(study, plan, nodes * on_each, nodes, speed, rng)
+        plans.append(plan)
+    study.plan.write_text(lines(plans))
+    table = node_table(gather(study.path))
+    rows = table[["processes", "nodes", "efficiency", "setting"]].to_numpy().tolist()
+    assert rows == [[1, 1, 1.0, ""], [2, 1, 1.0, ""], [2, 2, 0.75, ""]]
+    assert "Setting" not in nodes_table(table).text
+
+
+def test_a_run_that_did_not_finish_has_no_speed_to_compare(tmp_path: Path):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for seed, speed in enumerate((20.0, 8.0)):
+        for nodes in (1, 2):
+            plan = run_record("t", 1.0, seed, axes={"cluster.nodes": nodes})
+            plan["run_id"] += f"-{nodes}"
+            write_measured(study, plan, nodes, nodes, speed * nodes, rng)
+            plans.append(plan)
+            if seed == 1:
+                run = study.run(plan["run_id"])
+                failed = {"event": "failed", "failure": "out of memory", "reason": "at step 3", "time": 1.8e9}
+                run.events.write_text(lines([*run.read_events()[:3], failed]))
+    study.plan.write_text(lines(plans))
+    table = node_table(gather(study.path))
+    assert list(table["audio_seconds_per_second"]) == [20, 40]
+    assert [row.split() for row in table["run_ids"]] == [[plans[0]["run_id"]], [plans[1]["run_id"]]]
 
 
 def test_hours_of_compute_are_summed_over_sessions_and_processes(tmp_path: Path):
