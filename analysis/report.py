@@ -163,8 +163,8 @@ def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nod
         ),
         "published": (
             published_figure(found, study.metrics, data),
-            "Metrics against multiply-accumulates a second, beside published systems on VoiceBank+DEMAND "
-            f"({SOURCES}).{other}",
+            "Metrics against multiply-accumulates a second, of each size the cell of the lowest validation loss, "
+            f"beside published systems on VoiceBank+DEMAND ({SOURCES}).{other}",
             "no finished run has scores on record",
         ),
         "curves": (

@@ -12,10 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 
 from analysis import style
+from analysis.claims import claims
 from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import gather
+from analysis.law_figures import published_figure
+from analysis.settings import Settings
 from analysis.tables import scaling_table
+from scaling.records import StudyDirectory, read_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
+from tests.analysis.generated import FAMILY, lines, run_record, write_run
 
 
 def bars(ax: Axes) -> list[ErrorbarContainer]:
@@ -112,3 +117,28 @@ def test_curves_have_a_panel_a_size_and_mark_where_a_run_failed(write_study: Wri
     cross = next(line for line in figure.axes[1].lines if line.get_marker() == "x")
     assert list(cross.get_xdata()) == [20]
     assert matplotlib.image.imread(style.save(figure, tmp_path / "curves")[0]).std() > 0.05
+
+
+def test_beside_published_systems_stand_the_cells_that_the_validation_loss_chose(tmp_path: Path) -> None:
+    """Two budgets of each size: the one that the validation prefers has the lower PESQ and the higher STOI."""
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    expected: dict[str, list[tuple[float, float]]] = {"PESQ-WB": [], "STOI": []}
+    for number, size in enumerate(("c8", "xt", "t")):
+        for hours_seen, loss, pesq_wb, stoi in ((10.0, 0.05, 3.0, 0.90), (100.0, 0.04, 2.5, 0.95)):
+            for seed in (0, 1):
+                plan = run_record(size, hours_seen, seed)
+                write_run(study, plan, loss, rng)
+                values = {"pesq_wb": pesq_wb + number / 10, "stoi": stoi + number / 100}
+                scores = study.run(plan["run_id"]).scores
+                scores.write_text(lines([row | values for row in read_records(scores)]))
+                plans.append(plan)
+        expected["PESQ-WB"].append((FAMILY[size][4], 2.5 + number / 10))
+        expected["STOI"].append((FAMILY[size][4], 0.95 + number / 100))
+    study.plan.write_text(lines(plans))
+    gathered = gather(study.path)
+    figure = published_figure(claims(gathered, Settings(study.path, bootstraps=100)), gathered.metrics, "generated")
+    assert figure is not None
+    for ax in figure.axes:
+        if ax.get_ylabel() in expected:
+            np.testing.assert_allclose(ax.lines[0].get_xydata(), expected.pop(ax.get_ylabel()), rtol=1e-6)
+    assert not expected
