@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from analysis import published, style
+from analysis.breakdown import breakdown
 from analysis.claims import Claim, Claims
-from analysis.comparable import comparable, compared_scores
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
 from analysis.quantities import Quantity, human_count, human_macs
@@ -260,29 +260,6 @@ def breakdown_figure(study: Study, found: Claims, metric: Quantity) -> Figure | 
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(sizes), frameon=False)
     return figure
-
-
-def breakdown(study: Study, found: Claims, metric: Quantity) -> pd.DataFrame:
-    """by ("snr_db", "noise"), level, size, N, gain, standard_error (over utterances), utterances, run_ids."""
-    scores = compared_scores(study, comparable(study, found))
-    if metric.key not in scores:
-        return pd.DataFrame(columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
-    scores = scores.assign(gain=scores[metric.key].astype(float) - scores[f"unprocessed_{metric.key}"].astype(float))
-    # The seeds of a size are averaged first: an utterance counts once.
-    rows = []
-    for by in ("snr_db", "noise"):
-        known = scores[scores[by].notna() & scores["gain"].notna()]
-        means = known.groupby(["size", "N", by, "id"], observed=True)["gain"].mean().reset_index()
-        runs = known.drop_duplicates("run_id").groupby("size", observed=True)["run_id"].agg(" ".join)
-        for _, part in means.groupby(["size", "N", by], observed=True):
-            size, n, level = part["size"].iloc[0], part["N"].iloc[0], part[by].iloc[0]
-            error = part["gain"].std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else np.nan
-            value = float(level) if by == "snr_db" else str(level)
-            rows.append(
-                {"by": by, "level": value, "size": size, "N": n, "gain": part["gain"].mean()}
-                | {"standard_error": error, "utterances": len(part), "run_ids": runs[size]}
-            )
-    return pd.DataFrame(rows, columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
 
 
 # --- parts ---------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.breakdown import breakdown
 from analysis.claims import Claims
 from analysis.comparable import comparable, compared_scores
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
-from analysis.law_figures import breakdown
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
 from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
