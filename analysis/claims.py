@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.budgets import at_one_budget, at_one_level, levels_of
+from analysis.cells import cell_numbers
 from analysis.fit import HUBER_DELTA, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
@@ -137,9 +138,7 @@ def prepared(study: Study, settings: Settings, data: str) -> tuple[pd.DataFrame,
     runs["budget_hours"] = runs["hours"].map(round_hours)
     runs["N"], runs["C"] = runs[settings.size].astype(float), runs["train_macs"].astype(float)
     runs["D"] = runs["audio_hours_seen"].astype(float) if data == "audio_hours_seen" else runs["budget_hours"]
-    axes = [f"axes.{axis}" for axis in study.axes]
-    key = ["size", "num_params", "macs_per_second", "budget_hours", "steps", *axes]
-    runs["cell"] = runs.groupby(key, sort=False, dropna=False).ngroup()
+    runs["cell"] = cell_numbers(runs, study.axes)
     runs["label"] = [
         f"{size}, {human_hours(seen)} h seen"
         for size, seen in zip(runs["size"], runs["audio_hours_seen"].astype(float), strict=True)

@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from analysis import published, style
 from analysis.breakdown import breakdown
+from analysis.cells import over_seeds
 from analysis.claims import Claim, Claims
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
@@ -269,8 +270,7 @@ def _cells(runs: pd.DataFrame, quantity: Quantity) -> pd.DataFrame:
     """Means and standard deviations over the seeds of each cell."""
     known = runs[runs[quantity.key].notna()]
     about = known.groupby("cell")[["size", "N", "D", "C", "macs_per_second"]].first()
-    over = known.groupby("cell")[quantity.key].agg(["mean", "std"])
-    return about.join(over)
+    return about.join(over_seeds(known, [quantity.key]).set_axis(["mean", "std", "seeds"], axis=1))
 
 
 def _name_points(ax: Axes, cells: pd.DataFrame, x: str, y: str) -> None:

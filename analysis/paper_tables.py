@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.breakdown import breakdown
+from analysis.cells import over_seeds
 from analysis.claims import Claims
 from analysis.comparable import comparable, compared_scores
 from analysis.gather import Study
@@ -66,15 +66,9 @@ def _quantity_cells(study: Study, runs: pd.DataFrame) -> dict[str, tuple[str, st
 
 def _numbers(study: Study, runs: pd.DataFrame, about: Sequence[str]) -> pd.DataFrame:
     """A row a cell: what it is, mean, standard deviation and count of each quantity, and the runs."""
-    rows = []
-    for _, cell in runs.groupby("cell", sort=False):
-        row: dict[str, Any] = {name: cell[name].iloc[0] for name in about}
-        for quantity in (VALIDATION_LOSS, *study.metrics):
-            values = cell[quantity.key].astype(float)
-            row |= {f"{quantity.key}_mean": values.mean(), f"{quantity.key}_std": values.std(ddof=1)}
-            row[f"{quantity.key}_n"] = int(values.notna().sum())
-        rows.append(row | {"run_ids": _ids(cell)})
-    return pd.DataFrame(rows)
+    cells = runs.groupby("cell", sort=False)
+    values = over_seeds(runs, [quantity.key for quantity in (VALIDATION_LOSS, *study.metrics)])
+    return cells[list(about)].first().join(values).assign(run_ids=cells["run_id"].agg(" ".join))
 
 
 MOST_CLIPS = 4  # named in a cell

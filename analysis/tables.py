@@ -21,6 +21,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from analysis.cells import cell_numbers, over_seeds
 from analysis.gather import UNPROCESSED, Study, is_number
 from analysis.quantities import (
     MISSING,
@@ -66,8 +67,7 @@ def scaling_table(study: Study) -> ScalingTable:
     """Cells of a study: grouped over everything but the seed, and summed up over finished runs."""
     runs = study.runs.assign(hours=study.runs["hours"].map(round_hours))
     axes = _telling_axes(runs, study.axes)
-    key = ["size", "num_params", "macs_per_second", "hours", "steps", *(f"axes.{axis}" for axis in study.axes)]
-    runs["cell"] = runs.groupby(key, sort=False, dropna=False).ngroup()
+    runs["cell"] = cell_numbers(runs, study.axes)
     finished = runs[runs["state"] == "finished"]
     by_cell = runs.groupby("cell")
 
@@ -78,11 +78,9 @@ def scaling_table(study: Study) -> ScalingTable:
     cells["seeds_planned"] = by_cell.size()
     quantities = [VALIDATION_LOSS.key, NOISIEST_GAIN.key]
     quantities += [column for metric in study.metrics for column in (metric.key, f"{metric.key}_gain")]
-    over_seeds = finished.groupby("cell")[quantities].agg(["mean", "std", "count"]).reindex(cells.index)
-    for quantity in quantities:
-        cells[f"{quantity}_mean"] = over_seeds[quantity, "mean"]
-        cells[f"{quantity}_std"] = over_seeds[quantity, "std"]
-        cells[f"{quantity}_n"] = over_seeds[quantity, "count"].fillna(0).astype(int)
+    cells = cells.join(over_seeds(finished, quantities))
+    counts = [f"{quantity}_n" for quantity in quantities]
+    cells[counts] = cells[counts].fillna(0).astype(int)
     unfinished = runs[runs["state"] != "finished"]
     for column, of in (("run_ids", finished), ("unfinished_run_ids", unfinished)):
         cells[column] = of.groupby("cell")["run_id"].agg(" ".join).reindex(cells.index, fill_value="")
