@@ -54,9 +54,6 @@ class Data:
     def num_cells(self) -> int:
         return int(self.codes.max()) + 1 if len(self.y) else 0
 
-    def where(self, keep: NDArray[np.bool_]) -> Data:
-        return Data({name: values[keep] for name, values in self.x.items()}, self.y[keep], self.cell[keep])
-
     @property
     def counts(self) -> NDArray[np.intp]:
         """Seeds in each cell."""

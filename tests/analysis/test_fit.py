@@ -208,7 +208,9 @@ def test_too_few_or_collinear_cells_are_unidentifiable_and_give_no_number():
     assert together.status == UNIDENTIFIABLE
     assert "N and D go together (correlation of logarithms +1.000)" in together.reason
     grown = grid()
-    levels = fit(joint_loss_law(), grown.where(grown.x["D"] < 5))
+    low = grown.x["D"] < 5
+    x = {name: values[low] for name, values in grown.x.items()}
+    levels = fit(joint_loss_law(), Data(x, grown.y[low], grown.cell[low]))
     assert levels.reason == "D has 2 levels; a power law and its limit need at least 3"
 
 
