@@ -28,6 +28,7 @@ class RunsDisplay:
         self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
         self.last_states: dict[str, str] = {}
         self.last_lines = time.monotonic()
+        self.trouble = ""
 
     def __enter__(self) -> RunsDisplay:
         if self.live is not None:
@@ -40,7 +41,14 @@ class RunsDisplay:
             self.live.stop()
 
     def show(self) -> None:
-        rows = [_look(plan) for plan in self.plans]
+        try:
+            rows = [_look(plan) for plan in self.plans]
+        except OSError as error:  # a file system that is away for a moment: the runs may not even have noticed
+            if str(error) != self.trouble:
+                log.warning("the runs' records could not be read (%s): looking again", error)
+            self.trouble = str(error)
+            return
+        self.trouble = ""
         if self.live is not None:
             self.live.update(_table(rows))
             return

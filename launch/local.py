@@ -75,7 +75,8 @@ def run_locally(
     planned: the runs of the whole sweep; how many run at once and with how many threads follows from them and
         not from those that are left, so a run that goes on later computes as it did before
     show: called every half second, to show how far the runs are
-    An interrupt ends the runs too; they go on from their checkpoints at the next call.
+    An interrupt ends the runs too; they go on from their checkpoints at the next call. What else ends the caller
+    leaves them running, and the next call finds them.
     """
     takes_gpu = {plan.run_id: plan.config.execution.device != "cpu" for plan in planned}
     gpus = visible_gpus() if any(takes_gpu.values()) else []
@@ -108,7 +109,7 @@ def run_locally(
                 running.remove(job)
                 _record_silent_end(job)
             show()
-    except BaseException:
+    except KeyboardInterrupt:
         _stop(running)
         raise
 

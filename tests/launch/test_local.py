@@ -1,13 +1,15 @@
-"""Which GPUs this machine's runs are given, told from what the driver and the environment say."""
+"""Runs on this machine: which GPUs they are given, and what ends them or is said of their end."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import display, local
 from launch.config import ClusterConfig
+from launch.display import RunsDisplay
 from launch.local import LocalJob, run_locally, visible_gpus
 from launch.task import RunTask
 from scaling.cli import load_config
@@ -127,3 +129,41 @@ def test_a_run_shows_its_processes_the_gpus_that_are_its_own(plans, monkeypatch:
     RunTask(plans[0])()
     RunTask(plans[0], gpus=("GPU-a", "GPU-b"))()
     assert seen == ["", "GPU-a,GPU-b"]
+
+
+@pytest.mark.parametrize(("fault", "is_stopped"), [(KeyboardInterrupt(), True), (ValueError("of the display"), False)])
+def test_an_interrupt_stops_the_runs_and_a_fault_of_the_sweep_leaves_them(
+    plans, started, monkeypatch: pytest.MonkeyPatch, fault: BaseException, is_stopped: bool
+):
+    stopped: list[LocalJob] = []
+    monkeypatch.setattr(local, "_stop", stopped.extend)
+
+    def show() -> None:
+        raise fault
+
+    class Endless(LocalJob):
+        def is_done(self) -> bool:
+            return False
+
+    monkeypatch.setattr(local, "_submit", lambda plan, slot, *_: Endless(plan, slot, None))
+    with pytest.raises(type(fault)):
+        run_locally(plans[:1], plans[:1], ClusterConfig("local", max_parallel=1), show)
+    assert [job.plan for job in stopped] == (plans[:1] if is_stopped else [])
+
+
+def test_records_that_cannot_be_read_for_a_moment_are_told_once_and_end_no_sweep(
+    plans, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def away(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "metrics.jsonl")
+
+    with RunsDisplay(plans) as view:
+        monkeypatch.setattr(display, "look", away)
+        view.show()
+        view.show()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "Stale file handle: 'metrics.jsonl'): looking again" in caplog.text
+        monkeypatch.undo()
+        view.show()
+        monkeypatch.setattr(display, "look", away)
+    assert len(caplog.records) == 2, "told again, and the end of a sweep is not in its way either"
