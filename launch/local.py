@@ -162,7 +162,7 @@ def _stop(jobs: Sequence[LocalJob]) -> None:
 def _record_silent_end(job: LocalJob) -> None:
     """A process that was killed cannot say so itself."""
     directory = job.plan.directory
-    if directory.state()[0] in ("finished", "failed") or is_locked(directory):
+    if directory.state()[0] in ("finished", "failed", "preempted") or is_locked(directory):
         return
     last_line = _last_line(job.log) if job.log is not None else ""
     directory.log_event(
