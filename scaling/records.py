@@ -47,6 +47,7 @@ EVENTS = {
     "finished": "finished",
     "failed": "failed",
 }
+OF_JOBS = ("submitted", "launched", "ended", "requeued")  # what a job puts on record around the training
 
 # What makes a run fail, each to be treated in its own way.
 FAILURES = (
@@ -232,13 +233,21 @@ class RunDirectory:
         """Held by the process that trains the run, for as long as it lives."""
         return self.path / "lock"
 
-    def clear(self) -> None:
-        """Remove the run, but for the lock that the caller holds; what else somebody keeps in the folder stays."""
-        for folder in (self.checkpoints, self.tensorboard, self.quarantine, self.jobs):
+    def clear(self, keep_jobs: bool = False) -> None:
+        """Remove the run, but for the lock that the caller holds; what else somebody keeps in the folder stays.
+
+        keep_jobs: leave what is of its jobs, one of which may be the caller's: their files, and their events
+        """
+        of_jobs = [event for event in self.read_events() if keep_jobs and event.get("event") in OF_JOBS]
+        for folder in (self.checkpoints, self.tensorboard, self.quarantine, *(() if keep_jobs else (self.jobs,))):
             shutil.rmtree(folder, ignore_errors=not folder.exists())
         versions = self.scores.with_suffix(".versions.json")
-        for file in (self.metrics, self.events, self.scores, versions, self.model, self.plan):
+        for file in (self.metrics, self.scores, versions, self.model, self.plan):
             file.unlink(missing_ok=True)
+        if of_jobs:
+            write_records(self.events, of_jobs)
+        else:
+            self.events.unlink(missing_ok=True)
 
     def held(self) -> list[str]:
         """The names of what training would write over or add to, where the folder has it."""

@@ -107,7 +107,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
                     f"{directory.path} holds {', '.join(foreign)} and no plan.json: it is no run's; name another folder"
                 )
             if plan.config.train.test:  # a quick check starts anew every time
-                directory.clear()
+                directory.clear(keep_jobs=True)
             plan.write()
         except OSError as error:  # as a user's error it reaches the other ranks too
             raise _of_the_disk(error, directory) from error

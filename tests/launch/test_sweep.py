@@ -155,7 +155,12 @@ def test_a_budget_can_be_an_axis_and_quick_checks_stay_out_of_the_study(
     quick = command("launch.sweep", *sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.test=true")
     assert quick.returncode == 0, quick.stderr
     assert not (tmp_path / "study").exists()
-    assert StudyDirectory(tmp_path / "study-test").read_plan()[0]["steps"] == 10
+    study = StudyDirectory(tmp_path / "study-test")
+    assert study.read_plan()[0]["steps"] == 10
+    (run,) = [study.run(run_id) for run_id in study.read_run_ids()]
+    assert run.read_events()[0]["event"] == "submitted"
+    logs = command("launch.logs", run.run_id, f"study={study.path}")
+    assert "test set: " in logs.stdout, "a quick check starts anew every time, and leaves its job's files alone"
 
 
 def test_an_interrupt_ends_the_runs_and_the_next_call_goes_on(sweep_words: list[str], tmp_path: Path, command):

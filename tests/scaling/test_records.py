@@ -87,3 +87,24 @@ def test_a_folder_that_is_no_study_or_run_says_so(tmp_path: Path):
     (tmp_path / "plan.json").write_text('{"run_id":')
     with pytest.raises(RecordError, match=r"plan.json is not JSON"):
         RunDirectory(tmp_path).read_plan()
+
+
+def test_a_run_that_starts_anew_within_a_job_keeps_what_is_the_jobs(tmp_path: Path):
+    run = RunDirectory(tmp_path / "run")
+    for event in ("submitted", "launched", "started", "checkpointed", "finished", "ended", "submitted", "launched"):
+        run.log_event(event)
+    (run.jobs / "1").mkdir(parents=True)
+    run.log_metrics("train", 1, loss=0.5)
+    run.clear(keep_jobs=True)
+    assert [event["event"] for event in run.read_events()] == [
+        "submitted",
+        "launched",
+        "ended",
+        "submitted",
+        "launched",
+    ]
+    assert run.state()[0] == "running", "not finished, as the run before it"
+    assert (run.jobs / "1").exists()
+    assert not run.metrics.exists()
+    run.clear()
+    assert not list(run.path.iterdir())
