@@ -6,10 +6,11 @@ log of every rank. The rank that failed first counts, not those that its end too
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +60,14 @@ class Failure:
 
 
 def report_line(error: Exception) -> str:
-    """What a rank says last, for those that look at its log: it may have ended before it had a record to write to."""
+    """What a rank says last, for those that look at its log: it may have ended before it had a record to write to.
+
+    To be written with its newline at once: other processes write to the log too.
+    """
     from scaling.run import classify  # loads torch
 
     failure, reason = classify(error)
-    return REPORT + json.dumps({"failure": failure, "reason": reason})
+    return REPORT + json.dumps({"failure": failure, "reason": reason}) + "\n"
 
 
 def classify_attempt(
@@ -92,7 +96,7 @@ def classify_attempt(
             return Failure(said, _line_with(text, said), _last_lines(text))
     if was_stopped or status == PREEMPTED_STATUS:
         return Failure(_first_said(batch_log) or "preempted", "the processes were told to stop, and saved")
-    reports = [json.loads(line.partition(REPORT)[2]) for line in log.splitlines() if REPORT in line]
+    reports = list(_reports(log))
     if reports and not _is_broken(reports[-1]["reason"]):
         return Failure(reports[-1]["failure"], f"{where}: {reports[-1]['reason']}", _last_lines(log))
     if failed:
@@ -125,6 +129,14 @@ def read_tail(path: Path, since: int = 0) -> str:
             return file.read().decode(errors="replace")
     except OSError:
         return ""
+
+
+def _reports(log: str) -> Iterator[Record]:
+    """What a rank reported; behind it may stand what another process wrote, and one that was killed cuts it off."""
+    for line in log.splitlines():
+        if REPORT in line:
+            with contextlib.suppress(ValueError):
+                yield json.JSONDecoder().raw_decode(line.partition(REPORT)[2])[0]
 
 
 def _is_broken(reason: str) -> bool:

@@ -123,7 +123,8 @@ def main(words: list[str]) -> int:
     try:
         check(submission, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     except Exception as error:
-        print(report_line(error), file=sys.stderr, flush=True)
+        sys.stderr.write(report_line(error))
+        sys.stderr.flush()
         raise
     return 0
 

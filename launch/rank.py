@@ -43,7 +43,8 @@ def _execute(folder: str, stop: StopFlag) -> int:
         micro_batch = os.environ.get("LAUNCH_MICRO_BATCH")
         return RunTask(plan, settings.threads, int(micro_batch) if micro_batch else None)(stop)
     except Exception as error:
-        print(report_line(error), file=sys.stderr, flush=True)
+        sys.stderr.write(report_line(error))
+        sys.stderr.flush()
         raise
 
 

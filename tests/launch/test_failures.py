@@ -1,0 +1,56 @@
+"""What ended an attempt, told from its status and its logs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import failures
+from launch.config import ClusterConfig
+from launch.failures import classify_attempt, report_line
+from launch.slurm import settings_of
+from launch.submission import Submission
+from scaling.errors import UserError
+from scaling.records import StudyDirectory
+
+REPORT = report_line(UserError("data.hours = 9: too many"))
+
+
+@pytest.mark.parametrize(
+    ("log", "kind", "reason"),
+    [
+        (REPORT, "bad config", "rank 0: data.hours = 9: too many"),
+        (
+            "[rank0]: warns " + REPORT.rstrip("\n") + "[rank0]: of its store\n",
+            "bad config",
+            "rank 0: data.hours = 9: too many",
+        ),
+        (REPORT[: len(REPORT) // 2], "code error", "rank 0: exit status 1"),
+    ],
+    ids=["whole", "between others", "cut off"],
+)
+def test_what_a_rank_reports_is_read_whatever_else_its_log_has_on_the_line(log: str, kind: str, reason: str):
+    failure = classify_attempt(1, [], "", lambda rank: log)
+    assert (failure.kind, failure.reason) == (kind, reason)
+
+
+def test_a_rank_writes_its_report_and_the_end_of_the_line_at_once(tmp_path: Path):
+    submission = Submission.create(StudyDirectory(tmp_path), [{}], settings_of(ClusterConfig("slurm")))
+    names = ("SLURM_NTASKS", "SLURM_NNODES", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_ARRAY_TASK_ID")
+    environment = os.environ | dict(zip(names, "11000", strict=True))
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # each write is a message of its own
+    rank = subprocess.Popen(
+        [sys.executable, "-u", "-m", "launch.rank", str(submission.path)], env=environment, stderr=its.fileno()
+    )
+    ours.settimeout(120)
+    try:
+        written = next(text for text in iter(lambda: ours.recv(65536).decode(), "") if failures.REPORT in text)
+    finally:
+        rank.kill()
+        rank.wait()
+    assert written.endswith("}\n")
