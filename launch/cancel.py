@@ -46,8 +46,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def named_runs(study: StudyDirectory, names: Sequence[str]) -> list[RunDirectory]:
-    """The runs that the names begin, or all planned ones; UserError for a name that begins none."""
-    run_ids = study.read_run_ids()
+    """The runs that the names begin, or all, earlier plans' too; UserError for a name that begins none."""
+    planned = study.read_run_ids()
+    run_ids = [*planned, *sorted({path.name for path in study.runs.glob("*")} - set(planned))]
     for name in names:
         if not any(run_id.startswith(name) for run_id in run_ids):
             raise UserError(f"no run of {study.path} is called {name}: python -m launch.status study={study.path}")
@@ -56,8 +57,8 @@ def named_runs(study: StudyDirectory, names: Sequence[str]) -> list[RunDirectory
 
 def _cancel_jobs(study: StudyDirectory, runs: Sequence[RunDirectory]) -> list[RunDirectory]:
     """Cancel the jobs of runs: those that had one in the queue."""
-    queue = read_queue()
     with held_lock(study.lock, f"study {study.path} is being swept"):
+        queue = read_queue()  # no sweep submits meanwhile what it would not show
         reconcile(study, queue)  # a killed sweep may have left jobs that no run knows of yet
     live: list[tuple[RunDirectory, QueuedJob]] = []
     for run in runs:

@@ -5,6 +5,7 @@
     python -m launch.status study=DIR --watch       stays, and looks again every ten seconds
     python -m launch.status study=DIR all=true      every run, however many there are
 
+Runs of an earlier plan of the study are shown for as long as they wait or run.
 Exit status: 0; 1 if a run failed or was lost; 2 for a folder that holds no study.
 """
 
@@ -24,7 +25,7 @@ from rich.table import Table
 from launch.command import parsed
 from launch.queue import QueuedJob, read_queue
 from launch.state import STATES, RunState, look
-from launch.submission import submissions
+from launch.submission import rows_beyond, submissions
 from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.records import Record, StudyDirectory
@@ -42,33 +43,44 @@ def main(words: Sequence[str]) -> int:
     study = StudyDirectory(Path(given["study"])) if "study" in given else newest_study()
     plan = study.read_plan()
     console = Console(width=None if sys.stdout.isatty() else 200)
-    states = study_states(study, plan)
+    others = rows_beyond(study, [row["run_id"] for row in plan])
+    rows, states = study_states(study, plan, others)
     is_narrow = console.width < NARROW
     if "--watch" in given:
         with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
-            live.update(status_table(study, plan, states, is_narrow), refresh=True)
+            live.update(status_table(study, rows, states, is_narrow), refresh=True)
             while any(state.state in GOING for state in states):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 trouble = ""
                 try:
-                    states = study_states(study, plan)
+                    rows, states = study_states(study, plan, others)
                 except UserError as error:  # a controller that restarts ends no watch
                     trouble = f"{error} Looking again."
-                live.update(Group(status_table(study, plan, states, is_narrow), trouble), refresh=True)
+                live.update(Group(status_table(study, rows, states, is_narrow), trouble), refresh=True)
     else:
-        console.print(status_table(study, plan, states, is_narrow, given.get("all") == "true"))
+        console.print(status_table(study, rows, states, is_narrow, given.get("all") == "true"))
     return 1 if any(state.state in ("failed", "lost") for state in states) else 0
 
 
-def study_states(study: StudyDirectory, plan: Sequence[Record]) -> list[RunState]:
-    """The state of every planned run; SLURM is asked once, and only if the study was submitted to it."""
+def study_states(
+    study: StudyDirectory, plan: Sequence[Record], others: Sequence[Record] = ()
+) -> tuple[list[Record], list[RunState]]:
+    """The rows and states of all planned runs, and of those others that wait or run.
+
+    SLURM is asked once, and only if the study was submitted to it.
+    """
     queue: dict[str, QueuedJob] | None = read_queue() if any(submissions(study)) else None
-    return [look(study.run(row["run_id"]), row["steps"], row["audio_hours_seen"] * 3600, queue) for row in plan]
+    looked = [
+        (row, look(study.run(row["run_id"]), row["steps"], row["audio_hours_seen"] * 3600, queue))
+        for row in (*plan, *others)
+    ]
+    shown = looked[: len(plan)] + [pair for pair in looked[len(plan) :] if pair[1].state in GOING]
+    return [row for row, _ in shown], [state for _, state in shown]
 
 
 def status_table(
     study: StudyDirectory,
-    plan: Sequence[Record],
+    rows: Sequence[Record],
     states: Sequence[RunState],
     is_narrow: bool = False,
     is_whole: bool = False,
@@ -81,7 +93,7 @@ def status_table(
     for name in (name for name in names if not (is_narrow and name in LEFT_OUT)):
         is_number = name in ("step", "loss", "audio s/s", "left")
         table.add_column(name, justify="right" if is_number else "left", no_wrap=name not in ("", "last event"))
-    shown = list(zip(states, plan, strict=True))
+    shown = list(zip(states, rows, strict=True))
     if len(shown) > MOST_ROWS and not is_whole:
         telling = [pair for pair in shown if pair[0].state not in ("planned", "queued", "finished")]
         shown = (telling or shown)[:MOST_ROWS]

@@ -15,9 +15,10 @@ when they start. This module uses no more than the records, because jobs' shells
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -108,6 +109,18 @@ def submissions(study: StudyDirectory) -> Iterator[Submission]:
     """Every array of a study, in the order submitted."""
     for path in sorted((study.path / "jobs").glob("*/runs.jsonl")):
         yield Submission(path.parent)
+
+
+def rows_beyond(study: StudyDirectory, run_ids: Collection[str]) -> list[Record]:
+    """The rows of other runs that were submitted, for earlier plans of the study; only those are parsed."""
+    rows: dict[bytes, Record] = {}
+    known = {run_id.encode() for run_id in run_ids}
+    for submission in submissions(study):
+        for line in (submission.path / "runs.jsonl").read_bytes().splitlines():
+            found = re.match(rb'\{"run_id": "([^"]+)"', line)
+            if found and found[1] not in known and found[1] not in rows:
+                rows[found[1]] = json.loads(line)
+    return list(rows.values())
 
 
 def last_job(directory: RunDirectory) -> str | None:
