@@ -38,6 +38,10 @@ def run_main(main: Callable[[list[str]], int], usage: str, interrupted: str = GO
         if interrupted:
             print(interrupted, file=sys.stderr)
         status = 130
+    except SystemExit as end:  # what rich makes of a reader that has gone
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        status = 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         status = 0

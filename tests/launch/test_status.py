@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,13 @@ def test_runs_of_an_earlier_plan_are_stopped_with_the_study_and_by_name(
     cancel.main([f"study={study.path}"])
     assert calls.read_text().splitlines()[2:] == ["squeue, locked", "scancel 6_[0]", "scancel 5_[1,2]"]
     assert "told 3 runs to stop" in capsys.readouterr().out
+
+
+def test_a_reader_of_the_table_that_has_gone_is_no_failure(study: StudyDirectory):
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.status", f"study={study.path}"], stdout=writes, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
