@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from scaling.plan import DataBudget, RunPlan, plan_run
 from scaling.prepare import open_shards
 from scaling.records import StudyDirectory, write_records
 from scaling.shards import ShardIndex
+
+log = logging.getLogger(__name__)
 
 FEWEST_WARMUPS = 3  # of steps, for a run to be more than its warm-up; the analysis leaves the others out
 MOST_PASSES = 500  # over the data: as many as the published recipe makes
@@ -45,6 +48,8 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     words: the command line's overrides, which every cell starts from
     """
     assert config.sweep is not None
+    for rule in config.sweep.idle_rules():
+        log.warning("sweep.exclude: %s drops no cell: no cell has these values", _rule(rule))
     plans: dict[str, RunPlan] = {}  # by their science, of which a size's name is no part, and label
     indices: dict[str, ShardIndex] = {}
     budgets: dict[tuple[str, float | None, int, bool], DataBudget] = {}
@@ -150,13 +155,17 @@ def why_none_can_start(plans: Sequence[RunPlan]) -> str:
         for plan in futile
     ]
     rules = dict.fromkeys(
-        "{" + ", ".join(f"{axis}: {value}" for axis, value in plan.axes.items() if axis != "seed") + "}"
-        for plan in futile
+        _rule({axis: value for axis, value in plan.axes.items() if axis != "seed"}) for plan in futile
     )
     return (
         f"the warm-up leaves nothing of the steps of {_first(names)}: lower train.optimiser.warmup_steps, raise "
         f"train.budget, or add {_first(list(rules))} to sweep.exclude"
     )
+
+
+def _rule(values: Cell) -> str:
+    """As sweep.exclude takes it."""
+    return "{" + ", ".join(f"{axis}: {value}" for axis, value in values.items()) + "}"
 
 
 def _refuse_overridden_axes(sweep: SweepConfig, words: Sequence[str]) -> None:

@@ -46,16 +46,27 @@ class SweepConfig:
 
     def cells(self) -> list[Cell]:
         """Every cell once; UserError if none is left."""
-        axes = _flatten(self.axes)
-        product = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
+        grid = self._grid()
         excluded = [_flatten(rule) for rule in self.exclude]
         cells: dict[str, Cell] = {}  # by their text, which has the same number only once
-        for cell in [*product, *(_flatten(point) for point in self.points)]:
+        for cell in grid:
             if not any(rule.items() <= cell.items() for rule in excluded):
                 cells.setdefault(repr(sorted(cell.items())), cell)
         if not cells:
-            raise UserError(f"sweep {self.name}: sweep.exclude leaves no cell of {len(product)} in the product")
+            raise UserError(f"sweep {self.name}: sweep.exclude leaves no cell of {len(grid)}")
         return list(cells.values())
+
+    def idle_rules(self) -> list[Cell]:
+        """The rules of `exclude` that drop no cell: misspelt, or of values that the axes do not take."""
+        grid = self._grid()
+        rules = [_flatten(rule) for rule in self.exclude]
+        return [rule for rule in rules if not any(rule.items() <= cell.items() for cell in grid)]
+
+    def _grid(self) -> list[Cell]:
+        """The product of the axes, and the points."""
+        axes = _flatten(self.axes)
+        product = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
+        return [*product, *(_flatten(point) for point in self.points)]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -273,8 +273,10 @@ def test_a_cell_that_is_all_warm_up_is_shown_by_name_and_nothing_starts_before_i
     assert "(10 steps, warm-up of 20): lower train.optimiser.warmup_steps, raise train.budget, or add" in line
     assert not (tmp_path / "study").exists()
     rule = line.partition(" or add ")[2].removesuffix(" to sweep.exclude")
-    kept = command("launch.sweep", *words, f"sweep.exclude=[{rule}]", "dry_run=true")
+    kept = command("launch.sweep", *words, f"sweep.exclude=[{rule},{{model: c49, seed: 0}}]", "dry_run=true")
     assert kept.stdout.startswith("1 run ")
+    (told,) = [line for line in kept.stderr.splitlines() if "sweep.exclude" in line]
+    assert told.endswith("WARNING sweep.exclude: {model: c49, seed: 0} drops no cell: no cell has these values")
     assert "cannot start" not in kept.stdout
 
 
