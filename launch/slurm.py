@@ -81,7 +81,10 @@ exit $status
 def submit_to_slurm(
     study: StudyDirectory, plans: Sequence[RunPlan], cluster: ClusterConfig, lock: int
 ) -> list[Submission]:
-    """Submit runs as arrays; UserError, before anything is queued, if SLURM would refuse one.
+    """Submit runs as arrays; UserError, before anything is queued, if SLURM would refuse one of their shapes.
+
+    UserError too where it then refuses an array, as it does beyond a limit on submitted jobs, which counts
+    elements: what was queued before stays queued and on record.
 
     lock: the descriptor that holds the study's lock; sbatch inherits it, so that no other sweep
         looks at the queue while one is on its way into it, though this process be killed
@@ -103,7 +106,15 @@ def submit_to_slurm(
         if number >= lanes:  # more arrays than runs at once: each waits for one before it
             options["dependency"] = f"afterany:{done[number - lanes].job}"
         submission.script.write_text(batch_script(shape, options, code, submission.path))
-        job = sbatch(submission.script, lock)
+        try:
+            job = sbatch(submission.script, lock)
+        except UserError as error:
+            queued = sum(len(each.run_ids()) for each in done)
+            raise UserError(
+                f"{error}: {queued} of {len(plans)} runs are queued, and the same command goes on with the other "
+                f"{len(plans) - queued}; beyond a limit on submitted jobs wait for some to end, or sweep fewer cells "
+                "at a time"
+            ) from None
         submission.record_job(job)
         done.append(submission)
     return done
@@ -281,7 +292,7 @@ def sbatch(script: Path, lock: int | None = None) -> str:
         start_new_session=True,  # an interrupt from the terminal reaches this process, not a submission under way
     )
     if done.returncode:
-        raise UserError(f"sbatch refused an array ({said(done.stderr)}): what was submitted before it stays so")
+        raise UserError(f"sbatch refused {script} ({said(done.stderr)})")
     return done.stdout.strip().split(";")[0]
 
 
