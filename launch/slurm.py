@@ -64,9 +64,11 @@ where=$(sinfo --Node --noheader --states=down,fail,drain,no_respond --format='%N
     | {python} -m launch.attempt begin {folder}) || exit 1
 [ -n "$where" ] || exit 0
 """
+# Of the element that starts last SLURM_JOB_ID is the array's own id, by which scontrol takes all of them.
 END = """\
-treatment=$(scontrol show job --oneliner "$SLURM_JOB_ID" | {python} -m launch.attempt end {folder} $status)
-[ "$treatment" != requeue ] || exec scontrol requeue "$SLURM_JOB_ID"
+element="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+treatment=$(scontrol show job --oneliner "$element" | {python} -m launch.attempt end {folder} $status)
+[ "$treatment" != requeue ] || exec scontrol requeue "$element"
 exit $status
 """
 MEET = """\

@@ -3,27 +3,87 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from launch.config import ClusterConfig
-from launch.slurm import submit_to_slurm
-from launch.submission import last_job
+from launch.slurm import batch_script, settings_of, submit_to_slurm
+from launch.submission import Submission, last_job
 from scaling.cli import load_config
 from scaling.config import RunConfig
 from scaling.errors import UserError
 from scaling.plan import plan_run
-from scaling.records import StudyDirectory
+from scaling.records import RunDirectory, StudyDirectory, write_records
 from scaling.shards import ShardIndex
 
+ROOT = Path(__file__).parents[2]
 SHAPE = ClusterConfig("slurm")
+# Job 7 is an array of three, whose last element has the array's own id: by that all are meant.
+FIRST, SECOND, LAST = (
+    f"JobId={job} ArrayJobId=7 ArrayTaskId={index} JobState={state} Restarts=0 EndTime={end}T00:00:00"
+    for index, (job, state, end) in enumerate(
+        [(8, "COMPLETED", "2001-01-01"), (9, "RUNNING", "2101-01-01"), (7, "RUNNING", "2101-01-01")]
+    )
+)
+SCONTROL = """\
+case "$*" in
+    "show hostnames"*) echo localhost ;;
+    "show job --oneliner 7") printf '%s\\n' "{last}" "{second}" "{first}" ;;
+    "show job --oneliner 7_2") echo "{last}" ;;
+    requeue*) echo "scontrol $*" >> {calls} ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Element:
+    """The last element of array 7, as its batch shell finds it."""
+
+    submission: Submission
+    run: RunDirectory
+    path: str
+    calls: Path
+
+    def execute(self) -> list[str]:
+        """Its batch script: what was asked of SLURM."""
+        script = batch_script(SHAPE, {}, ROOT, self.submission.path)
+        ids = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_NODELIST": "n1"}
+        subprocess.run(["bash", "-c", script], env=os.environ | ids | {"PATH": self.path}, check=False, timeout=120)
+        return self.calls.read_text().splitlines()
 
 
 def stand_in(folder: Path, commands: dict[str, str]) -> None:
     for name, script in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def element(tmp_path: Path) -> Element:
+    """Its processes were told to stop, and have saved."""
+    study, calls = StudyDirectory(tmp_path / "study"), tmp_path / "calls"
+    rows = [{"run_id": f"xxt-seed{seed}"} for seed in range(3)]
+    submission = Submission.create(study, rows, settings_of(SHAPE))
+    submission.record_job("7")
+    run = study.run("xxt-seed2")
+    write_records(run.plan, [rows[2]])
+    commands = {
+        "scontrol": SCONTROL.format(first=FIRST, second=SECOND, last=LAST, calls=calls),
+        "sinfo": "",
+        "srun": f'echo "srun $*" >> {calls}; exit 75',
+    }
+    stand_in(tmp_path, commands)
+    return Element(submission, run, f"{tmp_path}:{os.environ['PATH']}", calls)
+
+
+def test_the_last_element_of_an_array_goes_back_into_the_queue_alone(element: Element):
+    calls = element.execute()
+    assert calls[1:] == ["scontrol requeue 7_2"]
+    assert [event["event"] for event in element.run.read_events()] == ["submitted", "launched", "ended", "requeued"]
+    assert element.run.read_events()[-1]["by"] == "this job"
 
 
 def test_what_a_limit_on_submitted_jobs_lets_in_is_on_record_and_named(

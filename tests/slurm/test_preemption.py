@@ -32,6 +32,14 @@ def signalled(run: RunDirectory, cluster: Cluster) -> None:
     subprocess.run(["scancel", "--signal=USR1", job_of(run)], check=True)
 
 
+def last_signalled(run: RunDirectory, cluster: Cluster) -> None:
+    """Of the element that starts last, whose job has the array's own id."""
+    job, command = job_of(run), ["scontrol", "show", "job", "--oneliner"]
+    said = subprocess.run([*command, job], check=True, capture_output=True, text=True).stdout
+    assert said.startswith(f"JobId={job.partition('_')[0]} "), said
+    signalled(run, cluster)
+
+
 def requeued(run: RunDirectory, cluster: Cluster) -> None:
     subprocess.run(["scontrol", "requeue", job_of(run)], check=True)
 
@@ -52,12 +60,13 @@ class Calamity:
     settings: tuple[str, ...] = ("cluster.additional_parameters={exclude:'n3,n4'}",)
     twin: str = "left alone"  # whose losses are its own to the last bit
     only_in_full: bool = False
+    seeds: str = "0"  # the run is of seed 0
 
 
 CALAMITIES = {
     "left alone": Calamity(left_alone),
-    "signalled": Calamity(signalled),
-    "requeued": Calamity(requeued),
+    "signalled": Calamity(last_signalled, seeds="1,0"),
+    "requeued": Calamity(requeued, seeds="0,1"),
     "rank killed": Calamity(rank_killed),
     # Two processes on one of two nodes that nobody else is on: the other is left when it is gone.
     "node killed": Calamity(
@@ -107,7 +116,7 @@ def runs(cluster: Cluster, slurm_words: list[str], tmp_path_factory, pytestconfi
 
     def go_through(name: str) -> RunDirectory:
         words = [*slurm_words, *CALAMITIES[name].settings, f"train.budget.steps={STEPS}", f"study={studies[name]}"]
-        launch("sweep", *words, *(["sweep.axes.seed=[0,1]"] if name == "requeued" else []))  # an element among others
+        launch("sweep", *words, f"sweep.axes.seed=[{CALAMITIES[name].seeds}]")
         run = runs_of(studies[name])[0]
         wait_for(lambda: len(train_losses(run)) >= STEPS_BEFORE, f"{name} has trained a little", run=run)
         CALAMITIES[name].strikes(run, cluster)
@@ -169,9 +178,10 @@ def test_the_end_of_an_attempt_is_on_record_with_its_evidence(name: str, kind: s
         assert nodes[0] in first["reason"]
 
 
-def test_the_other_elements_of_an_array_are_left_alone(runs: Runs):
-    twin, other = runs["left alone"], runs_of(runs["requeued"].path.parents[1])[1]
-    assert other.run_id != runs["requeued"].run_id
+@pytest.mark.parametrize("name", ["signalled", "requeued"])
+def test_the_other_elements_of_an_array_are_left_alone(name: str, runs: Runs):
+    twin, other = runs["left alone"], runs_of(runs[name].path.parents[1])[1]
+    assert other.run_id != runs[name].run_id
     wait_for(lambda: other.state()[0] == "finished", "the other element is finished")
     assert len(events_of(other, "launched")) == 1, story(other)
     assert train_losses(other) != train_losses(twin)
