@@ -33,6 +33,7 @@ from scaling.records import Record, StudyDirectory
 # --kill-on-bad-exit=0: ranks end by themselves when one is lost (scaling.liveness), and say which. Where srun ends
 # them and they take longer than SLURM's MessageTimeout (10 s), slurmctld repeats its order about a minute later, and
 # it meets the step of the same number in the requeued job: seen on 22.05, a SIGTERM in each attempt that followed.
+# --wait=0: rank 0 scores the test set when the others have gone, for longer than a site's WaitTime may be.
 OURS = ("signal", "open-mode")  # options that are not a site's matter
 HEAD = """\
 #!/bin/bash
@@ -50,7 +51,7 @@ export LAUNCH_NODE_ADDRESS
 """
 PROCESSES = """\
 eval "$where"
-srun --kill-on-bad-exit=0 --unbuffered --cpus-per-task={cpus} \\
+srun --kill-on-bad-exit=0 --wait=0 --unbuffered --cpus-per-task={cpus} \\
     --output={folder}/$SLURM_ARRAY_TASK_ID.$attempt.%t.log {srun_args} \\
     {python} -u -m {module} {folder} &
 processes=$!

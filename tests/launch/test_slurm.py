@@ -86,6 +86,10 @@ def test_the_last_element_of_an_array_goes_back_into_the_queue_alone(element: El
     assert element.run.read_events()[-1]["by"] == "this job"
 
 
+def test_rank_0_may_score_for_longer_than_a_site_waits_for_the_last_process(element: Element):
+    assert "--wait=0" in element.execute()[0].split()
+
+
 def test_what_a_limit_on_submitted_jobs_lets_in_is_on_record_and_named(
     tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -64,6 +64,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=20
+WaitTime=1
 SlurmdTimeout={node_down}
 MessageTimeout=10
 MaxArraySize={max_array_size}
