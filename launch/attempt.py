@@ -158,11 +158,13 @@ class Attempt:
         self._record_end(launched, status, failure)
         if failure.kind == "diverged":
             return False
-        is_cut_off = failure.kind == "time limit" and not is_going  # it can still be queued again
-        if not is_going and restarts == self.number and not is_cut_off:
+        is_over = not is_going and restarts == self.number
+        # By SLURM, at its time limit or for another job (PreemptMode=CANCEL): then it can still be queued again.
+        is_cut_off = failure.kind == "time limit" or "DUE TO PREEMPTION" in batch_log
+        if is_over and not is_cut_off:
             directory.log_event("preempted", failure="preempted", reason="its job was cancelled", job=self.job)
             return False
-        return self._treat(failure, is_going or is_cut_off)
+        return self._treat(failure, is_going or is_over)
 
     def _treat(self, failure: Failure, is_going: bool) -> bool:
         """What follows from a failure; `is_going` unless SLURM has the job in the queue again by itself."""

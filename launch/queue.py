@@ -18,6 +18,7 @@ ENDED = (
     "BOOT_FAIL",
     "DEADLINE",
     "REVOKED",
+    "PREEMPTED",
 )
 SECONDS_TO_ANSWER = 60
 

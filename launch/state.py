@@ -47,6 +47,7 @@ JOB_ENDINGS = {
     "BOOT_FAIL": ("failed", "node failure"),
     "CANCELLED": ("cancelled", ""),
     "REVOKED": ("cancelled", ""),
+    "PREEMPTED": ("preempted", ""),
 }
 
 
@@ -140,8 +141,9 @@ def _on_slurm(
         return "cancelled", "its job left the queue before it began"  # SLURM forgets such an element at once
     silence = classify_silence(read_tail(Path(str(submitted.get("log", "")))))
     if silence is not None:
-        cancelled = silence.reason == "its job was cancelled"
-        return ("cancelled", "") if cancelled else ("failed", f"{silence.kind}: {silence.reason}")
+        if silence.reason == "its job was cancelled":
+            return "cancelled", ""
+        return "preempted" if silence.kind == "preempted" else "failed", f"{silence.kind}: {silence.reason}"
     return "lost", f"job {submitted.get('job')} is gone without a word; its log is {submitted.get('log')}"
 
 

@@ -86,6 +86,21 @@ def test_the_last_element_of_an_array_goes_back_into_the_queue_alone(element: El
     assert element.run.read_events()[-1]["by"] == "this job"
 
 
+@pytest.mark.parametrize(
+    ("said", "follows"), [(" DUE TO PREEMPTION", ["scontrol requeue 7_2"]), ("", [])], ids=["for another", "by a user"]
+)
+def test_a_job_that_is_cancelled_for_another_comes_back_and_one_that_a_user_cancels_does_not(
+    element: Element, said: str, follows: list[str]
+):
+    log = element.submission.batch_log(2)
+    scontrol = SCONTROL.format(first="", second="", last=LAST.replace("RUNNING", "COMPLETING"), calls=element.calls)
+    srun = f"echo 'srun' >> {element.calls}; echo '*** JOB 7 ON n1 CANCELLED AT 07:16:04{said} ***' >> {log}; exit 75"
+    stand_in(element.calls.parent, {"scontrol": scontrol, "srun": srun})
+    assert element.execute()[1:] == follows
+    last = element.run.read_events()[-1]
+    assert (last["event"], last["failure"]) == ("requeued" if follows else "preempted", "preempted")
+
+
 def test_rank_0_may_score_for_longer_than_a_site_waits_for_the_last_process(element: Element):
     assert "--wait=0" in element.execute()[0].split()
 

@@ -11,9 +11,11 @@ import pytest
 
 from launch import cancel, status
 from launch.config import ClusterConfig
+from launch.queue import QueuedJob
 from launch.slurm import settings_of
+from launch.state import look
 from launch.submission import Submission
-from scaling.records import StudyDirectory, write_records
+from scaling.records import RunDirectory, StudyDirectory, write_records
 
 
 @pytest.fixture
@@ -57,6 +59,17 @@ def test_runs_of_an_earlier_plan_are_stopped_with_the_study_and_by_name(
     cancel.main([f"study={study.path}"])
     assert calls.read_text().splitlines()[2:] == ["squeue, locked", "scancel 6_[0]", "scancel 5_[1,2]"]
     assert "told 3 runs to stop" in capsys.readouterr().out
+
+
+def test_a_job_that_was_cancelled_for_another_is_over_and_its_run_preempted(tmp_path: Path):
+    """Where it could not even queue itself again."""
+    run, log = RunDirectory(tmp_path / "run"), tmp_path / "log"
+    log.write_text("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-23T07:16:04 DUE TO PREEMPTION ***\n")
+    run.log_event("submitted", job="7_0", executor="slurm", log=str(log))
+    run.log_event("launched", job="7_0", attempt=0)
+    job = QueuedJob("7_0", "PREEMPTED", "None", "n1", "")
+    assert not job.is_live
+    assert [look(run, 10, 1.0, queue).state for queue in ({"7_0": job}, {})] == ["preempted", "preempted"]
 
 
 def test_a_reader_of_the_table_that_has_gone_is_no_failure(study: StudyDirectory):

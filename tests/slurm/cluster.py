@@ -71,6 +71,7 @@ MaxArraySize={max_array_size}
 MaxJobCount=50000
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 State=UP PriorityTier=1
+PartitionName=spot Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=1 PreemptMode=CANCEL
 PartitionName=urgent Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=9
 """
 

@@ -40,9 +40,13 @@ def test_a_run_that_meets_its_time_limit_saves_goes_back_into_the_queue_and_goes
     assert events_of(run, "checkpointed")[-1]["step"] > saved, "a run that is cancelled saves first"
 
 
-def test_a_job_that_goes_first_takes_the_nodes_and_gives_them_back(slurm_words: list[str], tmp_path: Path):
+@pytest.mark.parametrize(("partition", "by"), [("main", "SLURM"), ("spot", "this job")])  # spot: PreemptMode=CANCEL
+def test_a_job_that_goes_first_takes_the_nodes_and_gives_them_back(
+    partition: str, by: str, slurm_words: list[str], tmp_path: Path
+):
     study = tmp_path / "study"
-    launch("sweep", *slurm_words, *ONE_PROCESS, "train.budget.steps=400", f"study={study}")
+    words = [*slurm_words, *ONE_PROCESS, f"cluster.partition={partition}", "train.budget.steps=400"]
+    launch("sweep", *words, f"study={study}")
     (run,) = runs_of(study)
     wait_for(lambda: len(train_losses(run)) > 10, "it trains")
     urgent = ["--partition=urgent", "--nodes=4", "--exclusive", "--time=1", "--wrap=sleep 5", "--output=/dev/null"]
@@ -51,5 +55,5 @@ def test_a_job_that_goes_first_takes_the_nodes_and_gives_them_back(slurm_words: 
     assert run.state()[0] == "finished", story(run)
     first = events_of(run, "ended")[0]
     assert (first["failure"], first["exit_status"]) == ("preempted", 75), story(run)
-    assert events_of(run, "requeued")[0]["by"] == "SLURM"
+    assert events_of(run, "requeued")[0]["by"] == by
     assert [step for step, _ in train_losses(run)] == list(range(1, 401))
