@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scaling.errors import BadDataError
 from scaling.records import RunDirectory, append_record
-from scaling.shards import Clip, ShardIndex
+from scaling.shards import Clip, ShardIndex, remedy
 from scaling.stream import Replaced
 
 log = logging.getLogger(__name__)
@@ -78,5 +78,6 @@ class Quarantine:
             raise BadDataError(
                 f"{len(damaged)} of {self.num_clips} training clips in {self.index.root} are damaged "
                 f"({len(damaged) / self.num_clips:.2%}; {shown}), more than data.max_damaged_share = "
-                f"{self.max_share:g}: see python -m scaling.verify, prepare the shards again, or raise the share"
+                f"{self.max_share:g}: {remedy(self.index.root)}, and delete {self.directory.path}, which has them on "
+                "record; or raise the share"
             )

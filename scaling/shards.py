@@ -232,8 +232,15 @@ def _path(root: Root, shard: str) -> Path:
     return root.fetch(shard) if isinstance(root, RemoteRoot) else root / shard
 
 
+def remedy(root: Root) -> str:
+    """What makes damaged shards whole; preparing them again where they are would find them of the right sizes."""
+    if isinstance(root, RemoteRoot):
+        return f"copy whole shards to {root} anew and delete {root.cache}/*.damaged on each machine that read them"
+    return f"delete {root} and run python -m scaling.prepare again"
+
+
 def _bad_index(root: Root, what: str) -> BadDataError:
-    return BadDataError(f"shards at {root}: {what}; delete {root} and run python -m scaling.prepare again")
+    return BadDataError(f"shards at {root}: {what}; {remedy(root)}")
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -292,8 +299,7 @@ class ShardReader:
                         "look to the file system, then run the same command again"
                     ) from None
                 if pause is None:
-                    remedy = f"delete {self.root} and run python -m scaling.prepare again"
-                    message = f"clip {clip.id} in {self.root}/{clip.shard}: {what}; {remedy}"
+                    message = f"clip {clip.id} in {self.root}/{clip.shard}: {what}; {remedy(self.root)}"
                     raise DamagedClipError(message, clip.id, clip.shard, what) from None
                 self.num_retries += 1
                 if isinstance(error, OSError):  # a file system that fails now may work in a moment

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from scaling.errors import BadDataError, UserError
 from scaling.remote import RemoteRoot, Root
-from scaling.shards import Clip, DamagedClipError, ShardReader
+from scaling.shards import Clip, DamagedClipError, ShardReader, remedy
 from scaling.stopping import end_with_parent, ignore_stop_signals
 
 # Keeps the draws of order, crops and replacements apart from all other uses of a run's seed.
@@ -219,7 +219,7 @@ class CropDataset(Dataset[tuple[Tensor, Tensor]]):
                 return Replaced(t, clip.id, clip.shard, what, self.clips[candidate.position].id)
         raise BadDataError(
             f"clip {clip.id} in {self.reader.root}/{clip.shard} is damaged ({what}) and so is all that "
-            "could take its place: prepare the shards again"
+            f"could take its place: {remedy(self.reader.root)}"
         )
 
     def _read(self, at: CropAt, noisy: NDArray[np.int16], clean: NDArray[np.int16]) -> str | None:

@@ -23,7 +23,7 @@ from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import RunConfig
 from scaling.shard_writer import TAR_END, clip_members
-from scaling.shards import Clip, ShardIndex, block_checksums
+from scaling.shards import Clip, ShardIndex, block_checksums, remedy
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def main(words: list[str]) -> int:
             if not findings:
                 print(f"{shard.name}: whole, {shard.num_clips} clips")
     if num_damaged:
-        print(f"{num_damaged} shards of {index.root} are damaged: prepare them again with python -m scaling.prepare")
+        print(f"{num_damaged} of the shards at {index.root} are damaged: {remedy(index.root)}")
     return 1 if num_damaged else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,35 @@ def test_a_run_over_damaged_shards_counts_them_in_its_records_and_goes_on_the_sa
     assert done.returncode == 2
     assert f"1 of {len(index.clips('train'))} training clips" in done.stderr
     assert strict.state()[0] == "failed"
+
+
+def test_the_remedy_that_verify_and_a_stopped_run_name_makes_shards_and_run_whole(
+    tiny_data: list[str], tiny_run: list[str], tmp_path: Path, command
+):
+    shards = tmp_path / "shards"
+    subprocess.run(["cp", "-r", tiny_data[1].partition("=")[2], str(shards)], check=True)
+    clip = ShardIndex.load(shards).clips("train")[4]
+    with (shards / clip.shard).open("r+b") as file:
+        byte = os.pread(file.fileno(), 1, clip.clean_offset)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), clip.clean_offset)
+    words = [tiny_data[0], f"data.shards={shards}", *tiny_data[2:]]
+    run = [*tiny_run, *words, "data.max_damaged_share=0"]
+    remedy = f"delete {shards} and run python -m scaling.prepare again"
+
+    verified, stopped = command("scaling.verify", *words), command("scaling.train", *run)
+    assert verified.returncode == 1
+    assert f"{clip.shard}: clip {clip.id}: clean samples damaged" in verified.stdout
+    assert verified.stdout.splitlines()[-1] == f"1 of the shards at {shards} are damaged: {remedy}"
+    (folder,) = (tmp_path / "study" / "runs").iterdir()
+    assert stopped.returncode == 2
+    assert f"{remedy}, and delete {folder}, which has them on record; or raise the share" in stopped.stderr
+
+    shutil.rmtree(shards)
+    assert command("scaling.prepare", *words).returncode == 0
+    assert command("scaling.verify", *words).returncode == 0
+    shutil.rmtree(folder)
+    done = command("scaling.train", *run)
+    assert done.returncode == 0, done.stderr
 
 
 PRELOAD = r"""

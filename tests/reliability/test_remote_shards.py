@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -274,6 +275,26 @@ def test_damage_at_the_source_and_damage_in_the_cache_are_told_apart(upload: Upl
         ]
     assert set(replaced.values()) == {name}
     assert all(crop == expected[t] for t, crop in others if t not in replaced)
+
+
+def test_the_remedy_for_damage_at_the_source_makes_it_whole(local: ShardIndex, tmp_path: Path, command):
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    shutil.copytree(local.root, source)
+    clip = local.clips("train")[7]
+    with (source / clip.shard).open("r+b") as file:
+        os.pwrite(file.fileno(), b"\x55" * 100, clip.noisy_offset)
+    words = ["data=vbd", f"data.shards=file://{source}", f"data.cache={cache}"]
+    found = command("scaling.verify", *words)
+    assert found.returncode == 1
+    assert f"{clip.shard}: clip {clip.id}: noisy samples damaged" in found.stdout
+    assert found.stdout.splitlines()[-1] == (
+        f"1 of the shards at file://{source} are damaged: copy whole shards to file://{source} anew and delete "
+        f"{cache}/*.damaged on each machine that read them"
+    )
+    shutil.copytree(local.root, source, dirs_exist_ok=True)
+    for copy in cache.glob("*.damaged"):
+        copy.unlink()
+    assert command("scaling.verify", *words).returncode == 0
 
 
 def test_a_source_that_does_not_answer_ends_the_run_in_one_line(
