@@ -144,9 +144,11 @@ class ShardIndex:
         except (FileNotFoundError, NotADirectoryError):
             if isinstance(root, Path) and root.exists():
                 raise _bad_index(root, "index.json is missing") from None
+            how = "make them with python -m scaling.prepare"
+            if isinstance(root, RemoteRoot):
+                how += " in a folder and copy all its files there"
             raise UserError(
-                f"no shards at {root}: make them with python -m scaling.prepare, or name where they are "
-                "(data.shards=DIR; for scaling.evaluate shards=DIR)"
+                f"no shards at {root}: {how}, or name where they are (data.shards=DIR; for scaling.evaluate shards=DIR)"
             ) from None
         try:
             summary = json.loads(content)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import tarfile
 import tempfile
 import wave
@@ -251,6 +252,23 @@ def test_a_damaged_folder_is_refused_with_the_remedy(root: Path, message: str) -
 def test_a_folder_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no shards at .*nowhere: make them with python -m scaling.prepare"):
         ShardIndex.load(tmp_path / "nowhere")
+
+
+def test_shards_are_brought_behind_a_url_as_preparing_for_one_says(
+    tiny_data: list[str], tiny_index: ShardIndex, tmp_path: Path, command
+) -> None:
+    url = f"file://{tmp_path / 'far'}"
+    words = [word for word in tiny_data if not word.startswith("data.shards=")]
+    words += [f"data.shards={url}", f"data.cache={tmp_path / 'cache'}"]
+    refused = command("scaling.prepare", *words)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(
+        f"error: no shards at {url}: make them with python -m scaling.prepare in a folder and copy all its files there"
+    )
+    shutil.copytree(tiny_index.root, tmp_path / "far")
+    found = command("scaling.prepare", *words)
+    assert found.returncode == 0, found.stderr
+    assert f"shards at {url}, index hash {tiny_index.index_hash}" in found.stdout
 
 
 def test_an_unknown_split_is_answered_with_the_known_ones(root: Path) -> None:
