@@ -3,7 +3,8 @@
     python -m launch.cancel study=DIR               all of them
     python -m launch.cancel RUN RUN study=DIR       these; the beginning of a name is enough
 
-A run that is stopped saves first, and goes on from there when the sweep is typed again.
+A run that is stopped saves first, and goes on from there when the sweep is typed again. On this machine it has two
+minutes to; a sweep that is told a second time, by this command or Ctrl-C, ends its runs at once.
 Exit status: 0; 2 for a study or run that is not there.
 """
 

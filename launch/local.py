@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ from scaling.records import newest_event
 
 NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_TO_STOP = 8.0
+SECONDS_TO_SAVE = 120.0  # as cluster.signal_seconds on SLURM: for a step or a validation under way, and the checkpoint
+SECONDS_TO_DIE = 8.0
 DRIVERS_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
 
 
@@ -75,8 +77,8 @@ def run_locally(
     planned: the runs of the whole sweep; how many run at once and with how many threads follows from them and
         not from those that are left, so a run that goes on later computes as it did before
     show: called every half second, to show how far the runs are
-    An interrupt ends the runs too; they go on from their checkpoints at the next call. What else ends the caller
-    leaves them running, and the next call finds them.
+    An interrupt ends the runs too, once they have saved (a second one at once); they go on from there at the next call.
+    What else ends the caller leaves them running, and the next call finds them.
     """
     takes_gpu = {plan.run_id: plan.config.execution.device != "cpu" for plan in planned}
     gpus = visible_gpus() if any(takes_gpu.values()) else []
@@ -129,8 +131,8 @@ def _submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: Se
     executor.update_parameters(timeout_min=NO_TIME_LIMIT_MINUTES, tasks_per_node=num_processes, gpus_per_node=0)
     # Read by the OpenMP runtime when the job starts: cores are shared out, not fought for.
     os.environ["OMP_NUM_THREADS"] = str(plan.config.execution.threads or threads)
-    # The job's controller inherits that an interrupt is ignored: Ctrl-C in a terminal reaches all
-    # processes, and it would answer with a traceback. The run itself listens again (see RunTask).
+    # The job's processes inherit that an interrupt is ignored: Ctrl-C in a terminal reaches them all, and would end
+    # them before they have saved. This process tells them to (see `_stop`).
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         port = free_port("127.0.0.1") if num_processes > 1 else None
@@ -142,7 +144,7 @@ def _submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: Se
 
 
 def _stop(jobs: Sequence[LocalJob]) -> None:
-    """Interrupt runs, and kill those that have not ended within a few seconds."""
+    """Tell runs to save and stop; kill those that have not in two minutes, or at an interrupt meanwhile."""
     processes: list[psutil.Process] = []
     for job in jobs:
         if job.job is not None:  # submitit names a local job by its controller's process
@@ -152,11 +154,19 @@ def _stop(jobs: Sequence[LocalJob]) -> None:
             processes.append(process)
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_STOP)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=SECONDS_TO_STOP)
+            process.terminate()
+    if processes:
+        count = f"{len(jobs)} run{'s' * (len(jobs) != 1)}"
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            print(f"told {count} to save and stop; a second interrupt stops them at once", file=sys.stderr, flush=True)
+    alive = processes
+    try:
+        _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_SAVE)
+    finally:
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=SECONDS_TO_DIE)
 
 
 def _record_silent_end(job: LocalJob) -> None:

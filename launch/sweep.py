@@ -7,7 +7,8 @@
 Composes the cells of conf/sweep/NAME.yaml, plans and prints them, executes those that are not
 finished, and on this machine waits for them and writes the report. The same command again
 executes nothing that is finished and goes on with what was cut off. A failed run is tried
-again; one that diverged is a result and is not.
+again; one that diverged is a result and is not. On this machine Ctrl-C, or launch.cancel, ends the runs once they have
+saved, within two minutes; a second one ends them at once.
 
 Exit status: 0 all runs finished (or were submitted), 1 a run failed, 2 a mistake in the input.
 """

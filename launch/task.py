@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from dataclasses import dataclass, replace
 
 from scaling.plan import RunPlan
-from scaling.stopping import StopFlag
+from scaling.stopping import StopFlag, StoppedError
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,17 @@ class RunTask:
     gpus: tuple[str, ...] = ()  # of all processes of the run, named as in CUDA_VISIBLE_DEVICES; (): as that says
 
     def __call__(self, stop: StopFlag | None = None) -> int:
+        """The run's exit status (see `scaling.run.execute`). stop: hears signals, if one has been opened already"""
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {self.plan.run_id} %(levelname)s %(message)s")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if stop is not None:
+            return self._execute(stop)
+        with StopFlag() as heard:  # before anything slow is loaded: submitit passes over what it hears until then
+            try:
+                return self._execute(heard)
+            except StoppedError:  # before the run began
+                return 75
+
+    def _execute(self, stop: StopFlag) -> int:
         execution = self.plan.config.execution
         if execution.threads is None and self.threads is not None:
             execution = replace(execution, threads=self.threads)

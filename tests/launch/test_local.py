@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +124,38 @@ def test_more_processes_than_gpus_are_refused_before_any_run_starts(plans, start
     with pytest.raises(UserError, match="has 2 processes, and this machine 1 GPUs, of which each needs one"):
         run_locally(plans, plans, ClusterConfig("local", processes_per_node=2), lambda: None)
     assert not started
+
+
+def test_a_run_that_has_not_saved_by_the_deadline_is_killed(plans, monkeypatch: pytest.MonkeyPatch):
+    script = """
+import signal, sys, time
+from pathlib import Path
+from scaling.locks import held_lock
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with held_lock(Path(sys.argv[1]), ""):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    lock = plans[0].write().lock
+    with subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "held\n"
+        monkeypatch.setattr(local, "SECONDS_TO_SAVE", 0.5)
+        local._stop([LocalJob(plans[0], 0, None)])
+        assert run.poll() is not None
+
+
+def test_a_signal_before_a_run_has_begun_is_not_passed_over(plans, monkeypatch: pytest.MonkeyPatch):
+    """While it loads what it needs; submitit's own handler only says that it has heard it."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    monkeypatch.setattr("scaling.run.execute", lambda plan, stop: 0)
+    monkeypatch.setattr("launch.task.export_local_ranks", lambda port: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert RunTask(plans[0], port=1)() == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not heard
 
 
 def test_a_run_shows_its_processes_the_gpus_that_are_its_own(plans, monkeypatch: pytest.MonkeyPatch):

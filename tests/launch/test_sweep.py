@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scaling.cli import CONFIG_FOLDER
 from scaling.records import RunDirectory, StudyDirectory
 
 AXES = ("sweep.axes.model=[xxt,xt]", "sweep.axes.seed=[0,1]")
@@ -163,34 +164,67 @@ def test_a_budget_can_be_an_axis_and_quick_checks_stay_out_of_the_study(
     assert "test set: " in logs.stdout, "a quick check starts anew every time, and leaves its job's files alone"
 
 
-def test_an_interrupt_ends_the_runs_and_the_next_call_goes_on(sweep_words: list[str], tmp_path: Path, command):
-    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=500"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.sweep", *words], cwd=tmp_path, stdout=-3, stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize(("how", "num_processes"), [("interrupt", 1), ("cancel", 2), ("cancel a run", 1)])
+def test_a_run_that_is_stopped_saves_first_and_the_next_call_goes_on(
+    sweep_words: list[str], tmp_path: Path, command, how: str, num_processes: int
+):
+    steps = 100 if how == "interrupt" else 500  # the command takes a while to say it
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", f"train.budget.steps={steps}"]
+    words += ["execution.checkpoint_every=1000", f"cluster.processes_per_node={num_processes}"]
+    process = start_sweep(words, tmp_path)
     study = StudyDirectory(tmp_path / "study")
     victim = wait_for_running(study, process)
     family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    if how == "interrupt":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the runs as well
+    else:
+        names = [victim.run_id] if how == "cancel a run" else []
+        assert command("launch.cancel", *names, f"study={study.path}").stdout.startswith("told 1 run to stop;")
     _, errors = process.communicate(timeout=180)
-    assert process.returncode == 130
-    assert "run the same command again to go on" in errors
+    if how == "cancel a run":
+        assert process.returncode == 1
+        assert f"run {victim.run_id} did not finish, it is preempted" in errors
+    else:
+        assert process.returncode == 130
+        assert "told 1 run to save and stop" in errors
+        assert "run the same command again to go on" in errors
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
-    assert victim.state()[0] != "finished"
-    again = command("launch.sweep", *words)
-    assert again.returncode == 0, again.stderr
-    assert victim.state()[0] == "finished"
+    state, event = victim.state()
+    assert (state, event["reason"]) == ("preempted", "SIGTERM")
+    saved = [event["step"] for event in victim.read_events() if event["event"] == "checkpointed"]
+    assert saved == [victim.read_metrics()[-1]["step"]]
+    if how == "interrupt":
+        again = command("launch.sweep", *words)
+        assert again.returncode == 0, again.stderr
+        assert victim.state()[0] == "finished"
+        assert [row["step"] for row in victim.read_metrics() if row["kind"] == "train"] == list(range(1, steps + 1))
+
+
+def test_a_second_interrupt_ends_runs_that_do_not_save(sweep_words: list[str], tmp_path: Path):
+    words = [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.seed=[0]", "train.budget.steps=500"]
+    process = start_sweep(words, tmp_path)
+    victim = wait_for_running(StudyDirectory(tmp_path / "study"), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(int(victim.lock.read_text()), signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert any("told 1 run to save and stop" in line for line in process.stderr)
+    assert process.poll() is None
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    assert time.monotonic() - begun < 60, "half of the time that a run has to save"
 
 
 def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path, command):
+    sweeps = ", ".join(sorted(path.stem for path in (CONFIG_FOLDER / "sweep").glob("*.yaml")))
     for words, expected in (
-        ([], "error: no sweep named: give +sweep=NAME, one of budgets, grid, isoflop, nodes, processes, sizes"),
-        (
-            ["+sweep=size"],
-            "error: sweep=size: no such sweep; expected one of budgets, grid, isoflop, nodes, processes, sizes",
-        ),
+        ([], f"error: no sweep named: give +sweep=NAME, one of {sweeps} (the files of conf/sweep)"),
+        (["+sweep=size"], f"error: sweep=size: no such sweep; expected one of {sweeps} (the files of conf/sweep)"),
         ([*sweep_words, "model=xt"], "error: model=xt: model is an axis of sweep sizes: set sweep.axes.model=[xt]"),
         ([*sweep_words, "sweep.axes.model=[xxt,huge]"], "error: model=huge: no such model"),
         ([*sweep_words, "sweep.axes.execution.num_workers=[1,2]"], "error: sweep sizes: cells {'model': 'xxt', 'seed'"),
@@ -278,6 +312,17 @@ def test_a_cell_that_is_all_warm_up_is_shown_by_name_and_nothing_starts_before_i
     (told,) = [line for line in kept.stderr.splitlines() if "sweep.exclude" in line]
     assert told.endswith("WARNING sweep.exclude: {model: c49, seed: 0} drops no cell: no cell has these values")
     assert "cannot start" not in kept.stdout
+
+
+def start_sweep(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.sweep", *words],
+        cwd=folder,
+        stdout=-3,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for_running(study: StudyDirectory, process: subprocess.Popen) -> RunDirectory:
