@@ -9,8 +9,8 @@ from scaling.config import BudgetConfig, RunConfig
 from scaling.errors import UserError
 
 MISTAKES = {
-    "model=xxl": r"model=xxl: no such model; expected one of c2, c24, c4, .*xt, xxt \(the files of conf/model\)",
-    "train=nope": r"train=nope: no such train; expected one of demo, espnet, fastenhancer",
+    "model=xxl": r"model=xxl: no such model; expected one of .*c2, c24, .*xt, xxt.* \(the files of conf/model\)",
+    "train=nope": r"train=nope: no such train; expected one of .*demo, .*espnet, .*fastenhancer",
     "sede=1": r"sede: no such setting; did you mean seed or data.demo.seed",
     "train.optimiser.lerning_rate=1": r"train.optimiser.lerning_rate: no such setting; did you mean train.optimiser.l",
     "losses.magnitude=1": r"losses: no such setting; did you mean train.losses\?",
