@@ -142,7 +142,9 @@ with held_lock(Path(sys.argv[1]), ""):
         assert run.stdout.readline() == "held\n"
         monkeypatch.setattr(local, "SECONDS_TO_SAVE", 0.5)
         local._stop([LocalJob(plans[0], 0, None)])
-        assert run.poll() is not None
+        ended = run.poll() is not None
+        run.kill()
+    assert ended
 
 
 def test_a_signal_before_a_run_has_begun_is_not_passed_over(plans, monkeypatch: pytest.MonkeyPatch):
