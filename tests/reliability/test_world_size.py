@@ -51,9 +51,10 @@ def test_the_world_size_changes_no_bit_in_audit_mode_and_little_in_the_ordinary(
     assert max(of_weights) < 1e-2
     report(
         "world size",
-        f"After {num_steps} steps (xxt, global batch 8, `train.norm_batch=2`): with `execution.audit=true` 1, 2 and 4 "
-        f"processes end with one weight hash ({hashes['audit'][0][:16]}…) and equal losses in all {len(logs[0])} rows. "
-        f"In the ordinary mode there are {len(set(hashes['ordinary']))} hashes: losses differ from one process's by at "
-        f"most {of_losses[0]:.1e} (2 processes) and {of_losses[1]:.1e} (4) of their value, weights by "
+        f"After {num_steps} steps (xxt, global batch 8, `train.norm_batch=2`): with `execution.audit=true "
+        f"execution.micro_batch=2` 1, 2 and 4 processes end with one weight hash ({hashes['audit'][0][:16]}…) and "
+        f"equal losses in all {len(logs[0])} rows. In the ordinary mode there are {len(set(hashes['ordinary']))} "
+        f"hashes: losses differ from one process's by at most {of_losses[0]:.1e} (2 processes) and "
+        f"{of_losses[1]:.1e} (4) of their value, weights by "
         f"{of_weights[0]:.1e} and {of_weights[1]:.1e} of their norm.",
     )
