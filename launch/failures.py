@@ -96,7 +96,8 @@ def classify_attempt(
             return Failure(said, _line_with(text, said), _last_lines(text))
     if was_stopped or status == PREEMPTED_STATUS:
         return Failure(_first_said(batch_log) or "preempted", "the processes were told to stop, and saved")
-    reports = list(_reports(log))
+    # What rank 0 alone can say (a lock that is held, a checkpoint that cannot be read) ends the others without a word.
+    reports = list(_reports(log)) or [said for said in _reports(rank_log(0)) if not _is_broken(said["reason"])]
     if reports and not _is_broken(reports[-1]["reason"]):
         return Failure(reports[-1]["failure"], f"{where}: {reports[-1]['reason']}", _last_lines(log))
     if failed:

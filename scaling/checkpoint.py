@@ -5,7 +5,9 @@ manifest of their sizes and SHA-256. It is written under a temporary name, every
 is flushed to disk, the ranks vote that all of them succeeded, and the rename commits it: a crash
 at any point leaves the one before. Two are kept; the older goes only after the newer is
 committed. Loading takes the newest that its manifest confirms and passes over a damaged one
-with a warning; the next to be committed takes the place of those that were passed over.
+with a warning; a run that takes up an earlier one renames it `.damaged-00000050`. Where there are
+checkpoints and none of them is whole the run is refused, and where the file system does not let it be
+told, too: to begin anew would be to lose them.
 """
 
 from __future__ import annotations
@@ -15,21 +17,26 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from scaling.errors import UserError
+from scaling.errors import NO_ANSWER, UserError
 from scaling.processes import ALONE, Processes
 from scaling.records import sync
+from scaling.remote import UnreachableError
+from scaling.shards import READ_PAUSES
 
 log = logging.getLogger(__name__)
 
 NUM_KEPT = 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,23 +58,26 @@ class Checkpoint:
     @property
     def layout(self) -> dict[str, int] | None:
         """How the state is cut into parts, by the manifest; None: it is whole."""
-        return json.loads(self.manifest.read_text())["layout"]
+        return json.loads(_patiently(Path.read_text, self.manifest))["layout"]
 
     def damage(self) -> str | None:
-        """What is wrong with the files by the manifest; None if nothing is."""
+        """What is wrong with the files by the manifest; None if nothing is.
+
+        UnreachableError where they cannot be read: that says nothing of what they hold.
+        """
         try:
-            text = self.manifest.read_text()
+            text = _patiently(Path.read_text, self.manifest)
             content = json.loads(text)
             if text != _manifest_text(content):
                 return "manifest.json does not have the SHA-256 that it says itself"
             files = content["files"]
             for name, expected in files.items():
-                found = _describe(self.path / name)
+                found = _patiently(_describe, self.path / name)
                 if found["num_bytes"] != expected["num_bytes"]:
                     return f"{name} has {found['num_bytes']} bytes, its manifest says {expected['num_bytes']}"
                 if found["sha256"] != expected["sha256"]:
                     return f"{name} does not have the SHA-256 that its manifest says"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
 
@@ -85,14 +95,38 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"num_bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
+def _patiently(action: Callable[[Path], T], path: Path) -> T:
+    """What an action on a path gives, tried again a few times; UnreachableError if it goes on failing.
+
+    A path that is not there is no such failure: FileNotFoundError or NotADirectoryError at once.
+    """
+    for pause in (*READ_PAUSES, None):
+        try:
+            return action(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if pause is None:
+                raise UnreachableError(
+                    f"{path} cannot be reached ({error.strerror or error}), in {len(READ_PAUSES) + 1} attempts: look "
+                    "to the file system, then run the same command again; move away a checkpoint that is lost for good"
+                ) from None
+            time.sleep(pause)
+    raise AssertionError
+
+
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The committed checkpoints, oldest first, valid or not."""
-    found = [
-        Checkpoint(path, int(path.name.removeprefix("step-")))
-        for path in folder.glob("step-*")
-        if path.name.removeprefix("step-").isdigit()
-    ]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    """The committed checkpoints, oldest first, valid or not; UnreachableError where the folder cannot be read."""
+    try:
+        names = _patiently(os.listdir, folder)
+    except FileNotFoundError:
+        return []
+    steps = sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+    return [_checkpoint(folder, step) for step in steps]
+
+
+def _checkpoint(folder: Path, step: int) -> Checkpoint:
+    return Checkpoint(folder / f"step-{step:08d}", step)
 
 
 def save_checkpoint(
@@ -106,9 +140,10 @@ def save_checkpoint(
 
     write: puts this rank's files into the folder that it is given
 
-    UserError, on every rank, if a rank could not write: disk full, quota, input or output error.
+    UserError, on every rank, if a rank could not write: the disk is full, a quota is used up; UnreachableError where
+    its file system does not answer.
     """
-    final = Checkpoint(folder / f"step-{step:08d}", step)
+    final = _checkpoint(folder, step)
     temporary = Checkpoint(folder / f".writing-{step:08d}", step)
 
     def write_part() -> None:
@@ -130,10 +165,12 @@ def save_checkpoint(
             os.fsync(text.fileno())
         for path in [*(path for path in temporary.path.rglob("*") if path.is_dir()), temporary.path]:
             sync(path)
-        if final.path.exists():  # a damaged one of the same step, passed over at load
-            shutil.rmtree(final.path)
+        replaced = folder / f".writing-over-{step:08d}"
+        if final.path.exists():  # of the same step: what it takes up now is more
+            os.rename(final.path, replaced)
         os.rename(temporary.path, final.path)
         sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     by_first = processes.is_first
     for action in (
@@ -145,19 +182,21 @@ def save_checkpoint(
         is_alone = error is not None and layout is not None and action is write_part and processes.world_size > 1
         if is_alone:
             # The ranks write their parts together: others may wait for this one in there, not at the vote.
-            errors: list[str | None] = [None] * processes.world_size
+            errors: list[FailedWrite | None] = [None] * processes.world_size
             errors[processes.rank] = error
         else:
             errors = processes.gather(error)
-        if any(errors):
+        failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+        if failed:
             if by_first and not is_alone:  # others may still write there: the next save clears it away
                 shutil.rmtree(temporary.path, ignore_errors=True)
             alone = processes.world_size == 1
-            what = "; ".join(error if alone else f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
-            raise UserError(
+            what = "; ".join(error.what if alone else f"rank {rank}: {error.what}" for rank, error in failed.items())
+            has_no_answer = any(error.errno in NO_ANSWER for error in failed.values())
+            remedy = "look to the file system" if has_no_answer else "make the disk writable and free some space"
+            raise (UnreachableError if has_no_answer else UserError)(
                 f"checkpoint {final.path} could not be written ({what}; {_free_space(folder)}): "
-                "make the disk writable and free some space, and run the same command again; "
-                "the checkpoint before it is whole"
+                f"{remedy}, and run the same command again; the checkpoint before it is whole"
             )
     if processes.is_first:
         _let_go(folder, step)
@@ -173,19 +212,34 @@ def _make_room(folder: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _attempt(action: Callable[[], None] | None) -> str | None:
+class FailedWrite(NamedTuple):
+    """What the disk said to a rank's part of a save; errno is None where torch has kept it to itself."""
+
+    what: str
+    errno: int | None
+
+
+def _attempt(action: Callable[[], None] | None) -> FailedWrite | None:
     """Run the action, if there is one; what stopped it, if the disk did."""
     if action is None:
         return None
     try:
         action()
-    except OSError as error:
-        return f"{error.strerror or error}"
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
+        of_the_disk = _os_error_behind(error)
+        if of_the_disk is not None:
+            return FailedWrite(of_the_disk.strerror or str(of_the_disk), of_the_disk.errno)
         if not is_failed_write(error):
             raise
-        return str(error).splitlines()[0]
+        return FailedWrite(str(error).splitlines()[0], None)
     return None
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    """The error of the operating system that an error is, or came of: torch's zip writer fails once more on its way."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__ if isinstance(error, RuntimeError) and is_failed_write(error) else None
+    return error
 
 
 def is_failed_write(error: Exception) -> bool:
@@ -202,26 +256,67 @@ def _free_space(folder: Path) -> str:
 
 
 def _let_go(folder: Path, step: int) -> None:
-    """Keep the newest two up to the committed step: later ones were damaged when the run took up an earlier one."""
-    checkpoints = list_checkpoints(folder)
-    kept = [checkpoint for checkpoint in checkpoints if checkpoint.step <= step][-NUM_KEPT:]
-    for checkpoint in checkpoints:
-        if checkpoint not in kept:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+    """Keep the newest two up to the committed step."""
+    for checkpoint in [old for old in list_checkpoints(folder) if old.step <= step][:-NUM_KEPT]:
+        shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def newest_whole(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that its manifest confirms; None if there is none."""
+    """The newest checkpoint that its manifest confirms; None if there is none at all.
+
+    UserError if there are some and none is whole; UnreachableError if one cannot be read.
+    """
+    newest, damaged = _look(folder)
+    if newest is None and damaged:
+        raise _none_is_whole(folder, damaged)
+    return newest
+
+
+def take_up(folder: Path, force: bool = False) -> Checkpoint | None:
+    """As `newest_whole`, in the process that holds the run's lock: those that are passed over are set aside.
+
+    force: begin anew where none is whole
+    """
+    newest, damaged = _look(folder)
+    if newest is None and damaged and not force:
+        raise _none_is_whole(folder, damaged)
+    for checkpoint in damaged:
+        _patiently(_set_aside, checkpoint.path)
+    return newest
+
+
+def _look(folder: Path) -> tuple[Checkpoint | None, dict[Checkpoint, str]]:
+    """The newest whole checkpoint, and what is wrong with those that are newer."""
+    damaged: dict[Checkpoint, str] = {}
     for checkpoint in reversed(list_checkpoints(folder)):
         damage = checkpoint.damage()
         if damage is None:
-            return checkpoint
+            return checkpoint, damaged
         log.warning("checkpoint %s is damaged (%s): passed over for the one before", checkpoint.path, damage)
-    return None
+        damaged[checkpoint] = damage
+    return None, damaged
+
+
+def _none_is_whole(folder: Path, damaged: dict[Checkpoint, str]) -> UserError:
+    what = "; ".join(f"{checkpoint.path.name}: {damage}" for checkpoint, damage in damaged.items())
+    return UserError(
+        f"no checkpoint in {folder} is whole ({what}): put back a copy, or begin the run anew with "
+        f"python -m scaling.train run={folder.parent} force=true"
+    )
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that no save is hindered by it and a person can still look at it."""
+    aside = path.with_name(path.name.replace("step-", ".damaged-"))
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(path, aside)
+    sync(path.parent)
+    log.warning("%s is kept as %s", path, aside.name)
 
 
 def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Checkpoint, dict[str, Any]] | None:
-    """The newest whole checkpoint and what its `state.pt` holds; None if there is none."""
+    """The newest whole checkpoint and what its `state.pt` holds; None if there is none. Raises as `newest_whole`."""
     checkpoint = newest_whole(folder)
     if checkpoint is None:
         return None

@@ -2,9 +2,15 @@
 
 `UserError` is raised wherever input from outside (a setting, a file, a folder, a disk)
 is not what the study needs. Its message names the thing, its value, what was expected
-and the remedy; `scaling.cli` prints that line and exits with status 2, without a traceback.
+and the remedy; `scaling.command.run_main` prints that line and exits with status 2, without a traceback.
 Anything else that is raised is a defect of the project and keeps its traceback.
 """
+
+import errno
+
+# Of a file system that does not answer now: its node's or its network's failure, where the same attempt may succeed
+# later or elsewhere, not the settings'.
+NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class UserError(Exception):

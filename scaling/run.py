@@ -22,9 +22,9 @@ import torch
 from bsrnn import BSRNN
 from bsrnn.modelfile import save_model
 from scaling.allocator import keep_freed_memory
-from scaling.checkpoint import is_failed_write
+from scaling.checkpoint import is_failed_write, take_up
 from scaling.device import set_arithmetic
-from scaling.errors import BadDataError, MeetingError, UserError
+from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.liveness import LOST_STATUS, LostRankError
 from scaling.locks import held_lock
@@ -40,8 +40,8 @@ from scaling.trainer import DivergedError, Trainer
 
 log = logging.getLogger(__name__)
 
-# A disk's, not a program's: full, over its quota, a file over the limit on its size, read only, broken.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# A disk's, not a program's: full, over its quota, a file over the limit on its size, read only.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 PREEMPTED = 75  # exit status of a run that was asked to stop and has saved: execute it again to go on
 
@@ -50,7 +50,8 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
     """Bring a planned run to its end from wherever it stands; the exit status.
 
     stop: hears the signals that ask the run to stop, if the caller has opened one already
-    force: delete the run of other scientific settings that the folder may hold
+    force: delete the run of other scientific settings that the folder may hold, and begin anew where it holds
+        checkpoints of which none is whole
 
     0: finished, now or before; 1: diverged; 75 (PREEMPTED): a signal asked it to stop, and all ranks
     have saved; 76 (LOST_STATUS): another process of the run is lost. Whatever else ends it is put
@@ -78,7 +79,7 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
             processes.tell_loss(str(error))
             return LOST_STATUS
         except (OSError, RuntimeError) as error:
-            if getattr(error, "errno", None) not in DISK_ERRORS and not is_failed_write(error):
+            if getattr(error, "errno", None) not in DISK_ERRORS + NO_ANSWER and not is_failed_write(error):
                 raise
             raise _of_the_disk(error, plan.directory) from error
         finally:
@@ -91,7 +92,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     if len(set(sciences)) > 1:
         raise UserError(f"the processes of run {directory.path} were started with different settings: {sciences}")
 
-    def take_up() -> bool:
+    def prepare() -> bool:
         """Whether there is anything to do."""
         try:
             directory.path.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,8 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
                 raise UserError(
                     f"{directory.path} holds {', '.join(foreign)} and no plan.json: it is no run's; name another folder"
                 )
+            if force:
+                take_up(directory.checkpoints, force=True)
             if plan.config.train.test:  # a quick check starts anew every time
                 directory.clear(keep_jobs=True)
             plan.write()
@@ -113,7 +116,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
             raise _of_the_disk(error, directory) from error
         return directory.state()[0] != "finished"
 
-    if not processes.from_first(take_up):
+    if not processes.from_first(prepare):
         if processes.is_first:
             log.info("run %s is finished already: %s", directory.run_id, directory.path)
         processes.leave()
@@ -216,7 +219,7 @@ def classify(error: Exception) -> tuple[str, str]:
         return "bad data", str(error)
     if isinstance(error, UserError):
         return "bad config", str(error)
-    if getattr(error, "errno", None) in set(DISK_ERRORS) - {errno.EIO} or is_failed_write(error):
+    if getattr(error, "errno", None) in DISK_ERRORS or is_failed_write(error):
         return "bad config", reason
     # ALLOC_FAILED: of cuBLAS, cuDNN and cuFFT
     out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory", "ALLOC_FAILED")
@@ -225,16 +228,18 @@ def classify(error: Exception) -> tuple[str, str]:
     # A loader's worker that is killed may say so anywhere in the main process. A GPU that has failed, fallen off the
     # bus or been given to another process is of its node.
     of_the_node = ("DataLoader worker", "uncorrectable ECC error", "busy or unavailable", "NCCL error", "GPU is lost")
-    if (isinstance(error, OSError) and error.errno == errno.EIO) or any(word in str(error) for word in of_the_node):
+    if getattr(error, "errno", None) in NO_ANSWER or any(word in str(error) for word in of_the_node):
         return "node failure", reason
     return "code error", reason
 
 
 def _of_the_disk(error: Exception, directory: RunDirectory) -> UserError:
     what, why = getattr(error, "filename", None), getattr(error, "strerror", None)
-    return UserError(
-        f"run {directory.path}: {what or 'a file'} could not be written ({why or error}): make the disk "
-        "writable and free some space, and run the same command again; it goes on from its newest checkpoint"
+    has_no_answer = getattr(error, "errno", None) in NO_ANSWER
+    remedy = "look to the file system" if has_no_answer else "make the disk writable and free some space"
+    return (UnreachableError if has_no_answer else UserError)(
+        f"run {directory.path}: {what or 'a file'} could not be written ({why or error}): {remedy}, "
+        "and run the same command again; it goes on from its newest checkpoint"
     )
 
 

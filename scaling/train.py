@@ -38,7 +38,7 @@ class TrainCommandConfig(RunConfig):
     """A run and where it goes."""
 
     run: str | None = None  # its folder; null: in the study, named by its settings
-    force: bool = False  # replace a run of other scientific settings that the folder holds
+    force: bool = False  # start anew where the folder holds a run of other science, or no checkpoint that is whole
 
 
 def main(words: list[str]) -> int:

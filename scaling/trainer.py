@@ -21,7 +21,7 @@ import torch
 from bsrnn import BSRNN
 from bsrnn.losses import enhancement_loss, unprocessed
 from scaling.board import SampleBoard
-from scaling.checkpoint import Checkpoint, newest_whole, save_checkpoint
+from scaling.checkpoint import Checkpoint, save_checkpoint, take_up
 from scaling.config import RunConfig
 from scaling.early_stopping import EarlyStopping
 from scaling.engines import make_engine
@@ -274,7 +274,7 @@ class Trainer:
         """Take up the newest checkpoint, the same on every rank; the number of steps it has behind it."""
 
         def choose() -> Checkpoint | None:
-            checkpoint = newest_whole(self.directory.checkpoints)
+            checkpoint = take_up(self.directory.checkpoints)
             if checkpoint is not None and checkpoint.layout != self.engine.layout:
                 raise UserError(
                     f"checkpoint {checkpoint.path} was written {_describe_layout(checkpoint.layout)}; this is a run "

@@ -92,7 +92,8 @@ class DataParallel(Engine):
             "scaler": scaler.state_dict() if scaler is not None else None,
             **extra,
         }
-        torch.save(state, folder / "state.pt")
+        with (folder / "state.pt").open("wb") as file:  # torch itself would not say what the disk answered
+            torch.save(state, file)
 
     def load(self, folder: Path) -> dict[str, Any]:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)

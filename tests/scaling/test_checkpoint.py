@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from scaling.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from scaling.checkpoint import list_checkpoints, load_newest, newest_whole, save_checkpoint, take_up
 from scaling.errors import UserError
+from scaling.remote import UnreachableError
+from scaling.run import classify
 
 
 def save(folder: Path, step: int, size: int = 1000) -> None:
@@ -51,15 +56,100 @@ def test_a_flipped_byte_anywhere_is_found_and_the_one_before_is_taken(tmp_path: 
     assert load_newest(tmp_path)[0].step == 1
 
 
-def test_a_damaged_later_checkpoint_does_not_push_out_those_that_are_written_after_it(tmp_path: Path):
+def steps(folder: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in list_checkpoints(folder)]
+
+
+@pytest.fixture
+def unreadable(tmp_path: Path) -> Path:
+    """Checkpoints 50 and 60 whose every read is an input or output error: it is what this file of Linux's answers."""
+    for step in (50, 60):
+        save(tmp_path, step)
+        state = tmp_path / f"step-{step:08d}" / "state.pt"
+        state.rename(state.with_name("kept"))
+        state.symlink_to("/proc/self/mem")
+    return tmp_path
+
+
+def give_back(folder: Path) -> None:
+    for checkpoint in list_checkpoints(folder):
+        (checkpoint.path / "kept").replace(checkpoint.state)
+
+
+def test_a_disk_that_cannot_be_read_ends_the_run_and_costs_no_checkpoint(unreadable: Path):
+    with pytest.raises(
+        UnreachableError, match=r"state.pt cannot be reached \(Input/output error\), in 4 attempts"
+    ) as raised:
+        take_up(unreadable, force=True)
+    assert classify(raised.value)[0] == "node failure", "it would not be queued again"
+    give_back(unreadable)
+    assert take_up(unreadable).step == 60
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again(unreadable: Path, caplog: pytest.LogCaptureFixture):
+    mending = threading.Timer(0.3, give_back, [unreadable])
+    mending.start()
+    assert newest_whole(unreadable).step == 60
+    mending.join()
+    assert not caplog.records
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_anew_unless_forced_and_nothing_is_deleted(tmp_path: Path):
     for step in (15, 20):
         save(tmp_path, step)
         (tmp_path / f"step-{step:08d}" / "state.pt").write_bytes(b"damaged")
-    for step in (5, 10):
-        assert load_newest(tmp_path) is None or load_newest(tmp_path)[0].step == 5
+    for look in (newest_whole, take_up):
+        with pytest.raises(
+            UserError, match=r"no checkpoint in .* is whole \(step-00000020: state.pt has 7 b.* force=true"
+        ):
+            look(tmp_path)
+    assert steps(tmp_path) == [15, 20]
+    assert take_up(tmp_path, force=True) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged-00000015", ".damaged-00000020"]
+    assert (tmp_path / ".damaged-00000020" / "state.pt").read_bytes() == b"damaged"
+
+
+def test_a_damaged_later_checkpoint_is_set_aside_and_does_not_push_out_those_that_are_written_after_it(tmp_path: Path):
+    for step in (5, 20):
         save(tmp_path, step)
-    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [5, 10]
-    assert load_newest(tmp_path)[0].step == 10
+    (tmp_path / "step-00000020" / "state.pt").write_bytes(b"damaged")
+    assert take_up(tmp_path).step == 5
+    for step in (10, 15, 20):
+        save(tmp_path, step)
+        assert load_newest(tmp_path)[0].step == step
+    assert steps(tmp_path) == [15, 20]
+    assert (tmp_path / ".damaged-00000020" / "state.pt").read_bytes() == b"damaged"
+
+
+def test_a_checkpoint_of_the_same_step_takes_the_place_of_the_one_before_it(tmp_path: Path):
+    for weight in (1.0, 2.0):
+        save_checkpoint(tmp_path, 5, lambda part, weight=weight: torch.save({"weight": weight}, part / "state.pt"))
+    assert load_newest(tmp_path)[1] == {"weight": 2.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(errno.EIO, "node failure"), (errno.ESTALE, "node failure"), (errno.ENOSPC, "bad config")]
+)
+def test_a_save_that_fails_is_classed_by_what_the_disk_says(tmp_path: Path, error: int, kind: str):
+    """torch's zip writer meets the error in its own code, and ends in another of its own."""
+    save(tmp_path, 1)
+
+    class Broken(io.FileIO):
+        def write(self, data) -> int:
+            raise OSError(error, os.strerror(error))
+
+    def write(part: Path) -> None:
+        with Broken(part / "state.pt", "w") as file:
+            torch.save({"weights": torch.ones(100_000)}, file)
+
+    with pytest.raises(
+        UserError, match=f"could not be written \\({os.strerror(error)}; .*the checkpoint before it is whole"
+    ) as raised:
+        save_checkpoint(tmp_path, 2, write)
+    assert classify(raised.value)[0] == kind
+    assert ("free some space" in str(raised.value)) == (error == errno.ENOSPC)
+    assert newest_whole(tmp_path).step == 1
 
 
 def test_kills_during_saves_never_cost_more_than_the_save_itself(tmp_path: Path):

@@ -275,6 +275,29 @@ def test_other_precisions_compilation_and_clipping_train(
     assert directory.read_events()[0]["hardware"]["lstm"] == lstm  # bsrnn/lstm.py: "compiled" is a C compiler's
 
 
+def test_a_run_without_a_whole_checkpoint_begins_anew_only_where_that_is_forced(
+    uninterrupted: RunDirectory, tiny_run: list[str], tmp_path: Path, command
+):
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(uninterrupted.path, run.path)
+    run.events.unlink()  # as a run that was cut off
+    for checkpoint in list_checkpoints(run.checkpoints):
+        checkpoint.state.write_bytes(b"damaged")
+    refused = command("scaling.train", f"run={run.path}")
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert line.endswith(f"or begin the run anew with python -m scaling.train run={run.path} force=true")
+    assert run.state()[1]["reason"] in line
+    assert len(list_checkpoints(run.checkpoints)) == 2
+    forced = command("scaling.train", f"run={run.path}", "force=true")
+    assert forced.returncode == 0, forced.stderr
+    assert result_of(run) == result_of(uninterrupted)
+    assert [path.name for path in sorted(run.checkpoints.glob(".damaged-*"))] == [
+        ".damaged-00000020",
+        ".damaged-00000024",
+    ]
+
+
 def test_a_second_process_on_the_same_run_is_refused_by_name(tiny_run: list[str], tmp_path: Path, command):
     process = subprocess.Popen([sys.executable, "-m", "scaling.train", *tiny_run, "train.budget.steps=400"], stderr=-3)
     try:
