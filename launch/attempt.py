@@ -13,13 +13,13 @@ says of the job: the shell asks SLURM, since a container may not know its comman
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from launch.failures import TREATMENT, Failure, classify_attempt, classify_silen
 from launch.state import last_train_rows
 from launch.submission import Settings, Submission
 from launch.throughput import record_run
+from scaling.errors import UserError
+from scaling.locks import is_locked
 from scaling.ports import free_port
 from scaling.records import Record, RunDirectory, newest_event, to_json, write_whole
 
@@ -127,13 +129,9 @@ class Attempt:
     def _wait_for_the_lock(self) -> None:
         """A process of an attempt that SLURM gave up may live on for a moment on this machine."""
         deadline = time.monotonic() + SECONDS_FOR_THE_LOCK
-        while time.monotonic() < deadline and self.directory.lock.exists():
-            with self.directory.lock.open("r+") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except BlockingIOError:
-                    time.sleep(0.5)
+        with suppress(UserError):  # without locks on this file system: the run itself says so
+            while time.monotonic() < deadline and is_locked(self.directory):
+                time.sleep(0.5)
 
     # --- after -----------------------------------------------------------------------------
 
@@ -265,8 +263,7 @@ def _last_sign(directory: RunDirectory, launched: float) -> float:
 
 def _halved(row: Record, settings: Settings, halvings: int) -> int | None:
     """The micro-batch after so many halvings; None if the run cannot be executed with it."""
-    from scaling.errors import UserError  # these load torch, so only where memory ran out
-    from scaling.plan import from_record
+    from scaling.plan import from_record  # loads torch, so only where memory ran out
 
     config = from_record(row, Path(row["config"]["study"])).config
     whole = config.execution.micro_batch or config.train.global_batch // settings.num_processes

@@ -6,6 +6,7 @@ names the process, for messages.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -19,21 +20,27 @@ from scaling.errors import UserError
 from scaling.records import RunDirectory
 
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.05
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that keeps none
+
+
+class HeldLockError(UserError):
+    """Another process holds a lock: of an attempt that a scheduler gave up, it may yet let go."""
 
 
 @contextmanager
 def held_lock(lock: Path, taken: str) -> Iterator[int]:
-    """Hold a lock file for this process; UserError saying what is `taken` if another process holds it.
+    """Hold a lock file for this process; HeldLockError saying what is `taken` if another process holds it.
 
-    Yields the descriptor that holds it: a child process that inherits it holds the lock too.
+    UserError where the file system keeps no locks. Yields the descriptor that holds it: a child process that inherits
+    it holds the lock too.
     """
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
     try:
         try:
-            _take(descriptor)
+            _take(descriptor, lock, LOOKS)  # who only looks (`is_held`) has the lock for a moment too
         except BlockingIOError:
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise UserError(f"{taken} by process {holder}: wait for it, or stop it first") from None
+            raise HeldLockError(f"{taken} by process {holder}: wait for it, or stop it first") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield descriptor
@@ -41,14 +48,22 @@ def held_lock(lock: Path, taken: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _take(descriptor: int) -> None:
-    """Who only looks (`is_held`) has the lock for a moment too: BlockingIOError if it is taken for longer."""
-    for _ in range(LOOKS):
+def _take(descriptor: int, lock: Path, looks: int = 1) -> None:
+    """Take a lock; BlockingIOError if another process holds it at every one of so many looks."""
+    for looks_left in reversed(range(looks)):
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not looks_left:
+                raise
             time.sleep(SECONDS_BETWEEN_LOOKS)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise UserError(
+                f"{lock}: its file system keeps no file locks ({error.strerror}), without which two processes may "
+                "write one run: mount it with them (Lustre: -o flock; NFS: lockd), or take another study=DIR"
+            ) from None
 
 
 def is_locked(directory: RunDirectory) -> bool:
@@ -57,13 +72,13 @@ def is_locked(directory: RunDirectory) -> bool:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process holds a lock file."""
+    """Whether a process holds a lock file; UserError where the file system keeps no locks."""
     try:
         descriptor = os.open(lock, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(descriptor, lock)
     except BlockingIOError:
         return True
     finally:

@@ -27,7 +27,7 @@ from scaling.device import set_arithmetic
 from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.liveness import LOST_STATUS, LostRankError
-from scaling.locks import held_lock
+from scaling.locks import HeldLockError, held_lock
 from scaling.metrics import versions
 from scaling.plan import RunPlan
 from scaling.processes import Processes, join
@@ -213,7 +213,7 @@ def classify(error: Exception) -> tuple[str, str]:
     """The kind of failure (of `scaling.records.FAILURES`) that an exception shows, and its reason in a line."""
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-    if isinstance(error, UnreachableError | MeetingError):
+    if isinstance(error, UnreachableError | MeetingError | HeldLockError):
         return "node failure", str(error)
     if isinstance(error, BadDataError):
         return "bad data", str(error)

@@ -1,0 +1,60 @@
+"""Who holds a lock, and what becomes of a run that cannot have it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scaling.errors import UserError
+from scaling.locks import HeldLockError, held_lock, is_held
+from scaling.run import classify
+
+HOLDER = "import sys; from pathlib import Path; from scaling.locks import held_lock\n"
+HOLDER += "with held_lock(Path(sys.argv[1]), 'it is taken'): print('held', flush=True); sys.stdin.read()\n"
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds tmp_path/lock."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_lock_that_lingers_is_no_fault_of_the_settings_and_is_free_when_its_holder_ends(
+    holder: subprocess.Popen[str], tmp_path: Path
+):
+    lock = tmp_path / "lock"
+    assert is_held(lock)
+    with pytest.raises(HeldLockError, match=f"it is taken by process {holder.pid}: wait for it") as raised:
+        held_lock(lock, "it is taken").__enter__()
+    assert classify(raised.value)[0] == "node failure", "a run that is queued again would have failed for good"
+    holder.kill()
+    holder.wait()
+    assert not is_held(lock)
+    with held_lock(lock, "it is taken"):
+        pass
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_with_what_to_do(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for look in (lambda lock: held_lock(lock, "").__enter__(), is_held):
+        with pytest.raises(UserError, match=r"lock: its file system keeps no file locks .* or take another study=DIR"):
+            look(tmp_path / "lock")
