@@ -154,7 +154,8 @@ def load_model(directory: RunDirectory) -> tuple[RunPlan, BSRNN]:
     stopping = EarlyStopping(patience) if patience is not None else None
     if loaded is not None and stopping is not None:
         stopping.load_state_dict(loaded[1]["early_stopping"])
-    if loaded is None or (step < plan.steps and not (stopping is not None and stopping.is_over)):
+    is_due = loaded is not None and loaded[1].get("validation_is_due", False)
+    if loaded is None or is_due or (step < plan.steps and not (stopping is not None and stopping.is_over)):
         raise UserError(
             f"run {directory.path} has checkpoints of {step} of its {plan.steps} steps: "
             "finish its training with the command that planned it"

@@ -114,9 +114,11 @@ class Watch(threading.Thread):
 
     def phases(self) -> str:
         """What every rank was doing when it last gave a sign."""
-        own = {self.rank: self.phase}
-        others = {rank: sign.rpartition("\t")[2] for rank, (sign, _) in self._seen.items()}
-        return ", ".join(f"{rank} {phase}" for rank, phase in sorted((others | own).items()))
+        phases = self.phases_of_others() | {self.rank: self.phase}
+        return ", ".join(f"{rank} {phase}" for rank, phase in sorted(phases.items()))
+
+    def phases_of_others(self) -> dict[int, str]:
+        return {rank: sign.rpartition("\t")[2] for rank, (sign, _) in list(self._seen.items())}
 
     def _sign(self) -> None:
         self._count += 1

@@ -119,6 +119,10 @@ class Processes:
         if self.watch is not None:
             self.watch.phase = phase
 
+    def is_any_at(self, phase: str) -> bool:
+        """Whether another rank was doing this when it last gave a sign, at most two seconds ago; no collective."""
+        return self.watch is not None and phase in self.watch.phases_of_others().values()
+
     @contextmanager
     def naming_the_lost(self, whatever_fails: bool = True) -> Iterator[None]:
         """A context in which a broken collective becomes LostRankError, which names the rank that broke it.

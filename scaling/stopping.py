@@ -2,7 +2,8 @@
 
 SLURM and other supervisors say with a signal that time is up. A handler that saved there and
 then could meet the run inside a collective, which no other rank would join. So while a
-run trains, the handler sets a flag, and the ranks agree on it at a step's end. Elsewhere
+run trains, the handler sets a flag, and the ranks agree on it at a step's end; a validation
+is broken off at the next utterance and done when the run goes on. Elsewhere
 (scoring the test set, in one process) the handler stops the work at once.
 """
 

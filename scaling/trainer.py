@@ -41,6 +41,9 @@ from scaling.stream import CropDataset, MicroBatchSampler, to_float, training_lo
 log = logging.getLogger(__name__)
 
 
+STOPPING = "stopping for a signal"  # the phase of a rank that breaks off a validation, by which the others know
+
+
 class DivergedError(Exception):
     """The loss is not finite any more: a result of the run's science, not a defect of its execution."""
 
@@ -71,6 +74,7 @@ class Trainer:
         self.engine = make_engine(config, processes)
         patience = config.train.early_stopping.patience
         self.early_stopping = EarlyStopping(patience) if patience is not None else None
+        self.validation_is_due = False  # after the committed step, as a signal broke it off
         self.step = self._restore()
         clips = training_clips(config, index)
         self.quarantine = Quarantine(directory, index, clips, config.data.max_damaged_share, processes.rank)
@@ -93,20 +97,27 @@ class Trainer:
         validate_at = planned_validations(config, plan.steps)
         batches = self._batches()
         audio_seconds = config.train.global_batch * config.train.crop_seconds
-        since, steps_since = time.perf_counter(), 0
         with (
             self._board() as board,
             ProgressDisplay(plan.name, plan.steps, self.step, shown=self.processes.is_first) as progress,
             self.stop.deferred(),
         ):
             samples = SampleBoard(board, config.data, self.index) if board and config.execution.samples_every else None
-            while self.step < plan.steps and not self.stopped_early:
+            if self.validation_is_due:
+                should_stop = self._validate(board, samples, validate_at)
+                if self.is_over:
+                    self._save()
+                elif should_stop:
+                    raise StoppedError(self.stop.signal or "another rank's signal", by_all=True)
+            since, steps_since = time.perf_counter(), 0
+            while not self.is_over:
                 lr = learning_rate(config.train.optimiser, self.step, plan.steps)
                 loss, terms, gradient_norm, should_stop = self.engine.optimise(
                     batches, lr, self.stop.signal is not None
                 )
                 self.step += 1
                 steps_since += 1
+                progress.show(self.step, f"loss {loss:.4f}")
                 if not math.isfinite(loss) or not math.isfinite(gradient_norm):
                     raise DivergedError(
                         f"the loss of step {self.step} is {loss:.4g}, its gradient norm {gradient_norm:.4g} "
@@ -131,22 +142,15 @@ class Trainer:
                         | ({} if communication is None else {"communication_seconds": communication}),
                     )
                     since, steps_since = now, 0
-                if self.step in validate_at:
-                    row = self.validate()
-                    self._log(board, "validation", row)
-                    if not math.isfinite(row["loss"]):
-                        raise DivergedError(f"the validation loss after step {self.step} is {row['loss']:.4g}")
-                    if self.processes.is_first:
-                        log.info("validation loss %.5f (unprocessed %.5f)", row["loss"], row["unprocessed_loss"])
-                    self._after_validation(samples, row["loss"], sum(at <= self.step for at in validate_at))
+                self.validation_is_due = self.step in validate_at
+                if self.validation_is_due and not should_stop:
+                    should_stop = self._validate(board, samples, validate_at)
                     since, steps_since = time.perf_counter(), 0
-                is_last = self.step == plan.steps or self.stopped_early
-                if self.step % config.execution.checkpoint_every == 0 or is_last or should_stop:
+                if self.step % config.execution.checkpoint_every == 0 or self.is_over or should_stop:
                     self._save()
                     since, steps_since = time.perf_counter(), 0
-                if should_stop and not is_last:
+                if should_stop and not self.is_over:
                     raise StoppedError(self.stop.signal or "another rank's signal", by_all=True)
-                progress.show(self.step, f"loss {loss:.4f}")
         model = self.engine.trained_model()
         if self.early_stopping is not None:
             log.info("the best validation was after step %d of %d", self.early_stopping.best_step, self.step)
@@ -154,11 +158,31 @@ class Trainer:
         return model
 
     @property
-    def stopped_early(self) -> bool:
-        return self.early_stopping is not None and self.early_stopping.is_over
+    def is_over(self) -> bool:
+        """Whether nothing is left to train or to validate."""
+        stopped_early = self.early_stopping is not None and self.early_stopping.is_over
+        return (self.step == self.plan.steps or stopped_early) and not self.validation_is_due
 
-    def validate(self) -> dict[str, Any]:
-        """Loss and SI-SDR, enhanced and unprocessed: means over whole utterances, which the ranks share out."""
+    def _validate(self, board: Any, samples: SampleBoard | None, validate_at: set[int]) -> bool:
+        """Validate after the committed step and put it on record; whether the run is to stop, validated or not."""
+        row, should_stop = self.validate()
+        if row is None:
+            return should_stop
+        self.validation_is_due = False
+        self._log(board, "validation", row)
+        if not math.isfinite(row["loss"]):
+            raise DivergedError(f"the validation loss after step {self.step} is {row['loss']:.4g}")
+        if self.processes.is_first:
+            log.info("validation loss %.5f (unprocessed %.5f)", row["loss"], row["unprocessed_loss"])
+        self._after_validation(samples, row["loss"], sum(at <= self.step for at in validate_at))
+        return should_stop
+
+    def validate(self) -> tuple[dict[str, Any] | None, bool]:
+        """Loss and SI-SDR, enhanced and unprocessed: means over whole utterances, which the ranks share out.
+
+        And whether a signal has asked any rank to stop: then all break it off at their next utterance, with None
+        for the means.
+        """
         processes = self.processes
         processes.at("validating")
         clips = sorted(self.index.clips("validation"), key=lambda clip: clip.id)
@@ -169,6 +193,10 @@ class Trainer:
         model.eval()
         with torch.no_grad():
             for clip in clips[processes.rank :: processes.world_size]:
+                if self.stop.signal is not None:
+                    processes.at(STOPPING)
+                if self.stop.signal is not None or processes.is_any_at(STOPPING):
+                    break
                 noisy, clean = (to_float(torch.from_numpy(part), device)[None] for part in reader.read_clip(clip))
                 values: dict[str, float] = {}
                 for prefix, estimate in (("", model(noisy)), ("unprocessed_", unprocessed(noisy, model.stft))):
@@ -183,7 +211,10 @@ class Trainer:
                         log.warning("validation clip %s: no SI-SDR, %s", clip.id, error)
                 own.append(values)
         model.train()
-        shares = processes.gather(own)
+        given = processes.gather((own, self.stop.signal is not None))
+        shares, should_stop = [share for share, _ in given], any(is_asked for _, is_asked in given)
+        if sum(map(len, shares)) < len(clips):
+            return None, should_stop
         rows = [shares[number % processes.world_size][number // processes.world_size] for number in range(len(clips))]
         means: dict[str, Any] = {"terms": {}}
         for name in dict.fromkeys(name for row in rows for name in row):
@@ -193,7 +224,7 @@ class Trainer:
                 means["terms"][name.removeprefix("terms/")] = mean
             else:
                 means[name] = mean
-        return means
+        return means, should_stop
 
     def _after_validation(self, samples: SampleBoard | None, loss: float, count: int) -> None:
         """Write what is to be listened to, and see whether training still improves; every rank."""
@@ -256,7 +287,10 @@ class Trainer:
 
     def _save(self) -> None:
         self.processes.at("saving")
-        extra = {"early_stopping": self.early_stopping.state_dict() if self.early_stopping is not None else None}
+        extra = {
+            "early_stopping": self.early_stopping.state_dict() if self.early_stopping is not None else None,
+            "validation_is_due": self.validation_is_due,
+        }
         started = time.perf_counter()
         if self.processes.is_first and self.directory.metrics.exists():
             sync(self.directory.metrics)  # the steps that the checkpoint covers are not logged again
@@ -288,6 +322,7 @@ class Trainer:
         state = self.engine.load(checkpoint.path)
         if self.early_stopping is not None:
             self.early_stopping.load_state_dict(state["early_stopping"])
+        self.validation_is_due = state.get("validation_is_due", False)  # which older checkpoints do not say
         if self.processes.is_first:
             log.info("going on from %s", checkpoint.path)
         return checkpoint.step

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from scaling.checkpoint import load_newest
 from scaling.cli import load_config
 from scaling.config import RunConfig
 from scaling.engines import make_engine
@@ -108,6 +109,24 @@ def test_two_processes_train_as_one_does_up_to_rounding_and_zero_as_they_do(tiny
     assert losses["zero3 bf16"] == pytest.approx(losses["two bf16"], rel=1e-2)
     for name in ("two", "zero3"):  # 16-bit products are another computation from the first step on
         assert losses[f"{name} bf16"][0] != pytest.approx(losses["two"][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_rank_that_is_asked_to_stop_in_a_validation_stops_all_and_the_next_ranks_do_it(
+    tiny_run: list[str], tmp_path: Path, asked: int
+):
+    words = [*tiny_run, STEPS, "execution.num_validations=2", "execution.samples_every=null"]
+    whole = run_ranks([*words, f"study={tmp_path / 'whole'}"], tmp_path, 2)
+    study = tmp_path / "broken-off"
+    ranks = start_ranks([*words, f"study={study}"], tmp_path, 2, command="execute")
+    row = '"kind": "train", "step": 4,'
+    wait_for(lambda: any(row in path.read_text() for path in study.glob("runs/*/metrics.jsonl")))
+    os.kill(ranks[asked].pid, signal.SIGTERM)
+    assert [rank.wait(60) for rank in ranks] == [75, 75], "\n".join(rank.said for rank in ranks)
+    checkpoint, state = load_newest(run_of(study).checkpoints)
+    assert (checkpoint.step, state["validation_is_due"]) == (4, True)
+    assert run_ranks([*words, f"study={study}"], tmp_path, 2) == whole
+    assert rows_of(study) == rows_of(tmp_path / "whole")
 
 
 def test_a_lost_terminal_asks_a_run_to_stop_unless_it_was_started_to_outlive_it():

@@ -23,10 +23,11 @@ from bsrnn.losses import LossConfig, enhancement_loss
 from scaling.budget import select_hours
 from scaling.checkpoint import list_checkpoints, load_newest
 from scaling.config import OptimiserConfig
+from scaling.errors import UserError
 from scaling.evaluate import load_model
 from scaling.metrics import si_sdr
 from scaling.optimiser import learning_rate
-from scaling.records import RunDirectory
+from scaling.records import RunDirectory, read_records
 from scaling.shards import ShardIndex, ShardReader
 from scaling.stream import CropDataset
 from scaling.trainer import validation_steps
@@ -175,6 +176,63 @@ def test_kills_at_random_moments_change_no_loss_and_no_weight(
     for ours, theirs in zip(killed.read_scores(), uninterrupted.read_scores(), strict=True):
         # the metrics' own sums in double precision may differ in their last bits
         assert ours["si_sdr"] == pytest.approx(theirs["si_sdr"], abs=1e-9)
+
+
+def break_off(words: list[str], study: Path, step: int) -> dict | None:
+    """Send SIGTERM as the validation after `step` begins; what the checkpoint then holds, None if it ended before."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scaling.train", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    row = f'"kind": "train", "step": {step},'
+    while process.poll() is None and not any(row in path.read_text() for path in study.glob("runs/*/metrics.jsonl")):
+        time.sleep(0.001)
+    process.terminate()
+    assert process.wait(60) == 75, process.communicate()[1]
+    run = only_run(study)
+    checkpoint, state = load_newest(run.checkpoints)
+    if not state["validation_is_due"]:
+        return None
+    assert checkpoint.step == step, "the run went on after it had been asked to stop"
+    assert ("validation", step) not in [(row["kind"], row["step"]) for row in run.read_metrics()]
+    return state
+
+
+@pytest.mark.parametrize("stopping", [[], ["train.early_stopping.interval=4", "train.early_stopping.patience=2"]])
+def test_a_run_stopped_in_a_validation_saves_there_and_goes_on_as_the_one_left_alone(
+    tiny_run: list[str], tmp_path: Path, command, stopping: list[str]
+):
+    """Two validations, of which the last is broken off too."""
+    words = [
+        *tiny_run,
+        *stopping,
+        "train.budget.steps=8",
+        "execution.num_validations=2",
+        "execution.samples_every=null",
+    ]
+    words.append("execution.metrics=[si_sdr]")
+    assert command("scaling.train", *words).returncode == 0
+    alone = only_run(tmp_path / "study")
+    study = tmp_path / "broken-off"
+    words.append(f"study={study}")
+    states = [break_off(words, study, step) for step in (4, 8)]
+    assert any(states), "the validations were over before the signals came"
+    run = only_run(study)
+    if states[-1] is not None:
+        with pytest.raises(UserError, match="has checkpoints of 8 of its 8 steps: finish its training"):
+            load_model(run)
+    assert command("scaling.train", *words).returncode == 0
+    assert result_of(run) == result_of(alone)
+    assert run.state()[0] == "finished"
+    keys = [(row["kind"], row["step"]) for row in read_records(run.metrics)]
+    assert len(keys) == len(set(keys)), "a step or a validation was done twice"
+    for ours, theirs in zip(run.read_metrics(), alone.read_metrics(), strict=True):
+        assert [ours.get(name) for name in ("terms", "unprocessed_loss")] == [
+            theirs.get(name) for name in ("terms", "unprocessed_loss")
+        ]
+    load_model(run)
 
 
 def test_micro_batch_and_workers_change_no_result_beyond_rounding(
