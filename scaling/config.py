@@ -369,7 +369,8 @@ class RunConfig:
 
         UserError if the global batch cannot be shared out so.
         """
-        global_batch, norm_batch = self.train.global_batch, self.train.norm_batch
+        global_batch = self.train.global_batch
+        norm_batch = self.train.norm_batch if self.model.norm == "batch" else 1  # other norms are of one crop each
         micro_batch = self.execution.micro_batch
         if micro_batch is None and global_batch % world_size:
             raise UserError(

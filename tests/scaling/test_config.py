@@ -76,6 +76,15 @@ def test_every_choice_of_every_group_makes_a_configuration(group: str):
         assert getattr(config, group) is not None
 
 
+def test_a_micro_batch_carries_the_norm_batch_only_where_there_are_batch_norms():
+    words = ["train=espnet", "execution.micro_batch=1"]
+    for world_size in (1, 2, 4):  # norm_batch is 4
+        config = load_config(RunConfig, "run", ["model=ses_xlarge", *words])
+        assert config.micro_batches(world_size) == (1, 1)
+    with pytest.raises(UserError, match="its batch norms span 4 processes and there are 1"):
+        load_config(RunConfig, "run", ["model=xt", *words]).micro_batches(1)
+
+
 def test_steps_come_from_the_budget_in_one_way():
     assert BudgetConfig(steps=7).resolve_steps(100, 8, 1.0, 1e9) == 7
     assert BudgetConfig(epochs=500).resolve_steps(10_802, 64, 2.0, 1e9) == 84_391  # 500 · 10802 / 64 = 84390.6

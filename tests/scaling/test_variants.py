@@ -62,6 +62,7 @@ def test_a_variant_trains_is_scored_and_goes_on_record(choice: tuple[str, ...], 
         *choice[1:],
         "model.num_layers=1",
         "train.test=true",
+        "execution.micro_batch=1",  # below train.norm_batch, of which these norms know nothing
         "execution.scoring_processes=1",
     ]
     assert main(words) == 0
