@@ -24,6 +24,7 @@ import submitit
 
 from launch.config import ClusterConfig
 from launch.task import RunTask
+from scaling.cores import num_cores
 from scaling.errors import UserError
 from scaling.locks import holder, is_locked
 from scaling.plan import RunPlan
@@ -90,8 +91,8 @@ def run_locally(
                 f"run {run_id} has {size} processes, and this machine {len(gpus)} GPUs, of which each needs one: take "
                 "fewer processes, or execution.device=cpu for all runs"
             )
-    num_slots = cluster.max_parallel or max(1, (len(gpus) or min(len(planned) * most, _num_cpus())) // most)
-    threads = max(1, _num_cpus() // (min(num_slots, len(planned)) * most))  # of each process, in all runs the same
+    num_slots = cluster.max_parallel or max(1, (len(gpus) or min(len(planned) * most, num_cores())) // most)
+    threads = max(1, num_cores() // (min(num_slots, len(planned)) * most))  # of each process, in all runs the same
     adopted = [plan for plan in todo if is_alive(plan)]
     waiting = deque(plan for plan in todo if plan not in adopted)
     running: list[LocalJob] = []
@@ -190,10 +191,6 @@ def _last_line(path: Path) -> str:
     except OSError:
         return ""
     return lines[-1][-300:] if lines else ""
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def visible_gpus() -> list[str]:

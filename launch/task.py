@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 
+from scaling.cores import num_cores
 from scaling.plan import RunPlan
 from scaling.stopping import StopFlag, StoppedError
 
@@ -42,7 +43,7 @@ class RunTask:
             export_local_ranks(self.port)
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
-        os.environ["OMP_NUM_THREADS"] = str(execution.threads or os.cpu_count())
+        os.environ["OMP_NUM_THREADS"] = str(execution.threads or num_cores())
         from scaling.run import execute
 
         return execute(plan, stop)

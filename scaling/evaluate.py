@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from scaling.checkpoint import load_newest
 from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import DEFAULT_METRICS, EvaluateConfig
+from scaling.cores import num_cores
 from scaling.device import set_arithmetic, torch_device
 from scaling.early_stopping import EarlyStopping
 from scaling.errors import UserError
@@ -246,7 +246,7 @@ def _read_wav(path: Path) -> Waveform:
 
 def main(words: list[str]) -> int:
     config = load_config(EvaluateConfig, "evaluate", words)
-    processes = config.processes or os.cpu_count() or 1
+    processes = config.processes or num_cores()
     if config.run is not None:
         directory = RunDirectory(Path(config.run))
         plan, model = load_model(directory)

@@ -34,6 +34,7 @@ from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import DataConfig, RunConfig
 from scaling.convert import SOURCE_RATES, converted, num_samples_out
+from scaling.cores import num_cores
 from scaling.corpus.demo import make_demo_corpus
 from scaling.corpus.vbd import SPLITS, Utterance, find_utterances, warn_of_unknown_downloads
 from scaling.corpus.wav import WavHeader, close_zips
@@ -282,7 +283,7 @@ def open_shards(data: DataConfig) -> ShardIndex:
     nothing to make them from.
     """
     shard_root = data.shard_root
-    num_workers = os.cpu_count() or 1
+    num_workers = num_cores()
     is_made = isinstance(shard_root, RemoteRoot) or (shard_root / "index.json").exists()
     if isinstance(shard_root, RemoteRoot) or (is_made and (data.root is None or not Path(data.root).exists())):
         index = ShardIndex.load(shard_root)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from scaling.cores import num_cores
 from scaling.records import Record
 
 PACKAGES = (
@@ -55,7 +55,7 @@ def hardware(device: str) -> Record:
     return {
         "host": platform.node(),
         "cpu": _cpu_model(),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cpus": num_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if uses_gpu(device) else None,
     }

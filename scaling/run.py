@@ -23,6 +23,7 @@ from bsrnn import BSRNN
 from bsrnn.modelfile import save_model
 from scaling.allocator import keep_freed_memory
 from scaling.checkpoint import is_failed_write, take_up
+from scaling.cores import num_cores
 from scaling.device import set_arithmetic
 from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
@@ -206,7 +207,7 @@ def _evaluate(plan: RunPlan, directory: RunDirectory, model: BSRNN, step: int) -
 
 def _cores_of_this_process() -> int:
     """This process's share of the cores: with more threads than cores they wait for one another."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def classify(error: Exception) -> tuple[str, str]:
