@@ -23,6 +23,7 @@ from scaling.device import torch_device
 from scaling.plan import RunPlan, from_record
 from scaling.processes import Processes, join
 from scaling.records import append_record
+from scaling.run import set_up
 from scaling.shards import ShardIndex
 from scaling.stopping import StopFlag, StoppedError
 from scaling.trainer import Trainer
@@ -54,7 +55,7 @@ def check(submission: Submission, index: int) -> None:
     if execution.threads is None:
         execution = replace(execution, threads=submission.settings.threads)
     plan = replace(plan, config=replace(plan.config, execution=execution))
-    torch.set_num_threads(execution.threads or 1)
+    set_up(plan.config)
     stop = StopAfterSteps()
     with stop:
         started = time.perf_counter()

@@ -23,6 +23,7 @@ from bsrnn import BSRNN
 from bsrnn.modelfile import save_model
 from scaling.allocator import keep_freed_memory
 from scaling.checkpoint import is_failed_write, take_up
+from scaling.config import RunConfig
 from scaling.cores import num_cores
 from scaling.device import set_arithmetic
 from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UserError
@@ -167,15 +168,20 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     return 0
 
 
+def set_up(config: RunConfig) -> None:
+    """Make this process compute as a run's: its threads, its arithmetic, and memory that is kept when it is freed."""
+    keep_freed_memory()
+    torch.set_num_threads(config.execution.threads or _cores_of_this_process())
+    set_arithmetic(config.train.precision)
+
+
 def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: StopFlag) -> tuple[BSRNN, int]:
     """Train a run from its newest checkpoint to its end, on every rank: the trained model, and after how many steps.
 
     Raises what `Trainer.fit` does.
     """
     execution = plan.config.execution
-    keep_freed_memory()
-    torch.set_num_threads(execution.threads or _cores_of_this_process())
-    set_arithmetic(plan.config.train.precision)
+    set_up(plan.config)
     index = ShardIndex.load(plan.config.shard_root)
     trainer = Trainer(plan, directory, index, processes, stop)
     hosts = processes.gather(socket.gethostname())

@@ -1,0 +1,49 @@
+"""What a preflight measures is what a run of its settings does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.submission import Settings, Submission
+from scaling.cli import load_config
+from scaling.config import RunConfig
+from scaling.plan import plan_run
+from scaling.records import StudyDirectory, read_records
+from scaling.shards import ShardIndex
+
+RANK = """
+import json, sys, torch
+from launch import preflight_rank
+from scaling import allocator
+kept = allocator.keep_freed_memory.__code__
+seen = []
+sys.setprofile(lambda frame, event, _: seen.append(1) if event == "call" and frame.f_code is kept else None)
+preflight_rank.main([sys.argv[1]])
+print(json.dumps([torch.get_num_threads(), torch.backends.cudnn.allow_tf32, bool(seen)]))
+"""
+
+
+def test_a_preflight_computes_with_the_threads_and_the_arithmetic_of_the_run(
+    tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path
+):
+    words = [*tiny_run, "execution.threads=2", "execution.num_validations=1"]
+    plan = plan_run(load_config(RunConfig, "run", words), tiny_index)
+    study = StudyDirectory(tmp_path / "preflight")
+    submission = Submission.create(study, [plan.to_record()], Settings(1, 1, {}, 1, str(tmp_path / "speeds"), 3))
+    slurm = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}
+    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    rank = subprocess.run(
+        [sys.executable, "-c", RANK, str(submission.path)],
+        env=os.environ | slurm,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert rank.returncode == 0, rank.stderr
+    assert json.loads(rank.stdout) == [2, False, True]  # torch's own choice is TF32 in cuDNN
+    checks = [row["check"] for row in read_records(submission.path / "checks.jsonl")]
+    assert checks == ["rendezvous", "all-reduce", "training step", "checkpoint"]
