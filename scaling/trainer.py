@@ -278,7 +278,7 @@ class Trainer:
             return nullcontext()
         from torch.utils.tensorboard import SummaryWriter  # slow to load, and needed nowhere else
 
-        return SummaryWriter(self.directory.tensorboard, purge_step=self.step or None)
+        return SummaryWriter(self.directory.tensorboard, purge_step=self.step + 1)
 
     def _log(self, board: Any, kind: str, row: dict[str, Any]) -> None:
         if self.processes.is_first:

@@ -233,6 +233,9 @@ def test_a_run_stopped_in_a_validation_saves_there_and_goes_on_as_the_one_left_a
             theirs.get(name) for name in ("terms", "unprocessed_loss")
         ]
     load_model(run)
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9)), "a resumption lost a point"
+    assert [event.step for event in board.Scalars("validation/loss")] == [4, 8]
 
 
 def test_micro_batch_and_workers_change_no_result_beyond_rounding(
