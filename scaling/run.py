@@ -220,6 +220,8 @@ def classify(error: Exception) -> tuple[str, str]:
     """The kind of failure (of `scaling.records.FAILURES`) that an exception shows, and its reason in a line."""
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    if text and text[0].startswith("Caught ") and "in DataLoader worker process" in text[0]:
+        reason = text[-1]  # of the traceback that torch makes of a worker's error
     if isinstance(error, UnreachableError | MeetingError | HeldLockError):
         return "node failure", str(error)
     if isinstance(error, BadDataError):
@@ -234,7 +236,13 @@ def classify(error: Exception) -> tuple[str, str]:
         return "out of memory", reason
     # A loader's worker that is killed may say so anywhere in the main process. A GPU that has failed, fallen off the
     # bus or been given to another process is of its node.
-    of_the_node = ("DataLoader worker", "uncorrectable ECC error", "busy or unavailable", "NCCL error", "GPU is lost")
+    of_the_node = (
+        "DataLoader worker (pid",
+        "uncorrectable ECC error",
+        "busy or unavailable",
+        "NCCL error",
+        "GPU is lost",
+    )
     if getattr(error, "errno", None) in NO_ANSWER or any(word in str(error) for word in of_the_node):
         return "node failure", reason
     return "code error", reason

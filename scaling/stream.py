@@ -309,8 +309,8 @@ def training_loader(
     """The micro-batches of a sampler, each a `CropBatch`; for a GPU in memory from which it is copied at once."""
     # Workers beyond the cores are a choice: they wait for storage. torch warns at every start of the loader.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # its __getitems__ makes the batch
+    return _Loader(
+        _TellingErrors(dataset) if num_workers else dataset,  # type: ignore[arg-type]  # __getitems__ makes the batch
         batch_sampler=sampler,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
@@ -319,6 +319,29 @@ def training_loader(
         # The numbers drawn for workers' seeds must not touch the process's generator.
         generator=torch.Generator(),
     )
+
+
+class _TellingErrors:
+    """A dataset for workers: errors come as they are; torch would put a traceback in the place of their message."""
+
+    def __init__(self, dataset: CropDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, counters: Sequence[int]) -> CropBatch | Exception:
+        try:
+            return self.dataset.__getitems__(counters)
+        except (UserError, OSError) as error:
+            return error
+
+
+class _Loader(DataLoader[CropBatch]):
+    """Raises what its workers tell."""
+
+    def __iter__(self) -> Iterator[CropBatch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
 
 def _start_worker(number: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ import webdataset
 from scaling.errors import BadDataError
 from scaling.quarantine import Quarantine
 from scaling.records import RunDirectory
+from scaling.run import classify
 from scaling.shards import ShardIndex, ShardReader
-from scaling.stream import CropDataset, MicroBatchSampler, training_loader
+from scaling.stream import CropBatch, CropDataset, MicroBatchSampler, training_loader
 from scaling.verify import check_shard
 from tests.reliability.shards_under_test import write_shards
 
@@ -281,6 +284,28 @@ def test_the_remedy_that_verify_and_a_stopped_run_name_makes_shards_and_run_whol
     shutil.rmtree(folder)
     done = command("scaling.train", *run)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_stops_a_run_is_one_line_and_of_its_class_wherever_it_was_read(index: ShardIndex, num_workers: int):
+    clips = index.clips("train")
+    for path in index.shard_paths("train"):
+        path.write_bytes(bytes(path.stat().st_size))
+
+    def error_of(dataset: CropDataset) -> Exception:
+        with pytest.raises((BadDataError, ValueError)) as raised:
+            next(iter(training_loader(dataset, MicroBatchSampler(0, 1, 4, 4), num_workers)))
+        return raised.value
+
+    class Wrong(CropDataset):
+        def __getitems__(self, counters: Sequence[int]) -> CropBatch:
+            raise ValueError("a defect")
+
+    damaged = error_of(CropDataset(index.root, clips, CROP, 0))
+    assert type(damaged) is BadDataError
+    assert re.fullmatch(r"clip \S+ in \S+ is damaged .* python -m scaling.prepare again.*", str(damaged)), str(damaged)
+    assert classify(damaged) == ("bad data", str(damaged))
+    assert classify(error_of(Wrong(index.root, clips, CROP, 0))) == ("code error", "ValueError: a defect")
 
 
 PRELOAD = r"""
