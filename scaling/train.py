@@ -32,6 +32,9 @@ from scaling.prepare import open_shards
 from scaling.records import RunDirectory
 from scaling.run import execute
 
+# Of a run's data: where it lies, and how much damage to it is borne.
+MAY_CHANGE = ("data.shards", "data.cache", "data.cache_gb", "data.max_damaged_share")
+
 
 @dataclass
 class TrainCommandConfig(RunConfig):
@@ -59,7 +62,7 @@ def _plan(words: Sequence[str]) -> tuple[TrainCommandConfig, RunPlan]:
 
 
 def _planned(folder: Path, words: Sequence[str]) -> RunPlan:
-    """The run that a folder holds, as planned but for what the words set of its execution and its data's place."""
+    """The run that a folder holds, as planned but for what the words set that leaves it the same run."""
     plan = read_planned(RunDirectory(folder))
     overrides = [word for word in words if _may_change(word)]
     composed = compose_config(RunConfig, "run", overrides)
@@ -74,8 +77,8 @@ def _key(word: str) -> str:
 
 
 def _may_change(word: str) -> bool:
-    """Whether a setting leaves a run the same run: how it is executed, and where its data lies."""
-    return _key(word).startswith("execution.") or _key(word) in ("data.shards", "data.cache", "data.cache_gb")
+    """Whether a setting leaves a run the same run: how it is executed, and what concerns no sample of its data."""
+    return _key(word).startswith("execution.") or _key(word) in MAY_CHANGE
 
 
 if __name__ == "__main__":

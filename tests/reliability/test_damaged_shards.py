@@ -255,6 +255,9 @@ def test_a_run_over_damaged_shards_counts_them_in_its_records_and_goes_on_the_sa
     assert done.returncode == 2
     assert f"1 of {len(index.clips('train'))} training clips" in done.stderr
     assert strict.state()[0] == "failed"
+    remedied = command("scaling.train", f"run={strict.path}", "data.max_damaged_share=0.2")  # as the line says
+    assert remedied.returncode == 0, remedied.stderr
+    assert strict.read_metrics()[-1]["loss"] == directory.read_metrics()[-1]["loss"]
 
 
 def test_the_remedy_that_verify_and_a_stopped_run_name_makes_shards_and_run_whole(
