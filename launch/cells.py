@@ -1,9 +1,10 @@
 """From a sweep's cells to the configurations of their runs, thousands of them in seconds.
 
 Hydra composes the files once for each combination of choices (`model=xt`). A cell's other values
-are typed and checked one by one against that, as Hydra's overrides are, and put into a copy of its
-dataclasses, which check themselves and each other again. What an interpolation (`${...}`)
-in the files refers to, or what is no plain value, is composed anew, at some ten milliseconds a cell.
+are typed and checked one by one against that, as Hydra's overrides are, and put into a copy of the
+dataclasses of the first cell that sets the same settings, which check themselves and each other again.
+What an interpolation (`${...}`) in the files refers to, or what is no plain value, is composed anew, at
+some ten milliseconds a cell.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class _Base:
     """What the cells of one combination of choices share."""
 
     composed: DictConfig
-    run: RunConfig  # of the first cell
+    # By the settings that cells give, of the first such cell: without values the files may make no sense, and another
+    # cell's would stay in those that do not give them.
+    runs: dict[frozenset[str], RunConfig]
     scratch: DictConfig  # values are typed by setting them here
     referred: set[str]  # settings that interpolations refer to
     typed: dict[str, Any]  # by key and value
@@ -61,7 +64,7 @@ class CellComposer:
         choices, values = split(cell)
         base = self.bases.get(choices)
         if base is None:
-            base = self.bases[choices] = self._base(choices, values)
+            base = self.bases[choices] = self._base(choices)
         if any(key.split(".")[0] not in RUN_PARTS for key in values) or any(
             _is_related(key, referred) for key in values for referred in base.referred
         ):
@@ -72,15 +75,17 @@ class CellComposer:
             if not isinstance(typed, LEAVES):
                 return self._composed(base.composed, values)
             changes[key] = typed
-        return _replaced(base.run, changes)
+        given = frozenset(values)
+        if given not in base.runs:
+            base.runs[given] = self._composed(base.composed, values)
+        return _replaced(base.runs[given], changes)
 
-    def _base(self, choices: Choices, values: Cell) -> _Base:
+    def _base(self, choices: Choices) -> _Base:
         composed = compose_config(StudyConfig, "study", [*self.words, *choices])
         referred = set(re.findall(r"\$\{([\w.]+)\}", json.dumps(OmegaConf.to_container(composed, resolve=False))))
         OmegaConf.update(composed, "study", self.study)
         OmegaConf.update(composed, "sweep", None)
-        run = self._composed(composed, values)
-        return _Base(composed, run, with_values(composed, {}, StudyConfig), referred, {})
+        return _Base(composed, {}, with_values(composed, {}, StudyConfig), referred, {})
 
     def _composed(self, composed: DictConfig, values: Cell) -> RunConfig:
         config = to_object(StudyConfig, with_values(composed, values, StudyConfig), is_checked=True)

@@ -29,11 +29,20 @@ MOST_ROWS = 200  # of the table of runs
 
 
 def load_study(words: Sequence[str]) -> StudyConfig:
-    """The sweep's configuration, with its first cell's values: what no cell has needs to make no sense."""
+    """The sweep's configuration, with its first cell's values: what no cell has needs to make no sense.
+
+    Of the cluster only those that every cell gives, because cells that give none have this configuration's.
+    """
     composed = compose_config(StudyConfig, "study", words)
     sweep = to_object(SweepConfig, composed.sweep)
     _refuse_overridden_axes(sweep, words)
-    choices, values = split(sweep.cells()[0])
+    cells = sweep.cells()
+    choices, values = split(cells[0])
+    values = {
+        key: value
+        for key, value in values.items()
+        if not key.startswith("cluster.") or all(key in cell for cell in cells)
+    }
     composed = compose_config(StudyConfig, "study", [*without_axes(words), *choices])
     config = to_object(StudyConfig, with_values(composed, values, StudyConfig))
     config.sweep = sweep

@@ -1,0 +1,73 @@
+"""What a sweep plans: every cell as if it were the only one, every run's cost from what was measured of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.config import StudyConfig
+from launch.costs import Costs
+from launch.planning import load_study, plan_study
+from launch.sweep import _spelt_for_hydra
+from scaling.errors import UserError
+from scaling.plan import RunPlan
+
+RATES = "sweep.axes={model: [xxt,xt], train.optimiser.learning_rate: [0.001,0.003], seed: [1]}"
+
+
+@pytest.fixture
+def planned(tiny_data: list[str], tmp_path: Path):
+    """The configuration and the runs of a sweep, as its command plans them."""
+
+    def plan(*said: str) -> tuple[StudyConfig, list[RunPlan]]:
+        words = ["+sweep=sizes", *tiny_data, f"study={tmp_path / 'study'}"]
+        words += [f"cluster.throughput={tmp_path / 'throughput.jsonl'}", *map(_spelt_for_hydra, said)]
+        config = load_study(words)
+        return config, plan_study(config, words)
+
+    return plan
+
+
+def only(plans: list[RunPlan], **axes: object) -> RunPlan:
+    """The one run of these axes, dots written as double underscores."""
+    wanted = {name.replace("__", "."): value for name, value in axes.items()}
+    (plan,) = [plan for plan in plans if plan.axes == wanted]
+    return plan
+
+
+# --- cells ---------------------------------------------------------------------------------
+
+
+def test_a_point_takes_the_recipes_value_where_it_gives_none_and_not_another_cells(planned):
+    _, plans = planned(RATES, "sweep.points=[{model: xt, seed: 7}, {model: xt}]")
+    (alone,) = planned("sweep.axes={model: [xt], seed: [7]}")[1]
+    point = only(plans, model="xt", seed=7)
+    assert point.config.train.optimiser.learning_rate == 0.002
+    assert point.run_id == alone.run_id
+    assert only(plans, model="xt").config.seed == 0
+    assert only(plans, model="xt", seed=1, train__optimiser__learning_rate=0.003).config.seed == 1
+
+
+def test_a_point_that_names_the_first_cells_settings_in_part_keeps_the_others_of_the_recipe(planned):
+    axes = "sweep.axes={model: [xxt], train.losses.waveform: [0.5], train.crop_seconds: [0.5], seed: [1]}"
+    _, plans = planned(axes, "sweep.points=[{model: xxt, train.losses.waveform: 0.7}]")
+    point = only(plans, model="xxt", train__losses__waveform=0.7).config
+    assert (point.train.losses.waveform, point.train.crop_seconds, point.seed) == (0.7, 1.0, 0)
+
+
+def test_a_point_without_a_shape_has_the_clusters_and_not_the_first_cells(planned):
+    axes = "sweep.axes={model: [xxt], cluster.nodes: [2], seed: [0]}"
+    config, plans = planned(axes, "sweep.points=[{model: xt, seed: 0}]", "cluster=slurm")
+    costs = Costs(config.cluster)
+    assert costs.shape(only(plans, model="xt", seed=0)).nodes == 1
+    assert costs.shape(only(plans, model="xxt", seed=0, cluster__nodes=2)).nodes == 2
+
+
+def test_a_cluster_that_no_run_has_needs_to_make_no_sense(planned):
+    axes = "sweep.axes={model: [xxt,xt], cluster.timeout_min: [3000], seed: [0]}"
+    too_long = "cluster.signal_seconds=100000"  # for the 1440 minutes that no cell has
+    config, plans = planned(axes, "cluster=slurm", too_long)
+    assert {Costs(config.cluster).shape(plan).timeout_min for plan in plans} == {3000}
+    with pytest.raises(UserError, match=r"signal_seconds = 100000 is not shorter than cluster.timeout_min = 1440"):
+        planned(axes, "sweep.points=[{model: t, seed: 0}]", "cluster=slurm", too_long)
