@@ -1,7 +1,7 @@
 """What a sweep costs, before anything is queued.
 
-From measured speeds of the same model on the same shape of job (launch.throughput: preflights and
-earlier runs); where there is none, from the cluster's two figures of compute time.
+From measured speeds of the same model and recipe on the same shape of job (launch.throughput: preflights
+and earlier runs); where there is none, from the cluster's two figures of compute time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Costs:
         self.cluster = cluster
         self.measured = Throughput(Path(cluster.throughput))
         self.shapes: dict[str, tuple[ClusterConfig, Record]] = {}  # by model size and axes of the cluster
-        self.speeds: dict[tuple[str, str, int, int], float | None] = {}
+        self.speeds: dict[tuple[int, ...], tuple[float | None, object]] = {}  # by the parts they are of, and these
 
     def shape(self, plan: RunPlan) -> ClusterConfig:
         return self._shape(plan)[0]
@@ -37,13 +37,8 @@ class Costs:
         config, (shape, record) = plan.config, self._shape(plan)
         if shape.num_processes > 1:
             config.micro_batches(shape.num_processes)
-        if self.cluster.executor == "slurm":
-            model = config.model
-            key = (repr(record), config.train.precision, model.num_channels, model.num_layers)
-            if key not in self.speeds:
-                self.speeds[key] = self.measured.speed(plan.science, record)
-            if speed := self.speeds[key]:
-                return plan.audio_seconds_seen / speed / 3600
+        if self.cluster.executor == "slurm" and (speed := self._speed(plan, record)):
+            return plan.audio_seconds_seen / speed / 3600
         alone = shape.training_hours(config.model.num_layers, plan.macs_per_second, plan.audio_seconds_seen)
         return None if alone is None else alone / shape.num_processes
 
@@ -82,6 +77,14 @@ class Costs:
     @property
     def _device(self) -> str:
         return "GPU" if self.cluster.gpus_per_node else "core" if self.cluster.executor == "slurm" else "core or GPU"
+
+    def _speed(self, plan: RunPlan, shape: Record) -> float | None:
+        """Measured audio-seconds a second, looked up once for cells that share the parts which decide it."""
+        parts = (plan.config.model, plan.config.train, plan.config.execution, shape)
+        key = tuple(map(id, parts))
+        if key not in self.speeds:  # kept with the parts, so that no others get their ids
+            self.speeds[key] = self.measured.speed(plan.science, vars(plan.config.execution), shape), parts
+        return self.speeds[key][0]
 
     def _shape(self, plan: RunPlan) -> tuple[ClusterConfig, Record]:
         key = self.cluster.key_of_run(plan.config.model.name, plan.axes)

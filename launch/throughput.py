@@ -1,20 +1,24 @@
 """Measured speeds of training: what the cost of a sweep is estimated from.
 
-A file of records, one a measurement: the model, the precision, the shape of the job, and seconds
-of audio trained on a second. Preflights and finished runs on SLURM add to it.
+A file of records, one a measurement: the model, what of the recipe and of the execution decides how
+fast it is trained, the shape of the job, and seconds of audio trained on a second. Preflights and
+finished runs on SLURM add to it.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from launch.submission import Settings
 from scaling.records import Record, RunDirectory, append_record, read_records
 
 NEWEST = 5  # measurements that count
+# What decides a speed, beside the model and the shape of the job:
+OF_RECIPE = ("precision", "global_batch", "norm_batch", "crop_seconds", "losses")
+OF_EXECUTION = ("micro_batch", "compile", "zero_stage", "audit")
 
 
 def record_run(directory: RunDirectory, row: Record, settings: Settings) -> None:
@@ -29,10 +33,8 @@ def record_run(directory: RunDirectory, row: Record, settings: Settings) -> None
 
 def add_measurement(path: Path, row: Record, shape: Record, speed: float, source: str) -> None:
     """row: a run's plan; speed: audio-seconds a second; source: what measured it"""
-    append_record(
-        path,
-        {**_key(row["science"], shape), "audio_seconds_per_second": speed, "source": source, "time": time.time()},
-    )
+    measured = _measured(row["science"], row["config"]["execution"], shape)
+    append_record(path, {**measured, "audio_seconds_per_second": speed, "source": source, "time": time.time()})
 
 
 class Throughput:
@@ -41,20 +43,22 @@ class Throughput:
     def __init__(self, path: Path) -> None:
         self.speeds: dict[str, list[float]] = {}
         for record in read_records(path):
-            if {"model", "precision", "shape", "audio_seconds_per_second"} <= set(record):
-                key = _text((record["model"], record["precision"], record["shape"]))
+            if {"model", "recipe", "execution", "shape", "audio_seconds_per_second"} <= set(record):
+                key = json.dumps([record[name] for name in ("model", "recipe", "execution", "shape")], sort_keys=True)
                 self.speeds.setdefault(key, []).append(record["audio_seconds_per_second"])
 
-    def speed(self, science: Record, shape: Record) -> float | None:
-        """Audio-seconds a second, the median of the newest measurements; None if it was never measured."""
-        speeds = self.speeds.get(_text(_key(science, shape).values()))
+    def speed(self, science: Record, execution: Record, shape: Record) -> float | None:
+        """Audio-seconds a second of a run, the median of the newest measurements; None if it was never measured."""
+        measured = _measured(science, execution, shape)
+        speeds = self.speeds.get(json.dumps(list(measured.values()), sort_keys=True))
         return statistics.median(speeds[-NEWEST:]) if speeds else None
 
 
-def _key(science: Record, shape: Record) -> Record:
-    relevant = {name: value for name, value in shape.items() if name != "signal_seconds"}
-    return {"model": science["model"], "precision": science["train"]["precision"], "shape": relevant}
-
-
-def _text(parts: Iterable[object]) -> str:
-    return repr([sorted(part.items()) if isinstance(part, dict) else part for part in parts])
+def _measured(science: Record, execution: Record, shape: Record) -> Record:
+    """What a speed is of."""
+    return {
+        "model": science["model"],
+        "recipe": {name: science["train"][name] for name in OF_RECIPE},
+        "execution": {name: execution[name] for name in OF_EXECUTION},
+        "shape": {name: value for name, value in shape.items() if name != "signal_seconds"},
+    }

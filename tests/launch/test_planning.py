@@ -9,9 +9,12 @@ import pytest
 from launch.config import StudyConfig
 from launch.costs import Costs
 from launch.planning import load_study, plan_study
+from launch.slurm import shape_record
 from launch.sweep import _spelt_for_hydra
+from launch.throughput import add_measurement
 from scaling.errors import UserError
 from scaling.plan import RunPlan
+from scaling.records import append_record
 
 RATES = "sweep.axes={model: [xxt,xt], train.optimiser.learning_rate: [0.001,0.003], seed: [1]}"
 
@@ -71,3 +74,59 @@ def test_a_cluster_that_no_run_has_needs_to_make_no_sense(planned):
     assert {Costs(config.cluster).shape(plan).timeout_min for plan in plans} == {3000}
     with pytest.raises(UserError, match=r"signal_seconds = 100000 is not shorter than cluster.timeout_min = 1440"):
         planned(axes, "sweep.points=[{model: t, seed: 0}]", "cluster=slurm", too_long)
+
+
+# --- costs ---------------------------------------------------------------------------------
+
+MEASURED = ("cluster=slurm", "sweep.axes={model: [ses_medium], seed: [0]}", "train=fastenhancer")
+OTHERS = (
+    "train.global_batch=8 train.norm_batch=8",
+    "train.norm_batch=32",
+    "train.crop_seconds=1",
+    "train.losses.pesq=0",
+    "train.precision=bf16",
+    "execution.micro_batch=64",
+    "execution.compile=true",
+    "deepspeed=zero2",
+    "cluster.gpus_per_node=2",
+)
+
+
+def hours_at(speed: float, plan: RunPlan) -> float:
+    return pytest.approx(plan.audio_seconds_seen / speed / 3600)
+
+
+def measure(config: StudyConfig, plan: RunPlan, speed: float) -> None:
+    """Put a speed on record as a preflight does, audio-seconds a second."""
+    shape = shape_record(Costs(config.cluster).shape(plan))
+    add_measurement(Path(config.cluster.throughput), plan.to_record(), shape, speed, "preflight")
+
+
+def test_variants_of_one_width_and_depth_have_each_its_own_speed_in_any_order(planned):
+    config, plans = planned(*MEASURED, "sweep.axes.model=[ses_medium,ses_medium_noncausal]")
+    speeds = {plan.config.model.name: 100.0 - 60 * number for number, plan in enumerate(plans)}
+    for plan in plans:
+        measure(config, plan, speeds[plan.config.model.name])
+    for order in (speeds, reversed(speeds)):
+        for plan in planned(*MEASURED, f"sweep.axes.model=[{','.join(order)}]")[1]:
+            assert plan.estimated_hours == hours_at(speeds[plan.config.model.name], plan)
+
+
+def test_a_speed_holds_for_the_recipe_and_the_execution_it_was_measured_of(planned):
+    config, (plan,) = planned(*MEASURED)
+    measure(config, plan, 100.0)
+    for number, words in enumerate(OTHERS):
+        others, (other,) = planned(*MEASURED, *words.split())
+        assert other.estimated_hours is None, words
+        measure(others, other, 1.0 + number)
+    _, (again,) = planned(*MEASURED, "train.budget.epochs=9", "train.optimiser.learning_rate=0.001", "cluster.mem_gb=9")
+    assert again.estimated_hours == hours_at(100.0, again), "what decides no speed"
+    _, (again,) = planned(*MEASURED, *OTHERS[0].split())
+    assert again.estimated_hours == hours_at(1.0, again), "what was measured after that"
+
+
+def test_a_measurement_that_does_not_say_of_which_recipe_it_is_counts_for_none(planned):
+    config, (plan,) = planned(*MEASURED)
+    old = {"model": plan.science["model"], "precision": "fp32", "audio_seconds_per_second": 100.0}
+    append_record(Path(config.cluster.throughput), old | {"shape": shape_record(config.cluster)})
+    assert planned(*MEASURED)[1][0].estimated_hours is None
