@@ -60,6 +60,7 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     for rule in config.sweep.idle_rules():
         log.warning("sweep.exclude: %s drops no cell: no cell has these values", _rule(rule))
     plans: dict[str, RunPlan] = {}  # by their science, of which a size's name is no part, and label
+    names: dict[str, RunPlan] = {}
     indices: dict[str, ShardIndex] = {}
     budgets: dict[tuple[str, float | None, int, bool], DataBudget] = {}
     costs = Costs(config.cluster)
@@ -75,12 +76,18 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
         plan = plan_run(run, index, cell, budgets[data])
         label = "".join(f"-{axis.rpartition('.')[2]}{cell[axis]}" for axis in compared if axis in cell)
         plan = replace(plan, estimated_hours=costs.training_hours(plan), label=label)
-        same = plan.science_hash + label
+        same = plan.science_digest + label
         if same in plans:
             raise UserError(
                 f"sweep {config.sweep.name}: cells {plans[same].axes} and {cell} are the same run "
                 f"{plan.run_id}: their axes differ in no scientific setting; remove one, or, where execution is what "
                 "is studied, set sweep.compares_execution=true"
+            )
+        other = names.setdefault(plan.run_id, plan)
+        if other is not plan:
+            raise UserError(
+                f"sweep {config.sweep.name}: cells {other.axes} and {cell} are two runs of one name, {plan.run_id}, "
+                "whose hash is too short to tell them apart: plan one in a study of its own, or with another seed"
             )
         plans[same] = plan
     return sorted(plans.values(), key=lambda plan: -(plan.estimated_hours or plan.train_macs))

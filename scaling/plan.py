@@ -1,8 +1,8 @@
 """From a run's configuration to its plan: identity, counts and steps, before anything runs.
 
-The identity of a run is its science: a readable name and a hash of the resolved scientific
-settings. The same science is the same run, wherever and however it is executed; a changed
-setting is a new run.
+The identity of a run is its science, the resolved scientific settings, compared by their SHA-256; its id
+is a readable name and the first digits of that. The same science is the same run, wherever and however
+it is executed; a changed setting is a new run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from scaling.shards import Clip, ShardIndex
 # the activations, gradient of the weights (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 TRAINING_PASSES = 3
 TEST_STEPS = 10
+HASH_DIGITS = 8  # of a run's id: among 10,000 runs of one name, two would share them in one study of a hundred
 
 
 def science_of(settings: Any) -> Any:
@@ -86,8 +87,14 @@ class RunPlan:
         return f"{'test-' if config.train.test else ''}{config.model.name}{hours}-seed{config.seed}{self.label}"
 
     @cached_property
+    def science_digest(self) -> str:
+        """The same for runs of the same science, and for no others."""
+        return hashlib.sha256(json.dumps(self.science, sort_keys=True).encode()).hexdigest()
+
+    @property
     def science_hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.science, sort_keys=True).encode()).hexdigest()[:8]
+        """What of it the run's id shows."""
+        return self.science_digest[:HASH_DIGITS]
 
     @cached_property
     def run_id(self) -> str:
@@ -95,7 +102,7 @@ class RunPlan:
 
     @property
     def science(self) -> Record:
-        """The resolved scientific settings, whose hash is the run's identity."""
+        """The resolved scientific settings, which are the run's identity."""
         config = self.config
         model = science_of(config.model)
         train = science_of(config.train)
@@ -190,7 +197,7 @@ class RunPlan:
         if not self.directory.plan.exists():
             return
         there = read_planned(self.directory)
-        if there.science_hash == self.science_hash:
+        if there.science_digest == self.science_digest:
             return
         theirs, ours = flat_settings(there.science), flat_settings(self.science)
         different = [name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]

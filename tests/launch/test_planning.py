@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import scaling.plan
 from launch.config import StudyConfig
 from launch.costs import Costs
 from launch.planning import load_study, plan_study
@@ -74,6 +76,28 @@ def test_a_cluster_that_no_run_has_needs_to_make_no_sense(planned):
     assert {Costs(config.cluster).shape(plan).timeout_min for plan in plans} == {3000}
     with pytest.raises(UserError, match=r"signal_seconds = 100000 is not shorter than cluster.timeout_min = 1440"):
         planned(axes, "sweep.points=[{model: t, seed: 0}]", "cluster=slurm", too_long)
+
+
+# --- identity ------------------------------------------------------------------------------
+
+
+def test_unlike_cells_whose_short_hashes_are_alike_are_not_taken_for_one_run(
+    planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(scaling.plan, "HASH_DIGITS", 1)
+    rates = ",".join(f"{0.001 + number / 1e5:g}" for number in range(17))  # one more than there are digits
+    with pytest.raises(UserError, match=r"are two runs of one name, xxt-seed0-[0-9a-f], whose hash is too short"):
+        planned(f"sweep.axes={{model: [xxt], seed: [0], train.optimiser.learning_rate: [{rates}]}}")
+    _, plans = planned("sweep.axes.model=[xxt]", f"sweep.axes.seed=[{','.join(map(str, range(17)))}]")
+    assert len({plan.run_id for plan in plans}) == 17, "names that differ elsewhere tell runs apart"
+    with pytest.raises(UserError, match=r"are the same run xxt-seed0-"):
+        planned("sweep.axes={model: [xxt], seed: [0], execution.num_workers: [0,1]}")
+
+    monkeypatch.setattr(scaling.plan, "HASH_DIGITS", 0)
+    _, (one, other) = planned("sweep.axes={model: [xxt], seed: [0,1]}")
+    other = replace(other, folder=str(one.write().path))
+    with pytest.raises(UserError, match=r"holds another run .seed = 0 there and 1 here."):
+        other.check_folder()
 
 
 # --- costs ---------------------------------------------------------------------------------
