@@ -9,7 +9,7 @@
 The same command again goes on from the last checkpoint; a finished run is not trained again. A folder that holds a
 run with other scientific settings is refused; force=true deletes that run and starts anew.
 Settings: docs/configuration.md. Beside run=DIR alone may stand execution.*, data.shards, data.cache, data.cache_gb,
-force.
+data.max_damaged_share and force.
 
 Exit status: 0 finished; 1 it diverged; 2 a mistake in the input, or data or a disk that cannot be used; 75 a signal
 (SIGTERM, SIGUSR1, SIGUSR2, SIGHUP) asked it to stop and it has saved: run it again to go on; 76 another process of the
