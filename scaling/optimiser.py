@@ -76,7 +76,8 @@ class AdamP(torch.optim.Optimizer):
     Where a weight's gradient is nearly orthogonal to it, |cos| < delta / √dim, a normalisation makes its length
     meaningless: the part of the update that is parallel to the weight is taken out, and weight decay is
     scaled by `wd_ratio`. Tried for each row (output channel) and, if not all rows pass, for the whole tensor.
-    A tensor that passes neither is updated as by AdamW. Algorithm 2, with the authors' defaults.
+    A tensor that passes neither, or has one axis alone, is updated as by AdamW. Algorithm 2, with the defaults of the
+    authors' code (github.com/clovaai/AdamP), which leaves out tensors of one axis too.
     """
 
     def __init__(
@@ -131,10 +132,8 @@ class AdamP(torch.optim.Optimizer):
 
 
 def views_of(weight: Tensor) -> list[tuple[int, int]]:
-    """As what a weight may be scale-invariant: its rows, then the whole tensor; a single number as nothing."""
-    if weight.numel() == 1:
-        return []
-    return ([(len(weight), -1)] if weight.dim() > 1 else []) + [(1, -1)]
+    """As what a weight may be scale-invariant: its rows, then the whole tensor; one of a single axis as nothing."""
+    return [(len(weight), -1), (1, -1)] if weight.dim() > 1 else []
 
 
 def is_orthogonal(weight: Tensor, view: tuple[int, int], delta: float, eps: float) -> Tensor:

@@ -24,17 +24,23 @@ def one_step(weight: list, gradient: list, **settings: float) -> torch.Tensor:
 def test_adamp_takes_the_radial_part_from_a_scale_invariant_weight():
     """Worked by hand: the first update is the gradient's signs; orthogonal to the weight, so its radial part goes."""
     # w · g = 0; update (1, -1), unit weight (0.8, 0.6), radial part 0.2: (1, -1) - 0.2 (0.8, 0.6) = (0.84, -1.12)
-    given = one_step([4.0, 3.0], [3.0, -4.0])
-    torch.testing.assert_close(given, torch.tensor([4 - 0.084, 3 + 0.112], dtype=torch.float64))
+    given = one_step([[4.0, 3.0]], [[3.0, -4.0]])
+    torch.testing.assert_close(given, torch.tensor([[4 - 0.084, 3 + 0.112]], dtype=torch.float64))
     # weight decay is a tenth: w (1 - lr · decay / 10)
-    given = one_step([4.0, 3.0], [3.0, -4.0], weight_decay=0.5)
-    torch.testing.assert_close(given, torch.tensor([4 * 0.995 - 0.084, 3 * 0.995 + 0.112], dtype=torch.float64))
+    given = one_step([[4.0, 3.0]], [[3.0, -4.0]], weight_decay=0.5)
+    torch.testing.assert_close(given, torch.tensor([[4 * 0.995 - 0.084, 3 * 0.995 + 0.112]], dtype=torch.float64))
 
 
 def test_adamp_leaves_a_weight_that_is_not_scale_invariant_to_adamw():
     # cos(w, g) = 1
-    given = one_step([4.0, 3.0], [8.0, 6.0], weight_decay=0.5)
-    torch.testing.assert_close(given, torch.tensor([4 * 0.95 - 0.1, 3 * 0.95 - 0.1], dtype=torch.float64))
+    given = one_step([[4.0, 3.0]], [[8.0, 6.0]], weight_decay=0.5)
+    torch.testing.assert_close(given, torch.tensor([[4 * 0.95 - 0.1, 3 * 0.95 - 0.1]], dtype=torch.float64))
+
+
+def test_adamp_leaves_what_has_one_axis_to_adamw():
+    """Biases and the scales of norms, as the authors' code does, however their gradients lie."""
+    given = one_step([4.0, 3.0], [3.0, -4.0], weight_decay=0.5)
+    torch.testing.assert_close(given, torch.tensor([4 * 0.95 - 0.1, 3 * 0.95 + 0.1], dtype=torch.float64))
 
 
 def test_adamp_tries_rows_first_and_then_the_whole_tensor():
@@ -69,8 +75,8 @@ def test_adamp_keeps_the_length_of_a_weight_before_a_normalisation():
     assert lengths["adamp"] < 1 + 0.5 * (lengths["adamw"] - 1)
 
 
-def test_without_scale_invariant_parameters_adamp_is_adamw():
-    """Many steps of the real model, whose few chance projections are kept out by delta = 0."""
+def test_where_nothing_is_projected_adamp_is_adamw():
+    """Steps of the real model; delta = 0 keeps out the projections, which are by chance."""
     weights = {}
     for name in ("adamw", "adamp"):
         torch.manual_seed(0)
