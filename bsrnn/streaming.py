@@ -17,6 +17,7 @@ Several streams of equal length run as a batch, each with states of its own.
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -122,6 +123,7 @@ class Stream:
         """Everything a stream has to remember, as tensors, lists and numbers; torch.save keeps it."""
         states = self._states
         return {
+            "identity": self._identity(),
             "num_samples": self.num_samples,
             "num_returned": self._num_returned,
             "to_drop": self._to_drop,
@@ -132,24 +134,28 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a stream of the same model and number of streams was; ValueError if it was another's."""
-        states = state["states"] or ()
-        hidden = [recurrent[0] for recurrent in states[: self.config.num_layers]]  # (1, B·K, 2C) each
-        is_fitting = len(hidden) in (0, self.config.num_layers) and all(
-            part.shape[1] % self.num_streams == 0 and part.shape[2] == 2 * self.config.num_channels for part in hidden
-        )
-        if state["overlap"].shape != self._overlap.shape or not is_fitting:
-            raise ValueError(
-                f"this state is of {state['overlap'].shape[0]} streams of another model or number; expected "
-                f"{self.num_streams} of {self.config.num_channels} channels and {self.config.num_layers} layers"
-            )
+        """Go on where another stream of the same model was.
+
+        ValueError if it was of another architecture, precision or number of streams; weights are not compared.
+        """
+        theirs = state.get("identity", {})
+        for name, value in self._identity().items():
+            if theirs.get(name) != value:
+                raise ValueError(f"this state is of another stream, {name} = {theirs.get(name)}: expected {value}")
         self.num_samples, self._num_returned = state["num_samples"], state["num_returned"]
         self._to_drop = state["to_drop"]
         self._inverse = None
+        device = self._window.device  # of each its own precision: a cumulative norm's sums have more bits
         self._pending, self._overlap, self._envelope = (
-            state[name].to(self._window, copy=True) for name in ("pending", "overlap", "envelope")
+            state[name].to(device, copy=True) for name in ("pending", "overlap", "envelope")
         )
-        self._states = [tuple(part.to(self._window, copy=True) for part in one) for one in states] or None
+        states = state["states"] or ()
+        self._states = [tuple(part.to(device, copy=True) for part in one) for one in states] or None
+
+    def _identity(self) -> dict[str, Any]:
+        """What two streams have in common if one may go on where the other was."""
+        architecture = asdict(replace(self.config, norm_batch=None))  # of which training alone knows
+        return {"num_streams": self.num_streams, "precision": str(self._window.dtype), **architecture}
 
     def _advance(self) -> Tensor:
         """Enhance the complete frames that are pending; the samples that this makes final."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,11 +125,44 @@ def test_a_stream_saved_to_a_file_and_restored_goes_on_as_if_nothing_had_been(ch
     assert_equal(torch.cat([*parts, restored.flush()], dim=1), whole_file(model, signal))
 
 
-def test_a_state_of_other_streams_is_refused_by_name(model: BSRNN):
-    other = Stream(model, 2)
-    other.process(noise(2, 2_000))
-    with pytest.raises(ValueError, match="of 2 streams"):
-        Stream(model, 1).load_state_dict(other.state_dict())
+@pytest.mark.parametrize(
+    ("changes", "num_streams", "said"),
+    [
+        ({}, 2, "num_streams = 2: expected 1"),
+        ({"norm": "batch"}, 1, "norm = batch: expected cumulative"),
+        ({"num_channels": 24}, 1, "num_channels = 24: expected 16"),
+        ({"num_layers": 1}, 1, "num_layers = 1: expected 2"),
+        ({"band_widths": (57, 200)}, 1, r"band_widths = \(57, 200\): expected \(100, 157\)"),
+        ({"band_widths": (57, 100, 100)}, 1, r"band_widths = \(57, 100, 100\): expected \(100, 157\)"),
+        ({"compression": 0.5}, 1, "compression = 0.5: expected 0.3"),
+    ],
+)
+def test_a_state_of_another_stream_is_refused_by_what_differs(changes: dict, num_streams: int, said: str):
+    config = BSRNNConfig(16, 2, norm="cumulative", band_widths=(100, 157))
+    other = Stream(BSRNN(replace(config, **changes)), num_streams)
+    for num_samples in (0, 2_000):
+        other.process(noise(num_streams, num_samples))
+        with pytest.raises(ValueError, match=f"this state is of another stream, {said}"):
+            Stream(BSRNN(config)).load_state_dict(other.state_dict())
+
+
+def test_a_state_of_another_precision_is_refused(model: BSRNN):
+    with pytest.raises(ValueError, match=r"precision = torch.float64: expected torch.float32"):
+        Stream(model).load_state_dict(Stream(copy.deepcopy(model).double()).state_dict())
+
+
+def test_a_restored_state_is_the_saved_one_to_the_last_bit():
+    """A cumulative norm's sums of 64 bits too. The size of a training batch makes no other model."""
+    config = BSRNNConfig(16, 1, norm="cumulative")
+    torch.manual_seed(0)
+    stream = Stream(BSRNN(config))
+    stream.process(noise(1, 5_000))
+    restored = Stream(BSRNN(replace(config, norm_batch=8)))
+    saved = stream.state_dict()
+    restored.load_state_dict(saved)
+    again = restored.state_dict()
+    assert again.pop("identity") == saved.pop("identity")
+    torch.testing.assert_close(again, saved, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("norm", "causal"), [("group", True), ("group", False), ("batch", False)])
