@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bsrnn.model import Enhanced
-from bsrnn.perceptual import perceptual_model
+from bsrnn.perceptual import FEWEST_PESQ_SAMPLES, perceptual_model
 from bsrnn.stft import CompressedSTFT, compress
 
 COMPRESSION = 0.3  # exponent of the magnitude in the spectral terms
@@ -42,6 +42,11 @@ class LossConfig:
         if not any(weights.values()):
             raise ValueError("every loss weight is 0: give at least one term a weight")
 
+    @property
+    def fewest_samples(self) -> int:
+        """Samples of the shortest signal for which every term with a weight is defined."""
+        return max(1, FEWEST_PESQ_SAMPLES if self.pesq else 0, FEWEST_RESOLVED_SAMPLES if self.multi_resolution else 0)
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -52,7 +57,10 @@ class Loss:
 def enhancement_loss(
     estimate: Enhanced, clean: Float[Tensor, "batch sample"], stft: CompressedSTFT, weights: LossConfig
 ) -> Loss:
-    """The loss of an estimate against the clean waveform; computed in 32 bits."""
+    """The loss of an estimate against the clean waveform; computed in 32 bits.
+
+    ValueError for signals of fewer than `weights.fewest_samples` samples.
+    """
     with torch.autocast(clean.device.type, enabled=False):
         spectrum = _compressed(stft(clean), stft)  # (B, F, T, 2)
         estimated = _compressed(estimate.spectrum, stft)
@@ -75,6 +83,7 @@ def enhancement_loss(
 
 # Of the loss of Zhang et al. 2024: windows in samples, rectangular, half overlapping.
 RESOLUTIONS = (256, 512, 768, 1024)
+FEWEST_RESOLVED_SAMPLES = max(RESOLUTIONS) // 2 + 1  # at either end half of a window is mirrored
 QUIET_VARIANCE = 1e-12  # below it a signal is not brought to unit variance, so that silence has a finite gain
 
 
@@ -84,7 +93,13 @@ def multi_resolution_l1(
     """Half the L1 distance of waveforms, half that of magnitude spectra at four resolutions (Lu et al. 2022).
 
     Both signals are brought to unit variance and the estimate scaled to fit the clean one; distances are summed.
+    ValueError for signals of fewer than 513 samples.
     """
+    if clean.shape[-1] < FEWEST_RESOLVED_SAMPLES:
+        raise ValueError(
+            f"the multi-resolution loss of {clean.shape[-1]} samples: expected at least {FEWEST_RESOLVED_SAMPLES}; pad "
+            "the signals"
+        )
     clean, estimate = (
         signal.float() / (signal.float().var(-1, keepdim=True) + QUIET_VARIANCE).sqrt() for signal in (clean, estimate)
     )

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 SAMPLE_RATE = 16_000
 FRAME = 512  # samples
 HOP = 256  # samples
+FEWEST_PESQ_SAMPLES = FRAME - HOP  # the last frame reaches a hop into silence
 SYLLABLE = 20  # frames, half overlapping
 PADDING = 5_120  # samples of silence that the standard counts at a signal's end
 TAIL = 1_024  # samples after which the input filter's impulse response has fallen by 120 dB
@@ -130,7 +131,11 @@ class PerceptualModel(nn.Module):
         self.register_buffer("widths", torch.tensor(WIDTHS), persistent=False)
 
     def forward(self, estimate: Float[Tensor, "batch sample"], clean: Float[Tensor, "batch sample"]) -> Disturbance:
-        """Of signals of at least 512 samples; none where the clean one is silent, since PESQ is not defined there."""
+        """None where the clean signal is silent, since PESQ is not defined there; ValueError below 256 samples."""
+        if clean.shape[-1] < FEWEST_PESQ_SAMPLES:
+            raise ValueError(
+                f"PESQ of {clean.shape[-1]} samples: expected at least {FEWEST_PESQ_SAMPLES} (16 ms); pad the signals"
+            )
         with torch.autocast(clean.device.type, enabled=False):
             heard_clean, heard = (self._level_and_filter(signal.to(self.window.dtype)) for signal in (clean, estimate))
             active = _active_frames(heard_clean)  # (B, T)

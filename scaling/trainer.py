@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from bsrnn import BSRNN
 from bsrnn.losses import enhancement_loss, unprocessed
@@ -180,6 +181,7 @@ class Trainer:
     def validate(self) -> tuple[dict[str, Any] | None, bool]:
         """Loss and SI-SDR, enhanced and unprocessed: means over whole utterances, which the ranks share out.
 
+        One too short for a term of the loss is zero-padded on both sides, as it is for a crop of training.
         And whether a signal has asked any rank to stop: then all break it off at their next utterance, with None
         for the means.
         """
@@ -197,7 +199,11 @@ class Trainer:
                     processes.at(STOPPING)
                 if self.stop.signal is not None or processes.is_any_at(STOPPING):
                     break
-                noisy, clean = (to_float(torch.from_numpy(part), device)[None] for part in reader.read_clip(clip))
+                lacking = max(0, weights.fewest_samples - clip.num_samples)
+                noisy, clean = (
+                    pad(to_float(torch.from_numpy(part), device)[None], (lacking // 2, lacking - lacking // 2))
+                    for part in reader.read_clip(clip)
+                )
                 values: dict[str, float] = {}
                 for prefix, estimate in (("", model(noisy)), ("unprocessed_", unprocessed(noisy, model.stft))):
                     loss = enhancement_loss(estimate, clean, model.stft, weights)

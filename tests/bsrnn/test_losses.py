@@ -123,3 +123,21 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_crops_losses():
     for name, term in whole.terms.items():
         assert term.item() == pytest.approx(np.mean([part.terms[name].item() for part in parts]), rel=1e-4), name
     assert whole.total.item() == pytest.approx(np.mean([part.total.item() for part in parts]), rel=1e-4)
+
+
+@pytest.mark.parametrize(("term", "fewest"), [("pesq", 256), ("multi_resolution", 513), ("waveform", 1)])
+def test_a_signal_too_short_for_a_term_is_refused_with_its_length_and_the_fewest_samples(term: str, fewest: int):
+    torch.manual_seed(0)
+    stft = CompressedSTFT(512, 256, 0.3)
+    weights = LossConfig(**{name: float(name == term) for name in vars(LossConfig())})
+    assert weights.fewest_samples == fewest
+    clean, noisy = torch.randn(2, fewest), torch.randn(2, fewest).requires_grad_()
+    loss = enhancement_loss(unprocessed(noisy, stft), clean, stft, weights).total
+    loss.backward()
+    assert noisy.grad is not None
+    assert loss.isfinite()
+    assert noisy.grad.isfinite().all()
+    if fewest > 1:
+        estimate, clean = unprocessed(noisy[:, 1:].detach(), stft), clean[:, 1:]
+        with pytest.raises(ValueError, match=rf"{fewest - 1} samples: expected at least {fewest}\b.*; pad the signals"):
+            enhancement_loss(estimate, clean, stft, weights)

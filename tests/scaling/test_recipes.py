@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from torch import nn
 
+from bsrnn.losses import LossConfig
 from scaling.cli import load_config
 from scaling.config import EarlyStoppingConfig, RunConfig
 from scaling.early_stopping import EarlyStopping
 from scaling.errors import UserError
 from scaling.plan import plan_run, training_clips
 from scaling.records import RunDirectory
-from scaling.shards import ShardIndex
+from scaling.shards import SAMPLE_RATE, ShardIndex
+from scaling.train import main
+from tests.scaling.vbd_folder import make_corpus, prepare
 
 MISTAKES = {
     "train.optimiser.name=sgd": r"train.optimiser.name = sgd: expected one of adamw, adam, adamp",
@@ -218,3 +223,23 @@ def test_a_sample_that_the_test_set_lacks_is_refused(tiny_run: list[str], comman
     done = command("scaling.train", *tiny_run, "data.samples=[p999_001]")
     assert done.returncode == 2
     assert "data.samples: p999_001 is no test utterance of" in done.stderr
+
+
+def test_a_validation_clip_too_short_for_a_term_of_the_loss_is_padded_and_ends_no_run(tmp_path: Path):
+    corpus = make_corpus(tmp_path / "corpus", 16_000)
+    for kind in ("clean", "noisy"):
+        path = corpus / f"{kind}_trainset_28spk_wav" / "p226_001.wav"
+        soundfile.write(path, soundfile.read(path)[0][4_000:4_100], 16_000, "PCM_16")
+    prepare(corpus, tmp_path / "shards")
+    words = ["data=vbd", f"data.root={corpus}", f"data.shards={tmp_path / 'shards'}", f"run={tmp_path / 'run'}"]
+    words += ["model=xxt", "train.test=true", "train.crop_seconds=0.1", "train.global_batch=2", "train.norm_batch=2"]
+    words += ["train.losses.pesq=1e-3", "train.losses.multi_resolution=1e-3", "execution.metrics=[si_sdr]"]
+    assert main([*words, "execution.device=cpu", "execution.threads=1", "execution.samples_every=null"]) == 0
+    (row,) = [row for row in RunDirectory(tmp_path / "run").read_metrics() if row["kind"] == "validation"]
+    assert all(math.isfinite(row["terms"][name]) for name in ("pesq", "multi_resolution"))
+
+
+def test_the_shortest_crop_has_every_term_of_the_loss():
+    with pytest.raises(UserError, match=r"crop_seconds = 0.09: expected 0.1 to 60"):
+        load_config(RunConfig, "run", ["train.crop_seconds=0.09"])
+    assert LossConfig(pesq=1.0, multi_resolution=1.0).fewest_samples <= 0.1 * SAMPLE_RATE
