@@ -273,7 +273,7 @@ def _claim(
     """tested: the runs of the held-out tests, where they are not those of the law."""
 
     def usable_of(some: pd.DataFrame) -> pd.DataFrame:
-        names = (quantity.key, *law.variables, *left_out.values())  # plans of earlier versions may lack one
+        names = (quantity.key, *law.variables, *left_out.values())  # a plan of an earlier version may lack train_macs
         keep = np.isfinite(some[list(names)].to_numpy(dtype=float)).all(axis=1)
         return some[keep & (some[quantity.key] > 0)] if law.is_log else some[keep]
 

@@ -37,7 +37,7 @@ SEED_AXES = ("seed", "train.seed")
 MOST_CURVE_ROWS = 2_000_000  # of all runs together; beyond, each run keeps its share of points
 RUNS_A_TASK = 200  # for each of several processes, where a study has more than one task's
 
-# Column of `runs` → where a row of the plan has it. All but the seed are needed by the table.
+# Column of `runs` → where a row of the plan has it; a plan of an earlier version may lack OPTIONAL ones.
 PLAN_COLUMNS = {
     "run_id": ("run_id",),
     "name": ("name",),
@@ -59,7 +59,9 @@ PLAN_COLUMNS = {
     "seed": ("seed",),
 }
 NUMBERS = tuple(name for name in PLAN_COLUMNS if name not in ("run_id", "name", "size", "data", "index_hash"))
-REQUIRED = ("run_id", "size", "num_params", "macs_per_second", "hours", "steps", "seed")
+OPTIONAL = {"name", "num_params_folded", "num_params_non_decoder", "data", "num_clips", "index_hash"}
+OPTIONAL |= {"train_macs", "estimated_hours"}
+REQUIRED = tuple(name for name in PLAN_COLUMNS if name not in OPTIONAL)
 
 
 @dataclass(frozen=True)

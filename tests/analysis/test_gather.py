@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -148,11 +149,12 @@ def test_runs_that_the_plan_does_not_name_are_listed_and_not_mixed_in(write_stud
     assert list(gathered.runs["run_id"]) == [row["run_id"]]
 
 
-def test_a_plan_without_a_needed_entry_is_refused_by_name(write_study: WriteStudy) -> None:
+@pytest.mark.parametrize("place", [("size", "num_params"), ("audio_hours_seen",), ("global_batch",), ("crop_seconds",)])
+def test_a_plan_without_a_needed_entry_is_refused_by_name(write_study: WriteStudy, place: tuple[str, ...]) -> None:
     row = plan_row()
-    del row["size"]["num_params"]
+    del (row[place[0]] if len(place) > 1 else row)[place[-1]]
     study = write_study([plan_row(seed=1), row])
-    with pytest.raises(RecordError, match=r"row 2 has no size\.num_params"):
+    with pytest.raises(RecordError, match=rf"row 2 has no {re.escape('.'.join(place))}; plan the study again"):
         gather(study.path)
     write_records(study.plan, [])
     with pytest.raises(RecordError, match="holds no planned run"):
