@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.quantities import Quantity, metrics_named
+from analysis.quantities import NOISIEST_GAIN, Quantity, metrics_named
 from analysis.reading import KINDS, REPLACED, UNPROCESSED, UTTERANCE, RunRecords, flatten, read_run
 from scaling.records import Record, RecordError, StudyDirectory
 
@@ -78,8 +78,9 @@ class Study:
         validation_step, validation_loss, unprocessed_validation_loss: the last validation on
         record, or the best of a run that keeps its best weights (train.early_stopping); NaN where it was not finite.
         utterances: distinct test utterances on record. For each METRIC:
-        METRIC, unprocessed_METRIC: mean over the utterances for which there is a value;
-        METRIC_gain: mean of enhanced - unprocessed over the utterances that have both;
+        METRIC, unprocessed_METRIC: mean over the utterances for which there is a value and that no finished run
+        refused; METRIC_gain: mean of enhanced - unprocessed over those that have both; NaN of a run with fewer than
+        half of its utterances scored, which counts in no other's means.
         METRIC_scored, METRIC_refused: how many have an enhanced value, and how many have not.
         noisiest_si_sdr_gain: the gain over the noisiest quarter (see `noisiest_quarter`).
         training_hours: of compute, hours times processes, over all sessions, evaluation left out, a killed session
@@ -91,7 +92,7 @@ class Study:
         replaced_crops: training crops up to last_step whose clips were damaged.
     scores: one row a run and utterance.
         run_id, id, speaker, noise, snr_db, duration, noisiest_quarter (bool); for each metric
-        METRIC and unprocessed_METRIC (NaN where refused), in single precision.
+        METRIC and unprocessed_METRIC in single precision; NaN where refused, in this run or any other that counts.
     refusals: run_id, id, metric ("unprocessed_..." for the input's) and reason of every score that is missing.
     replaced: run_id, t (which crop of the run), id (its clip), shard, what (was wrong) and by (which clip came instead)
         of every training crop that was replaced.
@@ -154,7 +155,12 @@ def gather(directory: Path | str) -> Study:
             runs[column] = runs[column].fillna(0).astype(int) if column in runs else 0
     replaced = _replaced(read, runs)
     runs["replaced_crops"] = replaced.groupby("run_id").size().reindex(run_ids, fill_value=0).to_numpy()
-    refusals = [(run_id, *refusal) for run_id, one in zip(run_ids, read, strict=True) for refusal in one.refusals]
+    told = [(run_id, *refusal) for run_id, one in zip(run_ids, read, strict=True) for refusal in one.refusals]
+    refusals = pd.DataFrame(told, columns=["run_id", "id", "metric", "reason"])
+    for metric in metrics:
+        of_metric = refusals[refusals["metric"] == metric.key]
+        if len(of_metric):
+            runs, scores = _of_the_same_utterances(runs, scores, of_metric, metric.key)
     provenance = {
         run_id: one.provenance for run_id, one in zip(run_ids, read, strict=True) if one.provenance is not None
     }
@@ -162,7 +168,7 @@ def gather(directory: Path | str) -> Study:
         directory=study,
         runs=runs,
         scores=scores,
-        refusals=pd.DataFrame(refusals, columns=["run_id", "id", "metric", "reason"]),
+        refusals=refusals,
         replaced=replaced,
         curves=_stacked_curves(read, run_ids),
         provenance=pd.DataFrame.from_dict(provenance, orient="index").rename_axis("run_id"),
@@ -261,6 +267,31 @@ def _stacked_scores(read: Sequence[RunRecords], run_ids: Sequence[str]) -> pd.Da
     names = dict.fromkeys(name for score in scores for name in score if name not in columns)
     columns |= {name: _joined(scores, name, counts, np.float32) for name in names}
     return pd.DataFrame(columns)
+
+
+def _of_the_same_utterances(
+    runs: pd.DataFrame, scores: pd.DataFrame, refusals: pd.DataFrame, key: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Runs and scores with a metric's values, and their means, of the utterances alone that no finished run refused.
+
+    Over a run's own, a model whose worst output is refused would be averaged over the easier rest. A run with fewer
+    than half of its utterances scored keeps no value, and takes none from the others.
+    """
+    is_few = runs[f"{key}_scored"] < runs[f"{key}_refused"]
+    counted = runs.loc[(runs["state"] == "finished") & ~is_few, "run_id"]
+    refused = scores["id"].isin(refusals.loc[refusals["run_id"].isin(counted), "id"])
+    dropped = refused | scores["run_id"].isin(runs.loc[is_few, "run_id"])
+    if not dropped.any():
+        return runs, scores
+    scores = scores.assign(
+        **{key: scores[key].mask(dropped), UNPROCESSED + key: scores[UNPROCESSED + key].mask(refused)}
+    )
+    enhanced, unprocessed = scores[key].astype(float), scores[UNPROCESSED + key].astype(float)
+    values = {key: enhanced, UNPROCESSED + key: unprocessed, f"{key}_gain": enhanced - unprocessed}
+    if key == "si_sdr":
+        values[NOISIEST_GAIN.key] = (enhanced - unprocessed).where(scores["noisiest_quarter"])
+    of_runs = scores["run_id"].astype(str)
+    return runs.assign(**{name: runs["run_id"].map(of.groupby(of_runs).mean()) for name, of in values.items()}), scores
 
 
 # --- the parts of records ------------------------------------------------------------------

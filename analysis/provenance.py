@@ -130,8 +130,14 @@ def _refusals(study: Study) -> list[str]:
         told = "; ".join(f"{reason} ({count})" for reason, count in list(reasons.items())[:MOST_VALUES])
         more = f" and {len(reasons) - MOST_VALUES} other reasons" if len(reasons) > MOST_VALUES else ""
         runs = _count(rows["run_id"].nunique(), "run")
+        finished = study.finished
+        few = finished.loc[finished[f"{metric}_scored"] < finished[f"{metric}_refused"], "run_id"]
+        without = (
+            f" {', '.join(few)} scored fewer than half: no mean of it, and nothing left out for it." if len(few) else ""
+        )
         said.append(
-            f"{metric} refused {_count(len(rows), 'utterance')} in {runs}, left out of its means: {told}{more}."
+            f"{metric} refused {_count(len(rows), 'utterance')} in {runs}, left out of its means in every run: "
+            f"{told}{more}.{without}"
         )
     return said
 

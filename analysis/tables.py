@@ -36,8 +36,8 @@ from scaling.records import RecordError, read_records
 
 SIZE_COLUMNS = ("size", "num_params", "num_params_folded", "num_params_non_decoder", "macs_per_second")
 NOTE = (
-    "Mean ± sample standard deviation over seeds (none for a single seed); in parentheses the gain from "
-    "unprocessed to enhanced, over the utterances that have both."
+    "Mean ± sample standard deviation over seeds (none for a single seed), of a metric over the utterances that it "
+    "refused in no run; in parentheses the gain from unprocessed to enhanced."
 )
 
 

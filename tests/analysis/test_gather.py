@@ -9,8 +9,10 @@ import re
 import numpy as np
 import pytest
 
+from analysis import provenance
 from analysis.gather import gather
 from analysis.reading import noisiest_quarter
+from analysis.tables import scaling_table
 from scaling.records import Record, RecordError, append_record, write_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 
@@ -59,7 +61,7 @@ def test_means_are_over_scored_utterances_and_gains_over_pairs(write_study: Writ
     study = gather(write_study([row], scores={row["run_id"]: scores}).path)
     run = study.runs.loc[0]
     assert run["pesq_wb"] == pytest.approx((2.0 + 3.0 + 2.6) / 3)
-    assert run["unprocessed_pesq_wb"] == pytest.approx((1.5 + 1.5 + 1.1) / 3)
+    assert run["unprocessed_pesq_wb"] == pytest.approx((1.5 + 1.1) / 2), "over those that were not refused"
     assert run["pesq_wb_gain"] == pytest.approx((0.5 + 1.5) / 2)
     assert (run["pesq_wb_scored"], run["pesq_wb_refused"]) == (3, 1)
     assert (run["si_sdr_scored"], run["si_sdr_refused"], run["utterances"]) == (4, 0, 4)
@@ -67,6 +69,33 @@ def test_means_are_over_scored_utterances_and_gains_over_pairs(write_study: Writ
     assert list(refused["id"]) == ["p232_001", "p232_002"]
     assert list(refused["metric"]) == ["pesq_wb", "unprocessed_pesq_wb"]
     assert set(refused["reason"]) == {"no speech found"}
+
+
+def test_a_metric_is_averaged_over_the_utterances_that_no_finished_run_refused(write_study: WriteStudy) -> None:
+    plan = [plan_row(size) for size in ("xxt", "xt", "t")] + [plan_row("t", seed=1)]
+    weak, strong, broken, killed = (row["run_id"] for row in plan)
+    said = {"pesq_wb": "no speech found", "si_sdr": "silence"}
+    none = {"pesq_wb": None, "si_sdr": None, "refused": said}
+
+    def rows(refused: set[int]) -> list[Record]:
+        return [score_row(n, **(none if n in refused else {"pesq_wb": 1.0 if n in (0, 2) else 4.0})) for n in range(8)]
+
+    scores = {weak: rows({0, 2}), strong: rows(set()), broken: rows({1, 2, 3, 4, 5}), killed: rows({7})}
+    study = write_study(plan, scores=scores)
+    study.run(killed).events.unlink()
+    gathered = gather(study.path)
+    runs = gathered.runs.set_index("run_id")
+    assert list(runs["pesq_wb"][[weak, strong, killed]]) == [4.0] * 3  # the strong one's own eight have 3.25
+    assert list(runs["si_sdr"][[weak, strong]]) == pytest.approx([10 + 26 / 6] * 2)
+    assert list(runs["noisiest_si_sdr_gain"][[weak, strong]]) == [6.0] * 2  # of the quarter, 0 and 1, the one left
+    assert runs.loc[broken, ["pesq_wb", "pesq_wb_gain", "si_sdr", "noisiest_si_sdr_gain"]].isna().all()
+    assert list(runs["pesq_wb_refused"]) == [2, 0, 5, 1]
+    valued = gathered.scores[gathered.scores["pesq_wb"].notna()].groupby("run_id", observed=True)["id"].agg(set)
+    assert valued[strong] == valued[weak] == valued[killed] | {"p232_007"}
+    assert broken not in valued
+    remarks = " ".join(provenance.remarks(gathered, scaling_table(gathered)))
+    assert "pesq_wb refused 7 utterances in 2 runs, left out of its means in every run" in remarks
+    assert f"{broken} scored fewer than half: no mean of it, and nothing left out for it." in remarks
 
 
 def test_an_utterance_scored_twice_counts_once_with_its_last_row(write_study: WriteStudy) -> None:

@@ -114,7 +114,7 @@ def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: 
     assert "Provenance is mixed in commit" in remarks
     assert "Row xt pools runs that differ in more than the seed: train.learning_rate." in remarks
     assert f"{plan[1]['run_id']} finished, but its last validation is at step 30 of 40." in remarks
-    assert "pesq_wb refused 1 utterance in 1 run, left out of its means: no speech found (1)." in remarks
+    assert "pesq_wb refused 1 utterance in 1 run, left out of its means in every run: no speech found (1)." in remarks
     assert "scored on 1 to 2 utterances" in remarks
     assert "| commit | 6df9ffe (1 run), 0123abc (1 run) | mixed |" in report
     assert "note: Provenance is mixed" in capsys.readouterr().out
