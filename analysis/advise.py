@@ -74,6 +74,8 @@ class RefusalError(Exception):
 
 def advise(found: Claims, gpu_hours: float) -> Advice:
     """RefusalError if the law or the speeds are not known."""
+    if found.refusal:
+        raise RefusalError(found.refusal)
     claim = found.loss("L(N, D)")
     assert claim is not None  # every study has the claim, if not the law
     if claim.fitted.status != CONVERGED:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from analysis.budgets import at_one_budget, at_one_level, levels_of
 from analysis.cells import cell_numbers
-from analysis.fit import HUBER_DELTA, Data, Fit, fit
+from analysis.fit import HUBER_DELTA, UNIDENTIFIABLE, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
 from analysis.other_axes import OtherAxes, one_setting
@@ -31,6 +31,7 @@ from analysis.settings import DATA, SIZES, Settings
 CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}
 CEILINGS |= {"csig": 5.0, "cbak": 5.0, "covl": 5.0, "dnsmos_p808": 5.0}
 CEILINGS |= {"dnsmos_sig": 4.443, "dnsmos_bak": 4.521, "dnsmos_ovrl": 4.644}  # the tops of the published polynomials
+RESULTS = "hours seen and compute are results of their losses, not budgets"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Claims:
 
     settings: Settings
     data: str  # what D is: a key of DATA
-    runs: pd.DataFrame  # the study's runs with N, D, C, cell, label, excluded (the rule, or "") and is_chosen
+    # the study's runs with N, D, C, cell, label, excluded (the rule, or "") and is_chosen; hours_seen and macs_spent as
+    # planned where they have not finished
+    runs: pd.DataFrame
     exclusions: pd.DataFrame
     losses: list[Claim]
     metrics: list[Claim]
@@ -91,6 +94,12 @@ class Claims:
     def kept(self) -> pd.DataFrame:
         """The runs of the chosen setting that no rule excludes: what every law and table is made of."""
         return self.runs[(self.runs["excluded"] == "") & self.runs["is_chosen"]]
+
+    @property
+    def refusal(self) -> str:
+        """Why hours seen and compute of these runs are no budgets, to fit or to choose by; "" if they are."""
+        told = stopped_early(self.kept)
+        return f"{told}: {RESULTS}" if told else ""
 
     def loss(self, name: str, measure: str | None = None) -> Claim | None:
         """The claim of a law by its name ("L(N)"), with N as the settings have it."""
@@ -136,12 +145,16 @@ def prepared(study: Study, settings: Settings, data: str) -> tuple[pd.DataFrame,
         for size, count, params in zip(runs["size"], names, runs["num_params"], strict=True)
     ]
     runs["budget_hours"] = runs["hours"].map(round_hours)
-    runs["N"], runs["C"] = runs[settings.size].astype(float), runs["train_macs"].astype(float)
-    runs["D"] = runs["audio_hours_seen"].astype(float) if data == "audio_hours_seen" else runs["budget_hours"]
+    # Of a run that has not finished, what was planned: only fits with the excluded runs have it.
+    runs["hours_seen"] = runs["hours_seen"].fillna(runs["audio_hours_seen"].astype(float))
+    runs["macs_spent"] = runs["macs_spent"].fillna(runs["train_macs"].astype(float))
+    runs["N"], runs["C"] = runs[settings.size].astype(float), runs["macs_spent"]
+    runs["D"] = runs["hours_seen"] if data == "audio_hours_seen" else runs["budget_hours"]
     runs["cell"] = cell_numbers(runs, study.axes)
+    at_most = runs.groupby("cell")["stopped_early"].transform("any")
     runs["label"] = [
-        f"{size}, {human_hours(seen)} h seen"
-        for size, seen in zip(runs["size"], runs["audio_hours_seen"].astype(float), strict=True)
+        f"{size}, {'up to ' if stopped else ''}{human_hours(seen)} h seen"
+        for size, seen, stopped in zip(runs["size"], runs["audio_hours_seen"].astype(float), at_most, strict=True)
     ]
     warmups = [_warmup(study.science[run_id]) for run_id in runs["run_id"]]
     rules, details = [], []
@@ -153,9 +166,9 @@ def prepared(study: Study, settings: Settings, data: str) -> tuple[pd.DataFrame,
             rule, detail = "unfinished", f"{run['state']}: {run['reason']}"
         elif not np.isfinite(run["validation_loss"]):
             rule, detail = "no final loss", "finished without a finite validation loss on record"
-        elif run["steps"] < settings.fewest_warmups * warmup:
+        elif run["steps_taken"] < settings.fewest_warmups * warmup:
             rule = "too few steps"
-            detail = f"{run['steps']:,} steps, fewer than {settings.fewest_warmups:g} warm-ups of {warmup:g}"
+            detail = f"{run['steps_taken']:,.0f} steps, fewer than {settings.fewest_warmups:g} warm-ups of {warmup:g}"
         rules.append(rule)
         details.append(detail)
     runs["excluded"] = rules
@@ -170,6 +183,12 @@ def _warmup(science: dict[str, str]) -> float:
         return float(science.get("train.optimiser.warmup_steps", 0))
     except ValueError:
         return 0.0
+
+
+def stopped_early(runs: pd.DataFrame) -> str:
+    """How many of these runs ended before their planned budget, in words; "" if none did."""
+    count = int(runs["stopped_early"].sum())
+    return f"{count} of {len(runs)} runs stopped early (train.early_stopping)" if count else ""
 
 
 # --- laws of the loss ----------------------------------------------------------------------
@@ -197,6 +216,7 @@ def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Cla
         settings.size,
         settings,
         {"the largest budget": "D"},
+        is_of_length=data == "audio_hours_seen",
     )
 
 
@@ -221,6 +241,7 @@ def _loss_against_compute(runs: pd.DataFrame, settings: Settings) -> Claim:
         settings,
         {"the largest budget of compute": "C"},
         tested=runs[runs["cell"].isin(tested)],
+        is_of_length=True,
     )
 
 
@@ -235,6 +256,7 @@ def _joint(runs: pd.DataFrame, measure: str, data: str, settings: Settings) -> C
         measure,
         settings,
         {"the largest size": "N", "the largest budget of data": "D", "the largest budget of compute": "C"},
+        is_of_length=data == "audio_hours_seen",
     )
 
 
@@ -269,8 +291,13 @@ def _claim(
     settings: Settings,
     left_out: dict[str, str],
     tested: pd.DataFrame | None = None,
+    is_of_length: bool = False,
 ) -> Claim:
-    """tested: the runs of the held-out tests, where they are not those of the law."""
+    """tested: the runs of the held-out tests, where they are not those of the law.
+
+    is_of_length: whether a variable is how long runs trained, which is none of those that stopped early. Loss against
+    size, or against distinct audio, is of early-stopped runs what it is in Kaplan et al. 2020.
+    """
 
     def usable_of(some: pd.DataFrame) -> pd.DataFrame:
         names = (quantity.key, *law.variables, *left_out.values())  # a plan of an earlier version may lack train_macs
@@ -280,18 +307,25 @@ def _claim(
     usable = usable_of(runs)
     kept = usable[usable["excluded"] == ""]
     is_loss = quantity is VALIDATION_LOSS
-    huber = HUBER_DELTA if is_loss else None
+    told = stopped_early(kept)
 
-    def fitted(chosen: pd.DataFrame, bootstraps: int = settings.bootstraps) -> Fit:
-        return fit(law, to_data(chosen, law, quantity), huber=huber, bootstraps=bootstraps, seed=settings.seed)
+    def fitted(
+        chosen: pd.DataFrame,
+        bootstraps: int = settings.bootstraps,
+        huber: float | None = HUBER_DELTA if is_loss else None,
+    ) -> Fit:
+        data = to_data(chosen, law, quantity)
+        if told and is_of_length:
+            return Fit(law, data, UNIDENTIFIABLE, f"{told}: {RESULTS}", huber=huber)
+        return fit(law, data, huber=huber, bootstraps=bootstraps, seed=settings.seed)
 
-    squares = fit(law, to_data(kept, law, quantity), huber=None) if is_loss else None
+    squares = fitted(kept, 0, None) if is_loss else None
     seen = kept if tested is None else usable_of(tested[tested["excluded"] == ""])
     tests = tuple(_held_out(seen, quantity, law, what, column, fitted, settings) for what, column in left_out.items())
     return Claim(
         quantity,
         law,
-        about,
+        f"{about}; {told}" if told else about,
         measure,
         fitted(kept),
         squares,

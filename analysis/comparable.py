@@ -1,9 +1,10 @@
 """Which cell of each size stands for it where sizes are set side by side: all of one budget, so size alone differs.
 
-The budget (hours of data and of audio seen) that the most sizes share, of several the largest. Where more sizes share a
-level of training compute than any budget of audio, as in a study of equal compute, they are compared there. Sizes that
-lack it are left out and named. Where no two sizes share anything each stands at its largest budget: then the budgets
-may be what differs, and nothing is tested.
+The budget (hours of data and of audio seen, as planned) that the most sizes share, of several the largest. Where more
+sizes share a level of training compute than any budget of audio, as in a study of equal compute, they are compared
+there. Sizes that lack it are left out and named. Where no two sizes share anything each stands at its largest budget:
+then the budgets may be what differs, and nothing is tested. Runs that stopped early are compared by what they were
+allowed: how much of it they used is part of what size does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.budgets import at_one_budget, of_equal_compute
-from analysis.claims import Claims
+from analysis.claims import Claims, stopped_early
 from analysis.gather import Study
 from analysis.quantities import human_macs, round_hours
 
@@ -39,9 +40,9 @@ class Comparable:
 def comparable(study: Study, found: Claims) -> Comparable:
     """The runs to compare sizes by: of those that have scores and that no rule excludes."""
     runs = found.kept[found.kept["run_id"].isin(study.scores["run_id"].drop_duplicates().astype(str))]
-    runs = runs.assign(hours_seen=runs["audio_hours_seen"].astype(float))
     shared, about = at_one_budget(runs)
-    budgets = of_equal_compute(runs[runs["C"] > 0])
+    planned = runs.assign(C=runs["train_macs"].astype(float))
+    budgets = of_equal_compute(planned[planned["C"] > 0])
     levels = [(budget["size"].nunique(), float(budget["C"].mean()), budget) for budget in budgets]
     most, compute, level = max(levels, key=lambda one: one[:2], default=(0, 0.0, runs))
     is_of_compute = most > max(1, shared["size"].nunique())
@@ -55,7 +56,8 @@ def comparable(study: Study, found: Claims) -> Comparable:
     sizes = set(shared["size"])
     ordered = runs.sort_values("N", kind="stable")["size"].drop_duplicates()
     left_out = tuple(str(size) for size in ordered if size not in sizes)
-    return Comparable(_largest(shared), f"at {about}", is_of_compute=is_of_compute, left_out=left_out)
+    about = "; ".join(filter(None, [f"at {about}", stopped_early(shared)]))
+    return Comparable(_largest(shared), about, is_of_compute=is_of_compute, left_out=left_out)
 
 
 def compared_scores(study: Study, cells: Comparable) -> pd.DataFrame:
@@ -66,7 +68,7 @@ def compared_scores(study: Study, cells: Comparable) -> pd.DataFrame:
 
 def _largest(runs: pd.DataFrame) -> pd.DataFrame:
     """Of each size the cell of the most audio seen, then of the most hours of data."""
-    cells = runs.drop_duplicates("cell").assign(seen=lambda cells: cells["hours_seen"].map(round_hours))
+    cells = runs.drop_duplicates("cell").assign(seen=lambda cells: cells["audio_hours_seen"].map(round_hours))
     ordered = cells.sort_values(["seen", "budget_hours", "steps"], kind="stable", na_position="first")
     largest = ordered.drop_duplicates("size", keep="last")["cell"]
     return runs.loc[runs["cell"].isin(largest), ["run_id", "size", "N", "cell", "hours_seen"]]

@@ -75,8 +75,11 @@ class Study:
         axes.NAME: the value of each axis of the sweep (JSON text where it is not a scalar).
         state: planned, submitted, running, preempted, finished or failed; failure: its class if it failed;
         reason: why it is not finished, in words; log: where to read on; last_step.
+        steps_taken, hours_seen, macs_spent: of a finished run, what its training came to; below the planned steps,
+        audio_hours_seen and train_macs where train.early_stopping ended it (stopped_early). NaN of others.
         validation_step, validation_loss, unprocessed_validation_loss: the last validation on
         record, or the best of a run that keeps its best weights (train.early_stopping); NaN where it was not finite.
+        last_validation_step: of the last one on record, kept or not.
         utterances: distinct test utterances on record. For each METRIC:
         METRIC, unprocessed_METRIC: mean over the utterances for which there is a value and that no finished run
         refused; METRIC_gain: mean of enhanced - unprocessed over those that have both; NaN of a run with fewer than
@@ -144,6 +147,12 @@ def gather(directory: Path | str) -> Study:
     read = _read_all(study, plan)
     runs = pd.DataFrame(
         [{**_planned(planned, axes), **one.outcome} for planned, one in zip(plan.values(), read, strict=True)]
+    )
+    share = runs["steps_taken"] / runs["steps"]
+    runs = runs.assign(
+        stopped_early=share < 1,
+        hours_seen=runs["audio_hours_seen"] * share,
+        macs_spent=runs["train_macs"].astype(float) * share,
     )
     scores = _stacked_scores(read, run_ids)
     about = {"run_id", *UTTERANCE, "noisiest_quarter"}

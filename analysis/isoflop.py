@@ -89,8 +89,13 @@ class IsoFlop:
     freedom: int = 0  # degrees of freedom of the scatter about them
 
 
-def isoflop(runs: pd.DataFrame, *, bootstraps: int, seed: int) -> IsoFlop:
-    """Curves and path of runs as `analysis.claims` prepares them, without those that a rule excludes."""
+def isoflop(runs: pd.DataFrame, *, bootstraps: int, seed: int, refusal: str = "") -> IsoFlop:
+    """Curves and path of runs as `analysis.claims` prepares them, without those that a rule excludes.
+
+    refusal: why these runs have none (`Claims.refusal`)
+    """
+    if refusal:
+        return IsoFlop([], Path(UNIDENTIFIABLE, refusal), refusal)
     values = runs[np.isfinite(runs["validation_loss"]) & (runs["validation_loss"] > 0)]
     shared = [budget for budget in of_equal_compute(values) if budget["N"].nunique() > 1]
     if not shared:

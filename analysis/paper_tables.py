@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.breakdown import breakdown
 from analysis.cells import over_seeds
-from analysis.claims import Claims
+from analysis.claims import Claims, stopped_early
 from analysis.comparable import comparable, compared_scores
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
@@ -19,7 +19,7 @@ from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
 from analysis.settings import DATA
 from analysis.significance import paired
-from analysis.tables import axis_value, mean_and_spread
+from analysis.tables import axis_value, mean_and_spread, steps_text
 
 
 def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame) -> list[PaperTable]:
@@ -68,7 +68,8 @@ def _numbers(study: Study, runs: pd.DataFrame, about: Sequence[str]) -> pd.DataF
     """A row a cell: what it is, mean, standard deviation and count of each quantity, and the runs."""
     cells = runs.groupby("cell", sort=False)
     values = over_seeds(runs, [quantity.key for quantity in (VALIDATION_LOSS, *study.metrics)])
-    return cells[list(about)].first().join(values).assign(run_ids=cells["run_id"].agg(" ".join))
+    taken = cells[["steps_taken", "hours_seen", "macs_spent"]].mean()
+    return cells[list(about)].first().join([values, taken]).assign(run_ids=cells["run_id"].agg(" ".join))
 
 
 MOST_CLIPS = 4  # named in a cell
@@ -117,9 +118,9 @@ def data_table(study: Study, found: Claims) -> PaperTable:
     for _, cell in runs.groupby("cell", sort=False):
         first, ids = cell.iloc[0], _ids(cell)
         row = {
-            "Hours seen": (human_hours(float(first["audio_hours_seen"])), ids),
+            "Hours seen": (human_hours(float(cell["hours_seen"].mean())), ids),
             "Hours of data": (human_hours(first["budget_hours"]), ids),
-            "Steps": (f"{first['steps']:,}", ids),
+            "Steps": (steps_text(first["steps"], cell["steps_taken"].mean()), ids),
             "Seeds": (str(len(cell)), ids),
         }
         rows.append(row | _quantity_cells(study, cell))
@@ -134,10 +135,9 @@ def joint_table(found: Claims) -> PaperTable:
     runs = found.kept.sort_values("macs_per_second")
     axis = "axes.train.budget.train_pmacs"
     by_compute = axis in runs and runs[axis].notna().any()
-    seen = runs["audio_hours_seen"].astype(float)
-    runs = runs.assign(
-        budget=runs[axis].astype(float) if by_compute else runs["D"].map(round_hours), seen=seen.map(round_hours)
-    )
+    seen = runs["audio_hours_seen"].astype(float).map(round_hours)  # as planned: what seeds share
+    hours = seen if found.data == "audio_hours_seen" else runs["budget_hours"]
+    runs = runs.assign(budget=runs[axis].astype(float) if by_compute else hours, seen=seen)
     key, rows = _cell_key(runs), []
     levels = runs[key].dropna().drop_duplicates().sort_values(key)
     if len(levels) > 1 and runs["size"].nunique() > 1:
@@ -152,6 +152,8 @@ def joint_table(found: Claims) -> PaperTable:
     cells = runs.groupby(["size", *key], sort=False)
     data = cells["validation_loss"].agg(["mean", "std", "count"]).assign(run_ids=cells["run_id"].agg(" ".join))
     caption = f"Validation loss, mean ± sample standard deviation over seeds, by size and {what}."
+    if told := stopped_early(runs):
+        caption += f" As planned: {told}."
     return table_of("joint_table", "Sizes and budgets together", caption, rows, data.reset_index() if rows else None)
 
 
@@ -181,13 +183,14 @@ def efficiency_table(study: Study, found: Claims) -> PaperTable:
         estimated, actual = float(cell["estimated_hours"].astype(float).mean()), float(cell["training_hours"].mean())
         speed = float(cell["audio_seconds_per_second"].median())
         trained = float(3 * first["macs_per_second"] * speed)
+        spent = {name: float(cell[name].mean()) for name in ("steps_taken", "hours_seen", "macs_spent")}
         loss = float(cell["validation_loss"].mean())
         gained = 1 - loss / float(cell["unprocessed_validation_loss"].mean())
         row = {
             "Size": str(first["size"]),
             **{axis: axis_value(first[f"axes.{axis}"]) for axis in found.other_axes.chosen},
-            "Hours seen": human_hours(float(first["audio_hours_seen"])),
-            "Training compute": human_macs(float(first["C"])),
+            "Hours seen": human_hours(spent["hours_seen"]),
+            "Training compute": human_macs(spent["macs_spent"]),
             "Audio-s/s": human_count(speed),
             "Training MACs per wall second": human_count(trained),
             "Estimated hours": f"{estimated:.3g}" if np.isfinite(estimated) else MISSING,
@@ -200,15 +203,16 @@ def efficiency_table(study: Study, found: Claims) -> PaperTable:
         rows.append({name: (text, ids) for name, text in row.items()})
         numbers.append(
             {"size": first["size"], "audio_hours_seen": first["audio_hours_seen"], "train_macs": first["train_macs"]}
+            | spent
             | {"estimated_hours": estimated, "training_hours": actual, "loss_removed": gained, "run_ids": ids}
             | {"audio_seconds_per_second": speed, "training_macs_per_wall_second": trained}
             | {name: float(cell[name].astype(float).mean()) for name in ("attempts", "device_hours")}
         )
     caption = (
-        "Hours are of one process (estimated: one core or GPU as the plan has it; actual: wall hours times processes, "
-        "all sessions of a run, evaluation left out), a mean over seeds. Jobs and device-hours: of a cluster, all "
-        "included that a run's jobs took. Training MACs per wall second: three times the MACs of a forward pass, which "
-        "elsewhere are counted per second of audio. Loss removed: of the unprocessed input's."
+        "Hours are of one process (estimated: one core or GPU as the plan has it, for all steps; actual: wall hours "
+        "times processes, all sessions of a run, evaluation left out), a mean over seeds. Jobs and device-hours: of a "
+        "cluster, all included that a run's jobs took. Training MACs per wall second: three times the MACs of a "
+        "forward pass, which elsewhere are counted per second of audio. Loss removed: of the unprocessed input's."
     )
     return table_of("efficiency_table", "What it cost, and what it bought", caption, rows, numbers)
 
@@ -243,7 +247,7 @@ def significance_table(study: Study, found: Claims) -> PaperTable:
             "Utterances": str(pair["utterances"]),
             "Seeds": str(pair["seeds"]),
         }
-        if cells.is_shared and not cells.is_of_compute:
+        if cells.is_shared and seen.map(round_hours).nunique() == 1:
             del row["Hours seen"]  # the caption has them
         rows.append({heading: (text, str(pair["run_ids"])) for heading, text in row.items()})
     caption = (

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from analysis.claims import stopped_early
 from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import VALIDATION_LOSS
 from analysis.tables import ScalingTable
@@ -75,13 +76,20 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
     if without:
         said.append(f"No provenance on record: {', '.join(without)}.")
     said += _mixed_settings(study, table)
+    if told := stopped_early(finished):
+        shares = (finished["steps_taken"] / finished["steps"])[finished["stopped_early"]]
+        said.append(
+            f"{told}, after {shares.min():.0%} to {shares.max():.0%} of their planned steps. Their validation loss is "
+            "the best on record, hours seen and compute are of all steps taken; sizes are compared at the planned "
+            "budget, and laws of hours seen or compute, minima at equal compute and advice are not made of them."
+        )
     for _, run in finished.iterrows():
         if pd.isna(run["validation_step"]):
             said.append(f"{run['run_id']} finished without a validation on record.")
-        elif run["validation_step"] != run["steps"]:
+        elif run["last_validation_step"] != run["steps_taken"]:
             said.append(
-                f"{run['run_id']} finished, but its last validation is at step {int(run['validation_step'])} "
-                f"of {run['steps']}."
+                f"{run['run_id']} finished, but its last validation is at step {int(run['last_validation_step'])} "
+                f"of {int(run['steps_taken'])}."
             )
         elif pd.isna(run["validation_loss"]):
             said.append(f"{run['run_id']} finished with a last validation loss that is not finite.")

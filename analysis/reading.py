@@ -32,7 +32,7 @@ Columns = dict[str, NDArray[Any]]
 class RunRecords:
     """What one run has on record.
 
-    outcome: state, failure, reason, log, last_step, the last validation, hours and speed of training,
+    outcome: state, failure, reason, log, last_step, steps_taken, the validation, hours and speed of training,
         world_size, nodes, and the means of the scores (see `gather.Study.runs`).
     curve: kind (0 train, 1 validation), step, and every other number of the metrics, (R,) each.
     about: (id, speaker, noise, snr_db, duration) of each utterance, as tuples of equal length.
@@ -158,7 +158,9 @@ def _outcome(run: RunDirectory, curve: Columns, steps: int) -> dict[str, Any]:
     log = event.get("log")
     if log is None and state != "finished" and run.jobs.is_dir():
         log = str(run.jobs)
-    return {"state": state, "failure": failure, "reason": reason, "log": log, "last_step": last_step}
+    taken = event.get("step", steps) if state == "finished" else np.nan
+    outcome = {"state": state, "failure": failure, "reason": reason, "log": log, "last_step": last_step}
+    return outcome | {"steps_taken": taken if isinstance(taken, (int, float)) else steps}
 
 
 def _stops_early(plan: Record) -> bool:
@@ -173,7 +175,8 @@ def _validation(curve: Columns, is_best_kept: bool) -> dict[str, Any]:
     """Of the trained model: the last, or of a run that keeps its best weights the best."""
     rows = np.flatnonzero(curve["kind"] == 1)
     if not len(rows):
-        return {"validation_step": np.nan, "validation_loss": np.nan, "unprocessed_validation_loss": np.nan}
+        names = ("validation_step", "validation_loss", "unprocessed_validation_loss", "last_validation_step")
+        return dict.fromkeys(names, np.nan)
     unprocessed = curve.get("unprocessed_loss", np.full(len(curve["step"]), np.nan))
     losses = curve["loss"][rows]
     row = rows[int(np.nanargmin(losses))] if is_best_kept and np.isfinite(losses).any() else rows[-1]
@@ -181,6 +184,7 @@ def _validation(curve: Columns, is_best_kept: bool) -> dict[str, Any]:
         "validation_step": float(curve["step"][row]),
         "validation_loss": float(curve["loss"][row]),
         "unprocessed_validation_loss": float(unprocessed[row]),
+        "last_validation_step": float(curve["step"][rows[-1]]),
     }
 
 

@@ -101,7 +101,7 @@ def write_report(settings: Settings) -> Report:
     study = gather(settings.study)
     table = scaling_table(study)
     found = claims(study, settings)
-    iso = isoflop(found.kept, bootstraps=settings.bootstraps, seed=settings.seed)
+    iso = isoflop(found.kept, bootstraps=settings.bootstraps, seed=settings.seed, refusal=found.refusal)
     nodes = node_table(study)
     tables = paper_tables(study, found, iso, nodes)
     said = [*filter(None, [found.other_axes.remark]), *remarks(study, table)]

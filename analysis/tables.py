@@ -48,6 +48,7 @@ class ScalingTable:
     cells: one row a cell, by size, hours and steps; size, num_params, num_params_folded,
         num_params_non_decoder, macs_per_second, rtf (the real-time factor of streaming on one
         CPU thread, NaN where it was not measured), hours (rounded to the budget), steps,
+        steps_taken (mean over finished seeds; below the planned steps where any stopped early),
         axes.NAME, label, seeds_finished, seeds_planned, run_ids and unfinished_run_ids
         (separated by spaces), and for each quantity QUANTITY_mean, QUANTITY_std (NaN below
         two seeds) and QUANTITY_n (seeds with a value); for metrics the same of METRIC_gain.
@@ -76,6 +77,7 @@ def scaling_table(study: Study) -> ScalingTable:
     cells["rtf"] = real_time_factors(study, cells)
     cells["seeds_finished"] = finished.groupby("cell").size().reindex(cells.index, fill_value=0)
     cells["seeds_planned"] = by_cell.size()
+    cells["steps_taken"] = finished.groupby("cell")["steps_taken"].mean().reindex(cells.index)
     quantities = [VALIDATION_LOSS.key, NOISIEST_GAIN.key]
     quantities += [column for metric in study.metrics for column in (metric.key, f"{metric.key}_gain")]
     cells = cells.join(over_seeds(finished, quantities))
@@ -169,7 +171,7 @@ def written(table: ScalingTable) -> pd.DataFrame:
             factor = cell.get("rtf")
             row["RTF"] = MISSING if factor is None or pd.isna(factor) else f"{factor:.3g}"
         row["Hours"] = human_hours(cell["hours"]) if has_cell else MISSING
-        row["Steps"] = f"{cell['steps']:,}" if has_cell else MISSING
+        row["Steps"] = steps_text(cell["steps"], cell["steps_taken"]) if has_cell else MISSING
         for axis in table.axes:
             row[axis] = axis_value(cell[f"axes.{axis}"]) if has_cell else MISSING
         row["Seeds"] = f"{cell['seeds_finished']} of {cell['seeds_planned']}" if has_cell else MISSING
@@ -199,6 +201,11 @@ def mean_and_spread(mean: float | None, std: float | None, quantity: Quantity, s
     smallest = 10**-quantity.digits
     spread = f"{std:.{quantity.digits}f}" if std == 0 or std >= smallest / 2 else f"<{smallest:.{quantity.digits}f}"
     return f"{text} ± {spread}"
+
+
+def steps_text(planned: int, taken: float) -> str:
+    """Steps of a cell: as planned, and before them the mean of what its runs took where any stopped early."""
+    return f"{taken:,.0f} of {planned:,}" if taken < planned else f"{planned:,}"
 
 
 def axis_value(value: object) -> str:
