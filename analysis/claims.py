@@ -24,7 +24,7 @@ from analysis.fit import HUBER_DELTA, UNIDENTIFIABLE, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
 from analysis.other_axes import OtherAxes, one_setting
-from analysis.quantities import VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
+from analysis.quantities import VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, loss_of, round_hours
 from analysis.settings import DATA, SIZES, Settings
 
 # The highest value that the metric can take.
@@ -97,9 +97,13 @@ class Claims:
 
     @property
     def refusal(self) -> str:
-        """Why hours seen and compute of these runs are no budgets, to fit or to choose by; "" if they are."""
-        told = stopped_early(self.kept)
-        return f"{told}: {RESULTS}" if told else ""
+        """Why nothing may be chosen by the loss of these runs at a budget; "" if it may."""
+        told, trained = stopped_early(self.kept), int(self.kept["train_on_validation"].sum())
+        speakers = (
+            f"{trained} of {len(self.kept)} runs trained on the speakers of validation (data.train_on_validation)"
+        )
+        reasons = [f"{told}: {RESULTS}" if told else "", f"{speakers}: their loss chooses nothing" if trained else ""]
+        return "; ".join(filter(None, reasons))
 
     def loss(self, name: str, measure: str | None = None) -> Claim | None:
         """The claim of a law by its name ("L(N)"), with N as the settings have it."""
@@ -306,7 +310,8 @@ def _claim(
 
     usable = usable_of(runs)
     kept = usable[usable["excluded"] == ""]
-    is_loss = quantity is VALIDATION_LOSS
+    if is_loss := quantity is VALIDATION_LOSS:
+        quantity = loss_of(runs["train_on_validation"])
     told = stopped_early(kept)
 
     def fitted(

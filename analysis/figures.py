@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.gather import Study
-from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_hours, round_hours
+from analysis.quantities import MISSING, Quantity, human_hours, round_hours
 from analysis.tables import ScalingTable
 
 AXES = {"num_params": "Parameters", "macs_per_second": "MACs per second", "hours": "Hours of training audio"}
@@ -41,7 +41,7 @@ def scaling_figure(table: ScalingTable) -> Figure | None:
     Where the study varies hours, a third row has them on x. Points are means over seeds with
     sample standard deviations as bars; a single seed has no bar. None if no cell has a value.
     """
-    quantities = [quantity for quantity in (VALIDATION_LOSS, *table.metrics) if _has_values(table.cells, quantity)]
+    quantities = [quantity for quantity in (table.loss, *table.metrics) if _has_values(table.cells, quantity)]
     cells = table.cells[table.cells["seeds_finished"] > 0]
     if not quantities:
         return None

@@ -20,7 +20,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +59,7 @@ PLAN_COLUMNS = {
     "seed": ("seed",),
 }
 NUMBERS = tuple(name for name in PLAN_COLUMNS if name not in ("run_id", "name", "size", "data", "index_hash"))
+SCIENCE_OF_DATA = ("hours", "order_seed", "train_on_validation", "block_shards")
 OPTIONAL = {"name", "num_params_folded", "num_params_non_decoder", "data", "num_clips", "index_hash"}
 OPTIONAL |= {"train_macs", "estimated_hours"}
 REQUIRED = tuple(name for name in PLAN_COLUMNS if name not in OPTIONAL)
@@ -73,6 +74,7 @@ class Study:
         macs_per_second, data, hours, num_clips, index_hash, steps, global_batch, crop_seconds,
         audio_hours_seen, train_macs, estimated_hours, seed: from the plan.
         axes.NAME: the value of each axis of the sweep (JSON text where it is not a scalar).
+        train_on_validation: whether it trained on the speakers of validation too, whose loss then is of training.
         state: planned, submitted, running, preempted, finished or failed; failure: its class if it failed;
         reason: why it is not finished, in words; log: where to read on; last_step.
         steps_taken, hours_seen, macs_spent: of a finished run, what its training came to; below the planned steps,
@@ -104,7 +106,9 @@ class Study:
         MOST_CURVE_ROWS training rows are means over stretches of steps, under the last step of each.
     provenance: one row a planned run that has been prepared, indexed by run_id; the entries of
         its recorded provenance as text, nested ones dotted.
-    science: run_id → the flattened settings that decide its result, the seed left out.
+    science: run_id → the flattened settings that decide its result, the seed left out; those that came with a later
+        version are missing where they stand at their default.
+    settings: run_id → the same with these.
     metrics: the metrics of the scores, those of the table first.
     axes: the names of the sweep's axes, the seed left out.
     unplanned: folders below runs/ that the plan does not name.
@@ -118,6 +122,7 @@ class Study:
     curves: pd.DataFrame
     provenance: pd.DataFrame
     science: dict[str, dict[str, str]]
+    settings: dict[str, dict[str, str]]
     metrics: tuple[Quantity, ...]
     axes: tuple[str, ...]
     unplanned: tuple[str, ...]
@@ -148,8 +153,10 @@ def gather(directory: Path | str) -> Study:
     runs = pd.DataFrame(
         [{**_planned(planned, axes), **one.outcome} for planned, one in zip(plan.values(), read, strict=True)]
     )
+    science = {run_id: _without_seeds(flatten(row.get("science") or {})) for run_id, row in plan.items()}
     share = runs["steps_taken"] / runs["steps"]
     runs = runs.assign(
+        train_on_validation=[flat.get("data.train_on_validation") == "true" for flat in science.values()],
         stopped_early=share < 1,
         hours_seen=runs["audio_hours_seen"] * share,
         macs_spent=runs["train_macs"].astype(float) * share,
@@ -181,7 +188,8 @@ def gather(directory: Path | str) -> Study:
         replaced=replaced,
         curves=_stacked_curves(read, run_ids),
         provenance=pd.DataFrame.from_dict(provenance, orient="index").rename_axis("run_id"),
-        science={run_id: _without_seeds(flatten(row.get("science") or {})) for run_id, row in plan.items()},
+        science=science,
+        settings={run_id: _settings(row) | science[run_id] for run_id, row in plan.items()},
         metrics=metrics,
         axes=axes,
         unplanned=tuple(sorted(path.name for path in _folders(study.runs) if path.name not in plan)),
@@ -348,6 +356,21 @@ def _at(record: Record, path: Sequence[str]) -> Any:
 
 def _scalar(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else value
+
+
+def _settings(planned: Record) -> dict[str, str]:
+    """The flattened settings of a plan's configuration that decide its result, but for labels and the budget."""
+
+    def of(group: str, keep: Callable[[str], bool]) -> dict[str, Any]:
+        values = _at(planned, ("config", group))
+        return {name: value for name, value in values.items() if keep(name)} if isinstance(values, dict) else {}
+
+    groups = {
+        "model": of("model", lambda name: name != "name"),
+        "data": of("data", lambda name: name in SCIENCE_OF_DATA),
+        "train": of("train", lambda name: name != "budget"),
+    }
+    return _without_seeds(flatten({group: values for group, values in groups.items() if values}))
 
 
 def _without_seeds(settings: dict[str, str]) -> dict[str, str]:

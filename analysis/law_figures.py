@@ -75,7 +75,7 @@ def _law_panel(ax: Axes, found: Claims, claim: Claim) -> None:
     _log_y(ax, min(values), max(values))
     label = {"N": SIZES[claim.measure], "D": DATA[found.data], "C": "multiply-accumulates of training"}[variable]
     ax.set_xlabel(label[0].upper() + label[1:])
-    ax.set_ylabel("Validation loss")
+    ax.set_ylabel(claim.quantity.axis)
     verdict = claim.held_out[0].verdict if claim.held_out else ""
     told = f"\nheld-out: {verdict}" if verdict in ("pass", "fail") else ""
     ax.set_title(f"{claim.law.name} = {_written_law(claim)}{told}", fontsize=7.5)

@@ -14,12 +14,14 @@ from analysis.claims import Claim, Claims
 from analysis.fit import CONVERGED, FEWEST_FREEDOM, Fit, human_degrees, quantiles, size_interval
 from analysis.isoflop import PARABOLA, Curve, IsoFlop, best_by_law
 from analysis.paper_table import PaperTable, table_of
-from analysis.quantities import MISSING, VALIDATION_LOSS, human_count, human_interval, human_macs
+from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_interval, human_macs
 from analysis.settings import DATA, SIZES
 
 
-def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data: str) -> PaperTable:
-    """A row a law; the CSV has a row a parameter. data: what D is, a key of DATA."""
+def laws_table(
+    found: Sequence[Claim], name: str, title: str, level: float, data: str, loss: Quantity = VALIDATION_LOSS
+) -> PaperTable:
+    """A row a law; the CSV has a row a parameter. data: what D is, a key of DATA; loss: what L is."""
     rows, numbers = [], []
     rivals = Counter((claim.quantity.key, frozenset(claim.run_ids)) for claim in found)
     for claim in found:
@@ -64,7 +66,7 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data
     intervals = intervals if how else "No intervals."
     formulas = "; ".join(dict.fromkeys(f"{claim.law.name}: {claim.law.formula}" for claim in found))
     caption = (
-        f"{formulas}. {_units(found, data)} {intervals} Losses: Huber on log residuals. "
+        f"{formulas}. {_units(found, data, loss)} {intervals} Losses: Huber on log residuals. "
         "AICc: of laws of the same quantity and the same cells, lower is better; differences below 2 say nothing."
     )
     if any(claim.fitted.lack_of_fit for claim in found):
@@ -75,17 +77,18 @@ def laws_table(found: Sequence[Claim], name: str, title: str, level: float, data
     return table_of(name, title, caption, rows, numbers)
 
 
-def _units(found: Sequence[Claim], data: str) -> str:
+def _units(found: Sequence[Claim], data: str, loss: Quantity) -> str:
     """In what the parameters count the variables of these laws, and what they predict."""
+    the_loss = f"the {loss.label[0].lower()}{loss.label[1:]}"
     units = {
         "N": "N in the unit of its column",
         "D": f"D in {DATA[data]}",
         "C": "C in multiply-accumulates of training",
-        "L": "L the validation loss as it was trained",
+        "L": f"L {the_loss} as it was trained",
     }
     used = {variable for claim in found for variable in claim.law.variables}
     quantities = {claim.quantity.key: claim.quantity for claim in found}
-    losses = "" if VALIDATION_LOSS.key not in quantities else "the validation loss is as it was trained, without a unit"
+    losses = "" if VALIDATION_LOSS.key not in quantities else f"{the_loss} is as it was trained, without a unit"
     metrics = ", ".join(quantity.axis for key, quantity in quantities.items() if key != VALIDATION_LOSS.key)
     said = [*(unit for variable, unit in units.items() if variable in used), losses, f"m: {metrics}" if metrics else ""]
     return f"Units: {'; '.join(filter(None, said))}."

@@ -16,7 +16,16 @@ from analysis.gather import Study
 from analysis.isoflop import IsoFlop
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
 from analysis.paper_table import PaperTable, table_of
-from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, round_hours
+from analysis.quantities import (
+    MISSING,
+    VALIDATION_LOSS,
+    Quantity,
+    human_count,
+    human_hours,
+    human_macs,
+    loss_of,
+    round_hours,
+)
 from analysis.settings import DATA
 from analysis.significance import paired
 from analysis.tables import axis_value, mean_and_spread, steps_text
@@ -24,13 +33,14 @@ from analysis.tables import axis_value, mean_and_spread, steps_text
 
 def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame) -> list[PaperTable]:
     """All tables that have rows, in the report's order."""
+    level, loss = found.settings.level, found.losses[0].quantity
     tables = [
         size_table(study, found),
         data_table(study, found),
         joint_table(found),
         efficiency_table(study, found),
-        laws_table(found.losses, "laws", "Laws of the loss", found.settings.level, found.data),
-        laws_table(found.metrics, "metric_laws", "Laws of metrics", found.settings.level, found.data),
+        laws_table(found.losses, "laws", "Laws of the loss", level, found.data, loss),
+        laws_table(found.metrics, "metric_laws", "Laws of metrics", level, found.data, loss),
         exclusions_effect_table(found),
         held_out_table(found),
         isoflop_table(iso, found),
@@ -61,7 +71,8 @@ def _ids(runs: pd.DataFrame) -> str:
 
 
 def _quantity_cells(study: Study, runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    return {q.heading: _spread(runs, q) for q in (VALIDATION_LOSS, *study.metrics) if study.runs[q.key].notna().any()}
+    quantities = (loss_of(runs["train_on_validation"]), *study.metrics)
+    return {q.heading: _spread(runs, q) for q in quantities if study.runs[q.key].notna().any()}
 
 
 def _numbers(study: Study, runs: pd.DataFrame, about: Sequence[str]) -> pd.DataFrame:
@@ -151,7 +162,8 @@ def joint_table(found: Claims) -> PaperTable:
     what = "training compute" if by_compute else DATA[found.data]
     cells = runs.groupby(["size", *key], sort=False)
     data = cells["validation_loss"].agg(["mean", "std", "count"]).assign(run_ids=cells["run_id"].agg(" ".join))
-    caption = f"Validation loss, mean ± sample standard deviation over seeds, by size and {what}."
+    loss = loss_of(runs["train_on_validation"]).label
+    caption = f"{loss}, mean ± sample standard deviation over seeds, by size and {what}."
     if told := stopped_early(runs):
         caption += f" As planned: {told}."
     return table_of("joint_table", "Sizes and budgets together", caption, rows, data.reset_index() if rows else None)

@@ -61,6 +61,22 @@ def provenance(study: Study) -> list[Entry]:
     return [Entry(key, _counted(values)) for key, values in found.items()] + indexes
 
 
+def trained(study: Study) -> pd.DataFrame:
+    """The settings that decide results, as text: those that all runs share, a row a group, then each that differs."""
+    settings = pd.DataFrame.from_dict(study.settings, orient="index").drop(columns="data.index_hash", errors="ignore")
+    shared: dict[str, list[str]] = {}
+    differing = []
+    for key in settings:
+        entry = Entry(str(key), _counted(settings[key]))
+        if entry.is_mixed:
+            differing.append({"Setting": key, "Value": str(entry), "": "differs"})
+        else:
+            group, _, name = entry.key.rpartition(".")
+            shared.setdefault(group or name, []).append(f"{name} {entry}" if group else str(entry))
+    rows = [{"Setting": group, "Value": ", ".join(values), "": ""} for group, values in shared.items()]
+    return pd.DataFrame([*rows, *differing], columns=["Setting", "Value", ""])
+
+
 def remarks(study: Study, table: ScalingTable) -> list[str]:
     """Sentences on what the table rests on, and where that is less than a reader would think."""
     finished, said = study.finished, []
@@ -82,6 +98,12 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
             f"{told}, after {shares.min():.0%} to {shares.max():.0%} of their planned steps. Their validation loss is "
             "the best on record, hours seen and compute are of all steps taken; sizes are compared at the planned "
             "budget, and laws of hours seen or compute, minima at equal compute and advice are not made of them."
+        )
+    if count := int(finished["train_on_validation"].sum()):
+        said.append(
+            f"{count} of {len(finished)} runs trained on the speakers of validation too (data.train_on_validation, as "
+            "data=vbd28 has it): their loss on these shows how well training data is fitted, and chooses no setting, "
+            f"no size at equal compute and no advice{_kept_by_loss(study)}."
         )
     for _, run in finished.iterrows():
         if pd.isna(run["validation_step"]):
@@ -116,6 +138,15 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
                 "the table shows its mean."
             )
     return said
+
+
+def _kept_by_loss(study: Study) -> str:
+    patient = [
+        run_id
+        for run_id in study.finished.loc[study.finished["train_on_validation"], "run_id"]
+        if study.settings[run_id].get("train.early_stopping.patience", "none") != "none"
+    ]
+    return f"; yet it chose the weights of {len(patient)} of them (train.early_stopping)" if patient else ""
 
 
 def _mixed_settings(study: Study, table: ScalingTable) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MISSING = "–"
 
@@ -34,6 +34,17 @@ class Quantity:
 
 
 VALIDATION_LOSS = Quantity("validation_loss", "Validation loss", digits=4, higher_is_better=False)
+
+# Where the speakers of validation were trained on too (data.train_on_validation): in all runs, and in some.
+TRAINED_LOSS = replace(VALIDATION_LOSS, label="Loss on training speakers")
+MIXED_LOSS = replace(VALIDATION_LOSS, label="Loss on held-out or training speakers")
+
+
+def loss_of(train_on_validation: Iterable[bool]) -> Quantity:
+    """What the validation loss of these runs is."""
+    kinds = {bool(trained) for trained in train_on_validation}
+    return MIXED_LOSS if len(kinds) > 1 else TRAINED_LOSS if True in kinds else VALIDATION_LOSS
+
 
 METRICS = (
     Quantity("pesq_wb", "PESQ-WB"),

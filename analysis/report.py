@@ -37,7 +37,7 @@ from analysis.law_figures import breakdown_figure, isoflop_figure, laws_figure, 
 from analysis.nodes import node_table, nodes_figure
 from analysis.paper_table import PaperTable
 from analysis.paper_tables import paper_tables
-from analysis.provenance import provenance, provenance_frame, remarks
+from analysis.provenance import provenance, provenance_frame, remarks, trained
 from analysis.published import CORPUS, SOURCES
 from analysis.settings import KEYS, SIZES, Settings, UsageError, parsed, settings_from
 from analysis.tables import (
@@ -145,14 +145,14 @@ def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nod
     figures: Figures = {
         "scaling": (
             scaling_figure(table),
-            "Validation loss and metrics against parameters, MACs per second and, where it varies, hours. "
+            f"{table.loss.label} and metrics against parameters, MACs per second and, where it varies, hours. "
             "Bars: sample standard deviation over seeds.",
             "no finished run has a validation loss or score on record",
         ),
         "loss_laws": (
             laws_figure(found),
-            "Laws of the validation loss. Dark band: interval of the law; light band: of a new run; open diamonds: "
-            "what the fit without these cells predicts of them, drawn beside the cells.",
+            f"{found.losses[0].quantity.label} and its laws. Dark band: interval of the law; light band: of a new run; "
+            "open diamonds: what the fit without these cells predicts of them, drawn beside the cells.",
             "no law of one variable is identified by this study's cells",
         ),
         "isoflop_curves": (
@@ -169,7 +169,7 @@ def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nod
         ),
         "curves": (
             curves_figure(study),
-            "Validation loss and smoothed training loss over optimiser steps.",
+            f"{table.loss.label}, and smoothed training loss, over optimiser steps.",
             "no run has a finite loss on record",
         ),
         "processes": (
@@ -220,6 +220,8 @@ def _report_text(study: Study, table: ScalingTable, said: Sequence[str], figures
         parts.append(_no_figure(name, why) if figure is None else f"![{name}]({name}.png)\n\n{caption}")
     parts += ["## Which runs each row comes from", markdown_table(_sources(table))]
     parts.append("Every planned run with its numbers: [runs.csv](runs.csv).")
+    if len(settings := trained(study)):
+        parts += ["## What was trained", markdown_table(settings)]
     parts += ["## Provenance", _provenance_text(study)]
     return "\n\n".join(parts) + "\n"
 
@@ -261,6 +263,7 @@ def _html_page(
             "Results",
             [html.paper_table(scaling, registry), *shown("scaling", "size_table", "data_table", "joint_table")],
         ),
+        html.Section("What was trained", _trained(study)),
         html.Section("Laws", shown("laws", "loss_laws", "fits_both_ways", "metric_laws")),
         html.Section("Equal compute", shown("isoflop", "isoflop_curves")),
         html.Section("Beside published systems", shown("published")),
@@ -336,6 +339,11 @@ def _sources(table: ScalingTable) -> pd.DataFrame:
         for _, cell in table.cells.iterrows()
     ]
     return pd.DataFrame(rows)
+
+
+def _trained(study: Study) -> list[str]:
+    settings = trained(study)
+    return [html.plain_table(settings)] if len(settings) else []
 
 
 def _recorded(study: Study) -> str:

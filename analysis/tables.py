@@ -30,6 +30,7 @@ from analysis.quantities import (
     Quantity,
     human_count,
     human_hours,
+    loss_of,
     round_hours,
 )
 from scaling.records import RecordError, read_records
@@ -53,12 +54,14 @@ class ScalingTable:
         (separated by spaces), and for each quantity QUANTITY_mean, QUANTITY_std (NaN below
         two seeds) and QUANTITY_n (seeds with a value); for metrics the same of METRIC_gain.
     unprocessed: the columns of the first row, the unprocessed input.
+    loss: what the validation loss is: of held-out speakers or not.
     axes: the axes that tell rows apart beyond size, hours and steps.
     unfinished: run_id, label, state, reason and log of every planned run without a result.
     """
 
     cells: pd.DataFrame
     unprocessed: pd.Series
+    loss: Quantity
     metrics: tuple[Quantity, ...]
     axes: tuple[str, ...]
     unfinished: pd.DataFrame
@@ -93,6 +96,7 @@ def scaling_table(study: Study) -> ScalingTable:
     return ScalingTable(
         cells=cells.sort_values(["num_params", "hours", "steps"], kind="stable").reset_index(drop=True),
         unprocessed=_unprocessed(finished, study.metrics),
+        loss=loss_of(runs["train_on_validation"]),
         metrics=study.metrics,
         axes=axes,
         unfinished=listed[["run_id", "label", "seed", "state", "reason", "log"]].reset_index(drop=True),
@@ -175,7 +179,7 @@ def written(table: ScalingTable) -> pd.DataFrame:
         for axis in table.axes:
             row[axis] = axis_value(cell[f"axes.{axis}"]) if has_cell else MISSING
         row["Seeds"] = f"{cell['seeds_finished']} of {cell['seeds_planned']}" if has_cell else MISSING
-        for quantity in (VALIDATION_LOSS, *table.metrics):
+        for quantity in (table.loss, *table.metrics):
             gain = cell.get(f"{quantity.key}_gain_mean")
             shown = "" if gain is None or pd.isna(gain) else f" ({gain:+.{quantity.digits}f})"
             row[quantity.heading] = _cell_text(cell, quantity) + shown
