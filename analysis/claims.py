@@ -23,7 +23,7 @@ from analysis.cells import cell_numbers
 from analysis.fit import HUBER_DELTA, UNIDENTIFIABLE, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
-from analysis.other_axes import OtherAxes, one_setting
+from analysis.other_axes import OtherAxes, one_setting, with_families
 from analysis.quantities import VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, loss_of, round_hours
 from analysis.settings import DATA, SIZES, Settings
 
@@ -115,7 +115,8 @@ def claims(study: Study, settings: Settings) -> Claims:
     """Fit and test every law that the study's axes allow."""
     data = varying_data(study.runs) if settings.data == "auto" else settings.data
     everything, exclusions = prepared(study, settings, data)
-    is_chosen, other_axes = one_setting(everything, study.axes)
+    everything, axes = with_families(everything, study)
+    is_chosen, other_axes = one_setting(everything, axes, study.science)
     runs = everything[is_chosen]
     losses: list[Claim] = []
     for measure in (settings.size, *(name for name in SIZES if name != settings.size)):

@@ -2,21 +2,29 @@
 
 Any setting can be an axis of a sweep. An axis whose values are not settled by the size, the hours of data and the
 budget (a learning rate that every size is trained with, say) makes several settings of the same cells, which are not
-seeds of each other: laws and tables are made of one of them, chosen by a rule.
+seeds of each other: laws and tables are made of one of them, chosen by a rule. Whatever settles them, models that
+differ in more than width and depth are of different families, and runs that trained on the speakers of validation have
+another loss: these count as axes too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analysis.gather import Study
+from analysis.quantities import MISSING
 from analysis.tables import axis_value
 
 DATA_AXIS, BUDGET_AXES = "data.hours", "train.budget."
+WIDTH_AND_DEPTH = ("model.num_channels", "model.num_layers")
+TRAINED_ON = "data.train_on_validation"
+# Between runs that differ in one of these a lower loss is not a better model.
+OF_THE_LOSS = ("train.losses.", "model.front_end", "data.index_hash", TRAINED_ON)
 
 
 @dataclass(frozen=True)
@@ -26,12 +34,14 @@ class OtherAxes:
     chosen: axis → its value in that setting, as text; none if the study has no such axis.
     settings: how many there are; rivals: how many of them cover as many cells as the chosen one.
     cells_left_out: of other settings.
+    why_first: why the first of the rivals was taken, and not the one with the lowest loss; "" if that was.
     """
 
     chosen: dict[str, str]
     settings: int = 1
     rivals: int = 1
     cells_left_out: int = 0
+    why_first: str = ""
 
     @property
     def setting(self) -> str:
@@ -48,9 +58,9 @@ class OtherAxes:
     def remark(self) -> str:
         if not self.chosen:
             return ""
-        lowest = (
-            f", of {self.rivals} that do so the one with the lowest mean validation loss" if self.rivals > 1 else ""
-        )
+        which = f"the first of the plan, since {self.why_first}" if self.why_first else ""
+        which = which or "the one with the lowest mean validation loss"
+        lowest = f", of {self.rivals} that do so {which}" if self.rivals > 1 else ""
         return (
             f"Laws, minima and the tables of sizes, budgets, differences and breakdowns are of {self.setting}: of "
             f"{self.settings} settings of {', '.join(self.chosen)} one that covers the most cells{lowest}. "
@@ -58,11 +68,32 @@ class OtherAxes:
         )
 
 
-def one_setting(runs: pd.DataFrame, axes: Sequence[str]) -> tuple[NDArray[np.bool_], OtherAxes]:
+def with_families(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """(runs with a column axes.SETTING for each setting that tells families apart, the axes with these)."""
+    science = [study.science[run_id] for run_id in runs["run_id"]]
+    found: dict[str, list[str]] = {}
+    for key in sorted({key for flat in science for key in flat if _tells_families(key) and key not in study.axes}):
+        values = [flat.get(key) for flat in science]
+        if len(set(values)) > 1:
+            # Settings that came with a later version are not in the science of runs that have their default.
+            at_default = [run_id for run_id, value in zip(runs["run_id"], values, strict=True) if value is None]
+            said = (study.settings[run_id].get(key) for run_id in at_default)
+            default = next((text for text in said if text is not None), MISSING)
+            found[key] = [default if value is None else value for value in values]
+    return runs.assign(**{f"axes.{key}": values for key, values in found.items()}), (*study.axes, *found)
+
+
+def _tells_families(setting: str) -> bool:
+    return setting == TRAINED_ON or (setting.startswith("model.") and setting not in WIDTH_AND_DEPTH)
+
+
+def one_setting(
+    runs: pd.DataFrame, axes: Sequence[str], science: Mapping[str, Mapping[str, str]]
+) -> tuple[NDArray[np.bool_], OtherAxes]:
     """(which runs are of the chosen setting, that setting); runs as `analysis.claims` prepares them.
 
     Chosen is the setting that covers the most cells which no rule excludes, of several the one with the lowest mean
-    validation loss, then the first of the plan.
+    validation loss, where their losses compare, then the first of the plan.
     """
     others = _telling(runs, axes)
     if not others:
@@ -73,23 +104,42 @@ def one_setting(runs: pd.DataFrame, axes: Sequence[str]) -> tuple[NDArray[np.boo
     cells = kept.groupby([setting[kept.index].rename("setting"), "cell"])["validation_loss"].mean()
     covered = cells.groupby(level="setting").agg(["size", "mean"]).reindex(range(setting.max() + 1))
     covered["size"] = covered["size"].fillna(0)
-    best = int(covered.sort_values(["size", "mean"], ascending=[False, True], kind="stable").index[0])
+    rivals = covered[covered["size"] == covered["size"].max()]
+    why_first = _why_no_lowest(runs[setting.isin(rivals.index)], science) if len(rivals) > 1 else ""
+    best = int((rivals if why_first else rivals.sort_values("mean", kind="stable")).index[0])
     mask = (setting == best).to_numpy()
     first = runs[mask].iloc[0]
     return mask, OtherAxes(
         {axis: axis_value(first[column]) for axis, column in zip(others, columns, strict=True)},
         len(covered),
-        int((covered["size"] == covered["size"].max()).sum()),
+        len(rivals),
         int(runs.loc[~mask, "cell"].nunique()),
+        why_first,
     )
 
 
 def _telling(runs: pd.DataFrame, axes: Sequence[str]) -> list[str]:
-    """The axes that the size, the hours of data and the budget do not settle."""
+    """The axes that the size, the hours of data and the budget do not settle, and those that tell families apart."""
     settled = [axis for axis in axes if axis == DATA_AXIS or axis.startswith(BUDGET_AXES)]
     known = ["size", "num_params", "macs_per_second", "budget_hours", *(f"axes.{axis}" for axis in settled)]
     groups = runs.groupby(known, dropna=False)
-    return [axis for axis in axes if axis not in settled and (groups[f"axes.{axis}"].nunique(dropna=False) > 1).any()]
+
+    def tells(axis: str) -> bool:
+        column = f"axes.{axis}"
+        if _tells_families(axis):
+            return runs[column].nunique(dropna=False) > 1
+        return axis not in settled and bool((groups[column].nunique(dropna=False) > 1).any())
+
+    return [axis for axis in axes if tells(axis)]
+
+
+def _why_no_lowest(runs: pd.DataFrame, science: Mapping[str, Mapping[str, str]]) -> str:
+    """Why none of the settings of these runs is better for its lower loss; "" if one is."""
+    settings = [science[run_id] for run_id in runs["run_id"]]
+    keys = sorted({key for flat in settings for key in flat if key.startswith(OF_THE_LOSS)})
+    if differing := [key for key in keys if len({flat.get(key) for flat in settings}) > 1]:
+        return f"losses do not compare where {', '.join(differing)} differ{'s' * (len(differing) == 1)}"
+    return "the loss is of training speakers" if runs["train_on_validation"].any() else ""
 
 
 def _cells(count: int) -> str:

@@ -18,6 +18,7 @@ from analysis.paper_table import PaperTable
 from analysis.paper_tables import paper_tables
 from analysis.report import main
 from analysis.settings import Settings
+from analysis.tables import scaling_table
 from scaling.records import StudyDirectory
 from tests.analysis.generated import COST, FAMILY, Record, lines, run_record, true_loss, write_run
 
@@ -25,12 +26,15 @@ RATE = "train.optimiser.learning_rate"
 
 
 def write_grid(path: Path, cells: Sequence[Record], loss: Callable[[Record], float], seeds: int = 2) -> StudyDirectory:
-    """cells: size, hours_seen, hours of data and further axes of each."""
+    """cells: size, hours_seen, hours of data and further axes of each; what its science and configuration add."""
     study, rng, plans = StudyDirectory(path), np.random.default_rng(0), []
     for number, cell in enumerate(cells):
         for seed in range(seeds):
             plan = run_record(cell["size"], cell["hours_seen"], seed, hours=cell["hours"], axes=cell["axes"])
             plan["run_id"] = f"cell{number}-{plan['run_id']}"
+            for group, settings in cell.get("science", {}).items():
+                plan["science"].setdefault(group, {}).update(settings)
+            plan["config"] = cell.get("config")
             write_run(study, plan, loss(cell) * float(np.exp(rng.normal(0, 0.003))), rng)
             plans.append(plan)
     study.plan.write_text(lines(plans))
@@ -130,3 +134,76 @@ def test_an_axis_that_the_size_settles_makes_no_further_settings(tmp_path: Path)
     path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0)).path
     found = claims(gather(path), Settings(path, bootstraps=100))
     assert (found.other_axes.chosen, found.other_axes.note, len(found.kept)) == ({}, "", 6)
+
+
+@pytest.mark.parametrize(
+    ("family", "chosen", "why"),
+    [
+        ({"front_end": "universal_48khz", "norm": "group"}, ["c8", "xt", "t"], "model.front_end differs"),
+        ({"norm": "group"}, ["c24", "c48", "s"], ""),
+    ],
+)
+def test_models_of_two_families_are_no_sizes_of_one_law(
+    tmp_path: Path, family: dict[str, str], chosen: list[str], why: str
+):
+    """The second family has two thirds of the first one's loss, which of another front end is no better model."""
+    ours = {"front_end": "streaming_16khz", "norm": "batch"}
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {}, "science": {"model": model}}
+        | {"config": {"model": {"name": size, **ours, **model}}}
+        for sizes, model in ((("c8", "xt", "t"), {}), (("c24", "c48", "s"), family))
+        for size in sizes
+    ]
+    loss = {"c8": 3.0, "xt": 3.0, "t": 3.0, "c24": 2.0, "c48": 2.0, "s": 2.0}
+    path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0) * loss[cell["size"]]).path
+    study = gather(path)
+    found = claims(study, Settings(path, bootstraps=100))
+    assert sorted(set(found.kept["size"])) == sorted(chosen)
+    values = ours if chosen[0] == "c8" else family
+    assert found.other_axes.setting == ", ".join(f"model.{name}={values[name]}" for name in family)
+    assert (found.other_axes.settings, found.other_axes.rivals, found.other_axes.cells_left_out) == (2, 2, 3)
+    told = f"the first of the plan, since losses do not compare where {why}." if why else "the one with the lowest mean"
+    assert told in found.other_axes.remark
+    tables = tables_of(study, found)
+    assert f"Of {found.other_axes.setting}; 3 cells of other settings are left out." in tables["size_table"].caption
+    assert sorted(tables["efficiency_table"].text["model.norm"]) == ["batch"] * 3 + ["group"] * 3
+
+
+def test_a_setting_of_the_loss_is_not_chosen_by_the_loss(tmp_path: Path):
+    pesq = "train.losses.pesq"
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {pesq: weight}}
+        | {"science": {"train": {"losses": {"magnitude": 0.3, "pesq": weight}}}}
+        for weight in (0.001, 0.0)
+        for size in ("c8", "xt", "t")
+    ]
+    path = write_grid(
+        tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0) * (1.5 if cell["axes"][pesq] else 1.0)
+    ).path
+    other = claims(gather(path), Settings(path, bootstraps=100)).other_axes
+    assert other.setting == f"{pesq}=0.001"
+    assert f"of 2 that do so the first of the plan, since losses do not compare where {pesq} differs." in other.remark
+
+
+@pytest.mark.parametrize("hours", [9.0, 10.0])
+def test_a_loss_on_training_speakers_is_in_no_law_with_one_on_others_and_chosen_by_nothing(
+    tmp_path: Path, hours: float
+):
+    """data=vbd28 beside data=vbd: hours of data may tell them apart or not."""
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": of, "axes": {"data": data}}
+        | {"science": {"data": {"train_on_validation": True} if data == "vbd28" else {}}}
+        for data, of in (("vbd", 9.0), ("vbd28", hours))
+        for size in ("c8", "xt", "t")
+    ]
+    low = {"vbd": 1.0, "vbd28": 0.5}
+    path = write_grid(
+        tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0) * low[cell["axes"]["data"]]
+    ).path
+    study = gather(path)
+    found = claims(study, Settings(path, bootstraps=100))
+    assert set(found.kept["axes.data"]) == {"vbd"}
+    assert "losses do not compare where data.train_on_validation differs" in found.other_axes.remark
+    assert found.refusal == ""
+    assert scaling_table(study).loss.label == "Loss on held-out or training speakers"
+    assert {claim.quantity.label for claim in found.losses} == {"Validation loss"}
