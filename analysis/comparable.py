@@ -18,6 +18,8 @@ from analysis.claims import Claims, stopped_early
 from analysis.gather import Study
 from analysis.quantities import human_macs, round_hours
 
+SHOWN = ["run_id", "size", "N", "cell", "hours_seen"]
+
 
 @dataclass(frozen=True)
 class Comparable:
@@ -52,12 +54,12 @@ def comparable(study: Study, found: Claims) -> Comparable:
         about = "at each size's largest budget"
         if runs["size"].nunique() > 1:
             about += "; no two sizes share a budget of audio or compute, so differences may be those of the budgets"
-        return Comparable(_largest(runs), about, is_shared=False)
+        return Comparable(largest_budgets(runs)[SHOWN], about, is_shared=False)
     sizes = set(shared["size"])
     ordered = runs.sort_values("N", kind="stable")["size"].drop_duplicates()
     left_out = tuple(str(size) for size in ordered if size not in sizes)
     about = "; ".join(filter(None, [f"at {about}", stopped_early(shared)]))
-    return Comparable(_largest(shared), about, is_of_compute=is_of_compute, left_out=left_out)
+    return Comparable(largest_budgets(shared)[SHOWN], about, is_of_compute=is_of_compute, left_out=left_out)
 
 
 def compared_scores(study: Study, cells: Comparable) -> pd.DataFrame:
@@ -66,9 +68,9 @@ def compared_scores(study: Study, cells: Comparable) -> pd.DataFrame:
     return scores.assign(run_id=scores["run_id"].astype(str)).merge(cells.runs, on="run_id")
 
 
-def _largest(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of each size the cell of the most audio seen, then of the most hours of data."""
+def largest_budgets(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each size the runs of the cell of the most audio seen, then of the most hours of data."""
     cells = runs.drop_duplicates("cell").assign(seen=lambda cells: cells["audio_hours_seen"].map(round_hours))
     ordered = cells.sort_values(["seen", "budget_hours", "steps"], kind="stable", na_position="first")
     largest = ordered.drop_duplicates("size", keep="last")["cell"]
-    return runs.loc[runs["cell"].isin(largest), ["run_id", "size", "N", "cell", "hours_seen"]]
+    return runs[runs["cell"].isin(largest)]

@@ -21,6 +21,7 @@ from analysis import published, style
 from analysis.breakdown import breakdown
 from analysis.cells import over_seeds
 from analysis.claims import Claim, Claims
+from analysis.comparable import largest_budgets
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
 from analysis.quantities import Quantity, human_count, human_macs
@@ -158,17 +159,16 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
 
 
 def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) -> Figure | None:
-    """Metrics against MACs a second: of each size the cell of the lowest validation loss, beside published systems.
+    """Metrics against MACs a second: of each size the cell of its largest budget, beside published systems.
 
-    The same cells in every panel: the test set that the panels show chooses none of them.
+    The same cells in every panel: nothing that was measured chooses them.
     """
     shown = [
         metric for metric in metrics if metric.key in published.UNPROCESSED and found.kept[metric.key].notna().any()
     ]
     if not shown:
         return None
-    losses = found.kept.groupby(["size", "cell"])["validation_loss"].mean()
-    chosen = found.kept[found.kept["cell"].isin(cell for _, cell in losses.groupby("size").idxmin())]
+    chosen = largest_budgets(found.kept)
     with style.applied():
         figure = Figure(figsize=(6.9, 2.7 * ((len(shown) + 1) // 2) + 0.4), layout="constrained")
         panels = figure.subplots((len(shown) + 1) // 2, 2, squeeze=False).flat
@@ -216,7 +216,7 @@ def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) ->
                 [],
                 color=style.color(0),
                 marker="o",
-                label=f"this study ({data}), of each size the lowest validation loss",
+                label=f"this study ({data}), of each size its largest budget",
             ),
             Line2D([], [], color="0.45", marker="s", linestyle="", label="published, VoiceBank+DEMAND"),
         ]

@@ -163,7 +163,7 @@ def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nod
         ),
         "published": (
             published_figure(found, study.metrics, data),
-            "Metrics against multiply-accumulates a second, of each size the cell of the lowest validation loss, "
+            "Metrics against multiply-accumulates a second, of each size the cell of its largest budget, "
             f"beside published systems on VoiceBank+DEMAND ({SOURCES}).{other}",
             "no finished run has scores on record",
         ),

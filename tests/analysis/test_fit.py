@@ -120,7 +120,8 @@ def test_no_general_purpose_optimiser_finds_a_better_bootstrap():
     problem = Problem(joint_loss_law(), data.x, data.y, 1e-3)
     weights = np.random.default_rng(3).multinomial(240, np.full(240, 1 / 240), 4).astype(float)
     start = problem.starts(np.ones(len(data.y)))[0]
-    found = problem.minimise_all([start], weights)
+    found, unfinished = problem.minimise_all([start], weights)
+    assert unfinished == 0
     for point, weight in zip(found, weights, strict=True):
         ours = problem.objective(point[None], weight[None])[0]
 
