@@ -9,7 +9,6 @@ none. What is planned and not finished is counted in its row and listed beneath 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.cells import cell_numbers, over_seeds
-from analysis.gather import UNPROCESSED, Study, is_number
+from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import (
     MISSING,
     NOISIEST_GAIN,
@@ -33,7 +32,7 @@ from analysis.quantities import (
     loss_of,
     round_hours,
 )
-from scaling.records import RecordError, read_records
+from analysis.reading import flatten
 
 SIZE_COLUMNS = ("size", "num_params", "num_params_folded", "num_params_non_decoder", "macs_per_second")
 NOTE = (
@@ -47,11 +46,11 @@ class ScalingTable:
     """The numbers of a scaling table.
 
     cells: one row a cell, by size, hours and steps; size, num_params, num_params_folded,
-        num_params_non_decoder, macs_per_second, rtf (the real-time factor of streaming on one
-        CPU thread, NaN where it was not measured), hours (rounded to the budget), steps,
-        steps_taken (mean over finished seeds; below the planned steps where any stopped early),
-        axes.NAME, label, seeds_finished, seeds_planned, run_ids and unfinished_run_ids
-        (separated by spaces), and for each quantity QUANTITY_mean, QUANTITY_std (NaN below
+        num_params_non_decoder, macs_per_second, hours (rounded to the budget), steps, axes.NAME,
+        rtf (the real-time factor of streaming on one CPU thread, NaN where it was not measured),
+        rtf_step (what enhanced the frames), rtf_cpu, label, steps_taken (mean over finished seeds;
+        below the planned steps where any stopped early), seeds_finished, seeds_planned, run_ids
+        and unfinished_run_ids (separated by spaces), and for each quantity QUANTITY_mean, QUANTITY_std (NaN below
         two seeds) and QUANTITY_n (seeds with a value); for metrics the same of METRIC_gain.
     unprocessed: the columns of the first row, the unprocessed input.
     loss: what the validation loss is: of held-out speakers or not.
@@ -71,13 +70,14 @@ def scaling_table(study: Study) -> ScalingTable:
     """Cells of a study: grouped over everything but the seed, and summed up over finished runs."""
     runs = study.runs.assign(hours=study.runs["hours"].map(round_hours))
     axes = _telling_axes(runs, study.axes)
+    factors = real_time_factors(study)
+    runs[factors.columns] = factors
     runs["cell"] = cell_numbers(runs, study.axes)
     finished = runs[runs["state"] == "finished"]
     by_cell = runs.groupby("cell")
 
-    cells = by_cell[[*SIZE_COLUMNS, "hours", "steps", *(f"axes.{axis}" for axis in axes)]].first()
+    cells = by_cell[[*SIZE_COLUMNS, "hours", "steps", *(f"axes.{axis}" for axis in axes), *factors.columns]].first()
     cells["label"] = _labels(cells, axes)
-    cells["rtf"] = real_time_factors(study, cells)
     cells["seeds_finished"] = finished.groupby("cell").size().reindex(cells.index, fill_value=0)
     cells["seeds_planned"] = by_cell.size()
     cells["steps_taken"] = finished.groupby("cell")["steps_taken"].mean().reindex(cells.index)
@@ -103,20 +103,18 @@ def scaling_table(study: Study) -> ScalingTable:
     )
 
 
-def real_time_factors(study: Study, cells: pd.DataFrame) -> pd.Series:
-    """Of each cell's size, as `python -m bsrnn.rtf study=DIR` last measured it; NaN where it did not."""
-    path, measured = study.directory.path / "rtf.jsonl", {}
-    for number, row in enumerate(read_records(path), start=1):
-        rtf = "rtf" if "rtf" in row else "rtf_torch"  # as rows of earlier versions call it
-        for key in ("num_params", "macs_per_second", rtf):
-            if not is_number(row.get(key)):
-                raise RecordError(
-                    f"{path}: row {number} has {key} {row.get(key)!r}, not a number; delete the row, or the file, "
-                    "and measure again with python -m bsrnn.rtf"
-                )
-        measured[row["num_params"], row["macs_per_second"]] = row[rtf]
-    sizes = zip(cells["num_params"], cells["macs_per_second"], strict=True)
-    return pd.Series([measured.get(size, math.nan) for size in sizes], index=cells.index, dtype=float)
+def real_time_factors(study: Study) -> pd.DataFrame:
+    """rtf, rtf_step and rtf_cpu of each run's architecture, as `python -m scaling.rtf` measured it, or nothing."""
+    measured = {_architecture(flatten({"model": row["model"]})): row for row in study.directory.read_rtf()}
+    found = [measured.get(_architecture(study.science[run_id]), {}) for run_id in study.runs["run_id"]]
+    columns = {"rtf": "rtf", "rtf_step": "step", "rtf_cpu": "cpu"}
+    rows = [[row.get(name) for name in columns.values()] for row in found]
+    return pd.DataFrame(rows, index=study.runs.index, columns=[*columns]).astype({"rtf": float})
+
+
+def _architecture(science: dict[str, str]) -> frozenset[tuple[str, str]]:
+    """What decides the network among the settings that decide a result."""
+    return frozenset((name, value) for name, value in science.items() if name.startswith("model."))
 
 
 def _telling_axes(runs: pd.DataFrame, axes: Sequence[str]) -> tuple[str, ...]:
@@ -241,7 +239,22 @@ def to_csv(table: ScalingTable) -> str:
 def note(table: ScalingTable) -> str:
     """What the entries are."""
     is_partial = written(table).apply(lambda column: column.astype(str).str.contains(", of ")).any(axis=None)
-    return NOTE + (' "Of 2": so many of the finished seeds have a value.' if is_partial else "")
+    return (
+        NOTE + (' "Of 2": so many of the finished seeds have a value.' if is_partial else "") + _rtf_note(table.cells)
+    )
+
+
+def _rtf_note(cells: pd.DataFrame) -> str:
+    """On what the real-time factors were measured; nothing if they were not."""
+    measured = cells.dropna(subset="rtf")
+    if measured.empty:
+        return ""
+    labels = measured.groupby("rtf_step", sort=False)["label"].agg(", ".join)
+    by = labels.index[0] if len(labels) == 1 else "; ".join(f"{step} ({of})" for step, of in labels.items())
+    cpu = measured["rtf_cpu"].iloc[0]
+    return (
+        f" RTF: seconds of CPU time for a second of audio, streamed on one thread of {cpu}; frames enhanced by: {by}."
+    )
 
 
 def to_markdown(table: ScalingTable) -> str:

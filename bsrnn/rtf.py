@@ -1,6 +1,6 @@
 """The real-time factor of streaming: seconds of one thread's CPU time for a second of audio, frame by frame.
 
-    python -m bsrnn.rtf [SIZE ...] [seconds=S] [study=DIR]
+    python -m bsrnn.rtf [SIZE ...] [seconds=S]
 
 SIZE is a name of the table (xxt to xl; default: all seven) or WIDTHxDEPTH. Audio comes hop by hop (16 ms), as from a
 microphone, through bsrnn/streaming.py: once with this project's step, which is the compiled kernel (bsrnn/kernel.py)
@@ -10,25 +10,23 @@ counts. A turn is S seconds of audio (default 1), or of CPU time where a size ne
 less than a minute. Below 1 a size keeps up with one stream on one such core. Weights are random: speed does not
 depend on them.
 
-study=DIR appends the rows to DIR/rtf.jsonl, where the scaling table finds them.
+`python -m scaling.rtf study=DIR` measures the architectures of a study in this way, for its scaling table.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bsrnn.command import run_main, settings
-from bsrnn.counting import count_macs, count_parameters
 from bsrnn.folding import fold
 from bsrnn.kernel import FrameKernel
 from bsrnn.model import BSRNN, BlockState, BSRNNConfig
@@ -41,15 +39,11 @@ TURNS = 5
 
 @dataclass(frozen=True)
 class RealTimeFactor:
-    """A row of rtf.jsonl."""
+    """Of an architecture, and on what it was measured."""
 
-    num_channels: int
-    num_layers: int
-    num_params: int
-    macs_per_second: float
     rtf: float  # this project's streaming
     step: str  # what enhanced its frames: kernel, or torch and why the kernel could not
-    rtf_onnxruntime: float  # the same with the step in onnxruntime
+    rtf_onnxruntime: float | None  # the same with the step in onnxruntime; None where that cannot be exported
     threads: int
     cpu: str
     torch: str
@@ -71,7 +65,10 @@ class OnnxStep:
 
 
 def measure(config: BSRNNConfig, seconds: float) -> RealTimeFactor:
-    """Both real-time factors of a size, over `seconds` of audio each turn, or of CPU time if those are sooner over."""
+    """Both real-time factors, over `seconds` of audio each turn, or of CPU time if those are sooner over.
+
+    ValueError for an architecture that does not stream.
+    """
     import onnxruntime
 
     torch.set_num_threads(1)
@@ -79,25 +76,23 @@ def measure(config: BSRNNConfig, seconds: float) -> RealTimeFactor:
     model = BSRNN(config).eval()
     hop = 0.1 * torch.randn(1, config.hop_length)
     obstacle = FrameKernel.obstacle(fold(model))
-    streams = [Stream(model, use_kernel=obstacle is None), Stream(model, step=OnnxStep(model))]
+    streams = [Stream(model, use_kernel=obstacle is None)]
+    with contextlib.suppress(ValueError):  # norms that follow the signal are not exported
+        streams.append(Stream(model, step=OnnxStep(model)))
     for stream in streams:
         for _ in range(4):
             stream.process(hop)
     slowest = max(_seconds_per_call(lambda stream=stream: stream.process(hop), 1) for stream in streams)  # type: ignore[misc]
     num_hops = max(3, round(seconds * min(config.frames_per_second, 1 / slowest)))
-    turns: list[list[float]] = [[], []]
+    turns: list[list[float]] = [[] for _ in streams]
     for _ in range(TURNS):
         for stream, times in zip(streams, turns, strict=True):
             times.append(_seconds_per_call(lambda stream=stream: stream.process(hop), num_hops))  # type: ignore[misc]
-    ours, onnx = (statistics.median(times) * config.frames_per_second for times in turns)
+    ours, *onnx = (statistics.median(times) * config.frames_per_second for times in turns)
     return RealTimeFactor(
-        num_channels=config.num_channels,
-        num_layers=config.num_layers,
-        num_params=count_parameters(config).total,
-        macs_per_second=count_macs(config).total,
         rtf=ours,
         step="kernel" if obstacle is None else f"torch: {' '.join(obstacle.split())}",
-        rtf_onnxruntime=onnx,
+        rtf_onnxruntime=onnx[0] if onnx else None,
         threads=1,
         cpu=_processor(),
         torch=str(torch.__version__),
@@ -132,31 +127,27 @@ def _config_of(size: str) -> BSRNNConfig:
     return BSRNNConfig(int(width), int(depth))
 
 
-def append_rows(path: Path, rows: Sequence[RealTimeFactor]) -> None:
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(asdict(row)) + "\n")
+def table_heading() -> str:
+    said = f"one stream, hop by hop; seconds of one thread of {_processor()} a second of audio"
+    return f"{said}\n{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio  step"
+
+
+def table_line(size: str, found: RealTimeFactor) -> str:
+    onnx = found.rtf_onnxruntime
+    against = f"{'–':>12}  {'–':>5}" if onnx is None else f"{onnx:>12.4f}  {found.rtf / onnx:5.2f}"
+    return f"{size:>8}  {found.rtf:>12.4f}  {against}  {found.step}"
 
 
 def main(words: list[str]) -> int:
     sizes = [word for word in words if "=" not in word]
-    _, given = settings([word for word in words if "=" in word], [], {"seconds": float, "study": Path})
-    seconds, study = given.get("seconds", 1.0), given.get("study")
+    _, given = settings([word for word in words if "=" in word], [], {"seconds": float})
+    seconds = given.get("seconds", 1.0)
     if not 0 < seconds <= 3600:
         raise ValueError(f"seconds = {seconds}: expected more than 0, at most 3600")
-    if study is not None and not study.is_dir():
-        raise FileNotFoundError(f"{study}: no such folder; give the folder of a study")
     configs = {size: _config_of(size) for size in sizes or SIZES}
-    print(f"one stream, hop by hop; seconds of one thread of {_processor()} a second of audio")
-    print(f"{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio  step")
+    print(table_heading())
     for size, config in configs.items():
-        row = measure(config, seconds)
-        ratio = row.rtf / row.rtf_onnxruntime
-        print(f"{size:>8}  {row.rtf:>12.4f}  {row.rtf_onnxruntime:>12.4f}  {ratio:5.2f}  {row.step}", flush=True)
-        if study is not None:
-            append_rows(study / "rtf.jsonl", [row])
-    if study is not None:
-        print(f"appended to {study / 'rtf.jsonl'}", file=sys.stderr)
+        print(table_line(size, measure(config, seconds)), flush=True)
     return 0
 
 

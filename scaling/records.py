@@ -8,6 +8,7 @@ Every fact a table needs passes through here as a line of JSON that a person can
     STUDY/runs/RUN_ID/events.jsonl     submitted, started, checkpointed, ..., finished or failed
     STUDY/runs/RUN_ID/scores.jsonl     one row a test utterance
     STUDY/runs/RUN_ID/quarantine/      one row a crop whose clip was damaged, a file a process
+    STUDY/rtf.jsonl                    one row an architecture: its real-time factor, all of one machine
     STUDY/report/                      what the analysis makes of them
 
 Lines are appended whole, in one write, so a crash can tear only the last one; a torn line
@@ -60,6 +61,10 @@ FAILURES = (
     "bad config",  # settings that cannot be executed here
     "code error",  # an exception that nobody foresaw
 )
+
+# What each row of rtf.jsonl holds at least (scaling/rtf.py writes more): the plan's `science.model`, the factor, what
+# enhanced the frames, and the machine.
+RTF_FIELDS = {"model": dict, "rtf": float, "step": str, "cpu": str}
 
 
 class RecordError(Exception):
@@ -343,6 +348,10 @@ class StudyDirectory:
         return self.path / "report"
 
     @property
+    def rtf(self) -> Path:
+        return self.path / "rtf.jsonl"
+
+    @property
     def lock(self) -> Path:
         """Held by the sweep that works on the study."""
         return self.path / "lock"
@@ -367,3 +376,21 @@ class StudyDirectory:
         except FileNotFoundError:
             raise self._missing from None
         return [run_id.decode() for run_id in re.findall(rb'^\{"run_id": "([^"]+)"', plan, re.MULTILINE)]
+
+    def read_rtf(self) -> list[Record]:
+        """The real-time factors of the study's architectures, none if they were not measured.
+
+        RecordError for a row without its fields, and for rows of several machines, which do not compare.
+        """
+        again = "measure again with python -m scaling.rtf, which writes the file anew"
+        rows = list(read_records(self.rtf))
+        for number, row in enumerate(rows, start=1):
+            for name, kind in RTF_FIELDS.items():
+                if not isinstance(row.get(name), kind):
+                    raise RecordError(
+                        f"{self.rtf}: row {number} has {name} {row.get(name)!r}, no {kind.__name__}; {again}"
+                    )
+        cpus = dict.fromkeys(row["cpu"] for row in rows)
+        if len(cpus) > 1:
+            raise RecordError(f"{self.rtf} has rows of {len(cpus)} machines, {', '.join(cpus)}; {again}")
+        return rows

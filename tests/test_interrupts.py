@@ -20,6 +20,7 @@ COMMANDS = {
     "scaling.train": "torch",
     "scaling.prepare": "soundfile",
     "scaling.evaluate": "torch",
+    "scaling.rtf": "torch",
     "scaling.verify": "numpy",
     "launch.sweep": "omegaconf",
     "launch.status": "rich",

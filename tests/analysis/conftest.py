@@ -21,6 +21,8 @@ SIZES = {
     "t": (1_039_148, 1_033_384, 512_036, 961_900_000),
 }
 
+WIDTHS = {"xxt": 8, "xt": 16, "t": 32}
+
 
 def plan_row(size: str = "xt", seed: int = 0, hours: float = 0.37, **axes: Any) -> Record:
     num_params, folded, non_decoder, macs = SIZES[size]
@@ -43,7 +45,11 @@ def plan_row(size: str = "xt", seed: int = 0, hours: float = 0.37, **axes: Any) 
         "crop_seconds": 1.0,
         "audio_hours_seen": 0.333,
         "estimated_hours": 0.08,
-        "science": {"seed": seed, "train": {"learning_rate": 0.002}},
+        "science": {
+            "model": {"num_channels": WIDTHS[size]} | ({"norm": norm} if (norm := axes.get("model.norm")) else {}),
+            "seed": seed,
+            "train": {"learning_rate": 0.002},
+        },
     }
 
 

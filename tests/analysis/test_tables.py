@@ -18,7 +18,7 @@ from analysis.quantities import human_count, human_hours
 from analysis.settings import Settings
 from analysis.tables import latex_escape, scaling_table, to_csv, to_latex, to_markdown, to_terminal, written
 from scaling.records import RecordError, write_records
-from tests.analysis.conftest import SIZES, WriteStudy, plan_row, score_row
+from tests.analysis.conftest import WriteStudy, plan_row, score_row
 
 
 def test_mean_and_spread_are_those_of_the_finished_seeds(write_study: WriteStudy) -> None:
@@ -84,30 +84,52 @@ def test_any_other_axis_splits_rows_and_gets_a_column(write_study: WriteStudy) -
     assert r"mag\_only" in to_latex(table)
 
 
-def test_the_last_measured_real_time_factor_of_a_size_stands_beside_it(write_study: WriteStudy) -> None:
-    study = write_study([plan_row("xxt"), plan_row("xt")])
-    assert "RTF" not in written(scaling_table(gather(study.path)))
-    _, _, _, macs = SIZES["xt"]
-    rows = [
-        {"num_params": SIZES["xt"][0], "macs_per_second": macs, name: factor, "rtf_onnxruntime": 0.05}
-        for name, factor in (("rtf_torch", 0.5), ("rtf", 0.01234))  # the first as earlier versions wrote it
+def rtf_row(rtf: float, step: str = "kernel", **model: object) -> dict:
+    return {"model": {"num_channels": 16, **model}, "rtf": rtf, "step": step, "cpu": "AMD EPYC & sons"}
+
+
+def test_a_real_time_factor_stands_beside_the_architecture_that_it_is_of(write_study: WriteStudy) -> None:
+    """Norms share parameters and MACs, and one of them does not stream."""
+    plan = [
+        plan_row("xt"),
+        *(plan_row("xt", **{"model.norm": norm}) for norm in ("cumulative", "group")),
+        plan_row("t"),
     ]
-    write_records(study.path / "rtf.jsonl", rows[:1])
-    assert list(written(scaling_table(gather(study.path)))["RTF"]) == ["–", "–", "0.5"]
-    write_records(study.path / "rtf.jsonl", rows)
+    study = write_study(plan)
+    assert "RTF" not in written(scaling_table(gather(study.path)))
+    assert "RTF" not in to_markdown(scaling_table(gather(study.path)))
+    slower = rtf_row(0.5, "torch: not folded", norm="cumulative")
+    write_records(study.rtf, [slower, rtf_row(0.01234)])
     table = scaling_table(gather(study.path))
-    assert list(written(table)["RTF"]) == ["–", "–", "0.0123"]
-    assert pd.read_csv(io.StringIO(to_csv(table)))["rtf"].tolist()[2] == 0.01234
+    assert list(written(table)["RTF"]) == ["–", "0.0123", "0.5", "–", "–"]
+    assert list(written(table)["model.norm"]) == ["–", "–", "cumulative", "group", "–"]
+    assert pd.read_csv(io.StringIO(to_csv(table)))["rtf"].tolist()[1:3] == [0.01234, 0.5]
+    said = "one thread of AMD EPYC & sons; frames enhanced by: "
+    assert f"{said}kernel (xt · model.norm=–); torch: not folded (xt · model.norm=cumulative)." in to_markdown(table)
+    write_records(study.rtf, [rtf_row(0.01234)])
+    assert f"{said}kernel." in to_latex(scaling_table(gather(study.path))).partition("\n")[0]
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_params", None), ("rtf_torch", "slow")])
-def test_a_damaged_real_time_factor_is_refused_with_its_file_row_and_field(
-    write_study: WriteStudy, key: str, value: object
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [rtf_row(0.1), rtf_row(0.1) | {"rtf": "slow"}],
+            "row 2 has rtf 'slow', no float; measure again with python -m",
+        ),
+        ([{"num_params": 3, "macs_per_second": 4.0, "rtf": 0.1}], "row 1 has model None, no dict; measure again"),
+        (
+            [rtf_row(0.1), rtf_row(0.1) | {"cpu": "Xeon"}],
+            "has rows of 2 machines, AMD EPYC & sons, Xeon; measure again",
+        ),
+    ],
+)
+def test_real_time_factors_that_say_not_of_what_they_are_are_refused(
+    write_study: WriteStudy, rows: list[dict], said: str
 ) -> None:
     study = write_study([plan_row("xt")])
-    row = {"num_params": SIZES["xt"][0], "macs_per_second": SIZES["xt"][3], "rtf_torch": 0.5}
-    write_records(study.path / "rtf.jsonl", [row, row | {key: value}])
-    with pytest.raises(RecordError, match=rf"rtf\.jsonl: row 2 has {key} {value!r}, not a number"):
+    write_records(study.rtf, rows)
+    with pytest.raises(RecordError, match=rf"rtf\.jsonl:? {said}"):
         scaling_table(gather(study.path))
 
 

@@ -1,9 +1,9 @@
-"""The real-time factor is measured on the sizes of the table and put where the scaling table finds it."""
+"""The real-time factor is measured on the sizes of the table, and on any width and depth."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,8 +13,7 @@ import yaml
 
 from bsrnn import BSRNNConfig
 from bsrnn.compiled import NotCompiledError
-from bsrnn.counting import count_macs, count_parameters
-from bsrnn.rtf import SIZES, OnnxStep, main
+from bsrnn.rtf import SIZES, OnnxStep, main, measure, table_line
 from bsrnn.streaming import Stream
 from tests.bsrnn.test_model import trained_like
 
@@ -37,36 +36,39 @@ def test_what_is_timed_enhances_alike():
     assert (ours - onnx).abs().max() <= 1e-5 * ours.abs().max()
 
 
-def test_the_command_appends_a_row_for_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    threads = torch.get_num_threads()
-    try:
-        assert main(["xxt", "16x1", "seconds=0.1", f"study={tmp_path}"]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    rows = [json.loads(line) for line in (tmp_path / "rtf.jsonl").read_text().splitlines()]
-    for row, size in zip(rows, [(16, 2), (16, 1)], strict=True):
-        config = BSRNNConfig(*size)
-        assert (row["num_channels"], row["num_layers"], row["threads"]) == (*size, 1)
-        assert row["num_params"] == count_parameters(config).total
-        assert row["macs_per_second"] == count_macs(config).total
-        assert 1e-4 < row["rtf"] < 10
-        assert row["step"] == "kernel"
-        assert 1e-4 < row["rtf_onnxruntime"] < 10
-    assert re.search(r"16x1 .* kernel\n", capsys.readouterr().out)
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Measuring sets them to one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def test_a_row_measured_in_torch_says_so_and_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_the_command_measures_the_sizes_that_it_is_given(capsys: pytest.CaptureFixture[str]):
+    assert main(["xxt", "16x1", "seconds=0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["size", "this", "project", "onnxruntime", "ratio", "step"]
+    for line, size in zip(lines[2:], ["xxt", "16x1"], strict=True):
+        name, ours, onnx, ratio, step = line.split()
+        assert (name, step) == (size, "kernel")
+        assert 1e-4 < float(ours) < 10
+        assert 1e-4 < float(onnx) < 10
+        assert float(ratio) == pytest.approx(float(ours) / float(onnx), rel=0.1)
+
+
+def test_what_was_measured_in_torch_says_so_and_why(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("bsrnn.kernel._library", _no_compiler)
-    threads = torch.get_num_threads()
-    try:
-        assert main(["8x1", "seconds=0.05", f"study={tmp_path}"]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    why = "torch: kernel.c could not be compiled: no cc"
-    assert json.loads((tmp_path / "rtf.jsonl").read_text())["step"] == why
-    assert why in capsys.readouterr().out
+    found = measure(BSRNNConfig(8, 1), 0.05)
+    assert found.step == "torch: kernel.c could not be compiled: no cc"
+    assert found.step in table_line("8x1", found)
+
+
+def test_norms_that_follow_the_signal_are_measured_without_onnxruntime_and_the_whole_recordings_not_at_all():
+    found = measure(BSRNNConfig(8, 1, norm="cumulative"), 0.05)
+    assert found.rtf_onnxruntime is None
+    assert re.fullmatch(r" +8x1 +[0-9.]+ +– +– +torch: its normalisations are not folded", table_line("8x1", found))
+    with pytest.raises(ValueError, match="norm = group, causal = True: enhances whole recordings"):
+        measure(BSRNNConfig(8, 1, norm="group"), 0.05)
 
 
 def _no_compiler() -> NoReturn:
@@ -78,7 +80,7 @@ def _no_compiler() -> NoReturn:
     [
         (["huge"], "huge: no such size"),
         (["c8"], "c8: no such size; .*WIDTHxDEPTH, such as 8x6,"),
-        (["study=nowhere"], "nowhere: no such folder"),
+        (["study=nowhere"], "expected"),
         (["seconds=-1"], "seconds = -1"),
         (["threads=2"], "expected"),
     ],
