@@ -30,6 +30,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ from bsrnn.pipes import PipeFormat, pipe_blocks, read_pipe_header, to_bytes
 from bsrnn.streaming import Stream
 
 BLOCK_SECONDS = 4
+KEPT_STREAMS = 2  # of different numbers of channels: each holds the model's weights twice
 
 
 class Recording:
@@ -63,6 +65,9 @@ class Recording:
 
     def __init__(self, model: BSRNN) -> None:
         self._model = fold(model)
+        self.reset()
+
+    def reset(self) -> None:
         self._chunks: list[torch.Tensor] = []
 
     def process(self, chunk: torch.Tensor) -> torch.Tensor:
@@ -72,18 +77,38 @@ class Recording:
     @torch.inference_mode()
     def flush(self) -> torch.Tensor:
         signal = torch.cat(self._chunks, dim=1)  # (channel, sample), of which one at a time needs the least memory
+        self.reset()
         return torch.cat([self._model(channel.unsqueeze(0)).waveform for channel in signal])
 
 
+class Enhancer:
+    """A model, folded and packed, for one signal after another."""
+
+    def __init__(self, model: BSRNN) -> None:
+        self.config = model.config
+        self._stream: Callable[[int], Stream | Recording]
+        if self.config.streams:
+            self._stream = lru_cache(KEPT_STREAMS)(lambda num_channels: Stream(model, num_channels))
+        else:
+            recording = Recording(model)
+            self._stream = lambda _: recording
+
+    def stream(self, num_channels: int) -> Stream | Recording:
+        """For a new signal, the one before being over; whatever that left is forgotten."""
+        stream = self._stream(num_channels)
+        stream.reset()
+        return stream
+
+
 def enhance_blocks(
-    model: BSRNN, blocks: Iterable[np.ndarray], sample_rate: int, num_channels: int, report: Report
+    enhancer: Enhancer, blocks: Iterable[np.ndarray], sample_rate: int, num_channels: int, report: Report
 ) -> Iterator[np.ndarray]:
     """Enhance audio that comes in blocks (samples, channels), float32 of full scale ±1, of one sample rate.
 
     Yields blocks as they are ready, together exactly as many samples as came in.
     """
-    model_rate = model.config.sample_rate
-    stream = Stream(model, num_channels) if model.config.streams else Recording(model)
+    model_rate = enhancer.config.sample_rate
+    stream = enhancer.stream(num_channels)
     is_resampled = sample_rate != model_rate
     down = soxr.ResampleStream(sample_rate, model_rate, num_channels, "float32", "VHQ") if is_resampled else None
     up = soxr.ResampleStream(model_rate, sample_rate, num_channels, "float32", "VHQ") if is_resampled else None
@@ -112,7 +137,7 @@ def enhance_blocks(
         return
     if down is not None:
         yield finished(take(down.resample_chunk(np.zeros((0, num_channels), np.float32), last=True)))
-        silence = np.zeros((model.config.hop_length, num_channels), np.float32)
+        silence = np.zeros((enhancer.config.hop_length, num_channels), np.float32)
         yield finished(take(silence))  # what rounding the lengths of two resamplings may lack
     yield finished(stream.flush(), is_last=True)
     if num_out < num_in:
@@ -122,19 +147,21 @@ def enhance_blocks(
 # --- files ---------------------------------------------------------------------------------
 
 
-def enhance_file(model: BSRNN, source: Path, target: Path, advance: Callable[[float], None] | None = None) -> Report:
+def enhance_file(
+    enhancer: Enhancer, source: Path, target: Path, advance: Callable[[float], None] | None = None
+) -> Report:
     """Enhance a file; `advance` is called with seconds of audio done. ValueError or OSError for what cannot be."""
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target} is the input: give the output another name")
     with open_audio(source) as reading:
         report = Report(cut_short=cut_short(reading))
         blocks = blocks_of(reading, BLOCK_SECONDS)
-        enhanced = enhance_blocks(model, blocks, reading.samplerate, reading.channels, report)
+        enhanced = enhance_blocks(enhancer, blocks, reading.samplerate, reading.channels, report)
         write_audio(target, enhanced, reading, report, advance)
     return report
 
 
-def enhance_folder(model: BSRNN, source: Path, target: Path) -> int:
+def enhance_folder(enhancer: Enhancer, source: Path, target: Path) -> int:
     """Enhance a tree of files; the exit status: 1 if there were files that could not be enhanced, which are named."""
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies in the input {source}: give the output a folder of its own")
@@ -151,7 +178,7 @@ def enhance_folder(model: BSRNN, source: Path, target: Path) -> int:
             try:
                 if (target / relative).resolve().is_relative_to(source.resolve()):
                     raise ValueError(f"{target / relative} would lie in the input {source}: give another output folder")
-                _tell(enhance_file(model, path, target / relative), str(relative))
+                _tell(enhance_file(enhancer, path, target / relative), str(relative))
             except (ValueError, OSError) as error:
                 failures += 1
                 print(f"error: {relative}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -161,13 +188,13 @@ def enhance_folder(model: BSRNN, source: Path, target: Path) -> int:
     return 1 if failures else 0
 
 
-def _enhance_single(model: BSRNN, source: Path, target: str) -> int:
+def _enhance_single(enhancer: Enhancer, source: Path, target: str) -> int:
     path = Path(target, source.name) if _names_folder(target) else Path(target)
     with open_audio(source) as reading:
         seconds = reading.frames / reading.samplerate
     with _progress() as progress:
         task = progress.add_task(source.name, total=round(seconds, 1))
-        report = enhance_file(model, source, path, lambda done: progress.advance(task, done))
+        report = enhance_file(enhancer, source, path, lambda done: progress.advance(task, done))
     _tell(report, source.name)
     return 0
 
@@ -192,14 +219,14 @@ def _tell(report: Report, name: str) -> None:
 # --- pipes ---------------------------------------------------------------------------------
 
 
-def _enhance_from_pipe(model: BSRNN, target: str, given: Mapping[str, int]) -> int:
+def _enhance_from_pipe(enhancer: Enhancer, target: str, given: Mapping[str, int]) -> int:
     if target != "-" and _names_folder(target):
         raise ValueError(f"{target} is a folder: give a file for what comes from a pipe")
     pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
-    form, start, num_bytes = read_pipe_header(pipe, model.config.sample_rate, given)
+    form, start, num_bytes = read_pipe_header(pipe, enhancer.config.sample_rate, given)
     report = Report()
     blocks = pipe_blocks(pipe, form, start, num_bytes, report)
-    enhanced = enhance_blocks(model, blocks, form.samplerate, form.channels, report)
+    enhanced = enhance_blocks(enhancer, blocks, form.samplerate, form.channels, report)
     if target == "-":
         _write_pipe(enhanced, form, report)
     else:
@@ -211,12 +238,12 @@ def _enhance_from_pipe(model: BSRNN, target: str, given: Mapping[str, int]) -> i
     return 0
 
 
-def _enhance_to_pipe(model: BSRNN, source: Path) -> int:
+def _enhance_to_pipe(enhancer: Enhancer, source: Path) -> int:
     with open_audio(source) as reading:
         report = Report(cut_short=cut_short(reading))
         form = PipeFormat(reading.samplerate, reading.channels, reading.subtype in ("FLOAT", "DOUBLE"), is_wav=True)
         blocks = blocks_of(reading, BLOCK_SECONDS)
-        _write_pipe(enhance_blocks(model, blocks, form.samplerate, form.channels, report), form, report)
+        _write_pipe(enhance_blocks(enhancer, blocks, form.samplerate, form.channels, report), form, report)
     _tell(report, source.name)
     return 0
 
@@ -247,14 +274,16 @@ def main(words: list[str]) -> int:
         torch.set_num_threads(given["threads"])
     if source != "-" and not Path(source).exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    model = load_model(Path(checkpoint))
+    enhancer = Enhancer(load_model(Path(checkpoint)))
     if source == "-":
-        return _enhance_from_pipe(model, target, of_samples)
+        return _enhance_from_pipe(enhancer, target, of_samples)
     if Path(source).is_dir():
         if target == "-":
             raise ValueError(f"{source} is a folder: give a folder for the output")
-        return enhance_folder(model, Path(source), Path(target))
-    return _enhance_to_pipe(model, Path(source)) if target == "-" else _enhance_single(model, Path(source), target)
+        return enhance_folder(enhancer, Path(source), Path(target))
+    return (
+        _enhance_to_pipe(enhancer, Path(source)) if target == "-" else _enhance_single(enhancer, Path(source), target)
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import torch
 
 from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.audio import Report
-from bsrnn.enhance import enhance_blocks, main
+from bsrnn.enhance import Enhancer, enhance_blocks, main
+from bsrnn.folding import fold
 from bsrnn.modelfile import load_model, save_model
 from tests.bsrnn.sounds import music, passing_through, wav
 from tests.bsrnn.test_model import trained_like
@@ -113,6 +114,34 @@ def test_a_folders_tree_is_mirrored_and_what_cannot_be_read_is_named(
     assert written == ["a.wav", "deep/er/b.flac"]
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_files_of_a_folder_come_out_as_alone_from_a_model_that_is_made_ready_once(
+    tmp_path: Path, norm: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever their rates and channels, and though one breaks off in its midst."""
+    save_model(trained_like(BSRNNConfig(16, 1, norm=norm)), tmp_path / "model.pt")
+    (tmp_path / "noisy").mkdir()
+    forms = {"a": (16_000, 1), "c": (16_000, 2), "d": (48_000, 1), "e": (16_000, 1), "f": (16_000, 2)}
+    for number, (name, (rate, num_channels)) in enumerate(forms.items()):
+        signal = music(rate + 100 * number, rate, num_channels)
+        soundfile.write(tmp_path / "noisy" / f"{name}.wav", signal, rate, subtype="FLOAT")
+    soundfile.write(tmp_path / "noisy" / "b.flac", np.random.default_rng(0).uniform(-1, 1, 200_000), 16_000)
+    damaged = bytearray((tmp_path / "noisy" / "b.flac").read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 20_000] = bytes(20_000)
+    (tmp_path / "noisy" / "b.flac").write_bytes(damaged)
+    for name in forms:
+        run(tmp_path / "model.pt", tmp_path / "noisy" / f"{name}.wav", tmp_path / f"alone/{name}.wav")
+
+    made = []
+    monkeypatch.setattr("bsrnn.streaming.fold", lambda model: made.append(model) or fold(model))
+    monkeypatch.setattr("bsrnn.enhance.fold", lambda model: made.append(model) or fold(model))
+    assert run(tmp_path / "model.pt", tmp_path / "noisy", tmp_path / "together") == 1
+    assert len(made) == (2 if norm == "batch" else 1)  # for one channel, and for two
+    for name in forms:
+        alone, together = (soundfile.read(tmp_path / way / f"{name}.wav")[0] for way in ("alone", "together"))
+        assert np.array_equal(alone, together), name
+
+
 def test_what_is_beyond_full_scale_is_clipped_and_counted(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -159,7 +188,7 @@ def test_a_wav_file_that_ends_before_its_header_says_is_enhanced_as_far_as_it_go
 
 @pytest.mark.parametrize(("sample_rate", "most_ms"), [(8_000, 207), (16_000, 32), (44_100, 170), (48_000, 147)])
 def test_a_sample_is_held_back_as_long_as_the_documentation_says(sample_rate: int, most_ms: float):
-    model, block = BSRNN(BSRNNConfig(16, 1)), np.zeros((sample_rate // 1_000, 1), np.float32)
+    enhancer, block = Enhancer(BSRNN(BSRNNConfig(16, 1))), np.zeros((sample_rate // 1_000, 1), np.float32)
     num_in = num_out = longest = 0
 
     def blocks() -> Iterator[np.ndarray]:
@@ -168,7 +197,7 @@ def test_a_sample_is_held_back_as_long_as_the_documentation_says(sample_rate: in
             num_in += len(block)
             yield block
 
-    for enhanced in enhance_blocks(model, blocks(), sample_rate, 1, Report()):
+    for enhanced in enhance_blocks(enhancer, blocks(), sample_rate, 1, Report()):
         if num_out < 1_400 * len(block):  # before the end, where all that is left comes at once
             longest = max(longest, num_in - num_out)
         num_out += len(enhanced)
