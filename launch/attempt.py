@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -107,6 +108,7 @@ class Attempt:
             step=step,
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
             processes=self.settings.num_processes,
+            log=str(self.submission.batch_log(self.index)),
             batch_log_bytes=_size(self.submission.batch_log(self.index)),
             meeting_at=f"{address}:{port}",
             micro_batch=int(environment["LAUNCH_MICRO_BATCH"]) if halvings else None,
@@ -118,9 +120,12 @@ class Attempt:
         launched = newest_event(self.directory.event_lines(), "launched", "ended")
         if launched.get("event") != "launched":
             return
-        batch_log = read_tail(self.submission.batch_log(self.index), launched.get("batch_log_bytes", 0))
-        failure = classify_silence(batch_log)
-        lost = [line for line in self.said.splitlines() if re.search(r"down|not.?resp|fail|\*", line, re.IGNORECASE)]
+        # A submission of its own, perhaps, with a log of its own.
+        path = Path(launched.get("log", self.submission.batch_log(self.index)))
+        failure = classify_silence(read_tail(path, launched.get("batch_log_bytes", 0)))
+        nodes = _nodes_of(str(launched.get("nodes")))
+        bad = [line for line in self.said.splitlines() if re.search(r"down|not.?resp|fail|\*", line, re.IGNORECASE)]
+        lost = [line for line in bad if nodes is None or line.split()[0] in nodes]
         if lost:
             failure = Failure("node failure", f"of its nodes {launched.get('nodes')} SLURM says: {'; '.join(lost)}")
         failure = failure or Failure("preempted", "SLURM queued the job again; its processes left no word")
@@ -199,7 +204,7 @@ class Attempt:
             details["signal"] = status - 128
         self.directory.log_event(
             "ended",
-            job=self.job,
+            job=launched.get("job", self.job),
             attempt=launched.get("attempt"),
             exit_status=status,
             seconds=seconds,
@@ -252,6 +257,17 @@ def fruitless_attempts(history: list[Record], step: int) -> int:
         elif event.get("event") == "requeued" and event.get("treatment") == "halve":
             break  # an attempt of another kind
     return count
+
+
+def _nodes_of(nodes: str) -> set[str] | None:
+    """The names in a list as SLURM writes it, n[1-2]; None where SLURM cannot be asked."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(done.stdout.split())
 
 
 def _last_sign(directory: RunDirectory, launched: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -55,3 +56,42 @@ def test_an_attempt_that_died_without_a_word_ended_when_it_was_last_heard_of(
     assert ended["device_hours"] == pytest.approx(4 * hours)
     assert (launched["event"], launched["attempt"]) == ("launched", 1)
     assert launched["time"] >= now
+
+
+@pytest.mark.parametrize(
+    ("said", "log", "failure", "reason"),
+    [
+        ("gpu077 down*\n", "", "preempted", "SLURM queued the job again; its processes left no word"),
+        ("gpu077 down*\nn2 down*\n", "", "node failure", "of its nodes n[1-2] SLURM says: n2 down*"),
+        ("", "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0\n", "out of memory", "oom_kill"),
+    ],
+    ids=["another job's node", "its own node", "its own log"],
+)
+def test_an_attempt_that_a_new_submission_buries_keeps_its_job_its_nodes_and_its_log(
+    said: str, log: str, failure: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    row = {"run_id": "xt-seed0-3f2a9c1b"}
+    study = StudyDirectory(tmp_path / "study")
+    settings = Settings(4, 4, {}, 1, str(tmp_path / "throughput.jsonl"), 3)
+    old, new = (Submission.create(study, [row], settings) for _ in range(2))
+    run = study.run(row["run_id"])
+    write_whole(run.plan, "{}\n")
+    write_whole(old.batch_log(0), log)
+    begun = time.time() - 24 * HOUR
+    append_record(run.events, {"event": "submitted", "time": begun, "pid": 9, "job": "5_0", "executor": "slurm"})
+    append_record(
+        run.events, LAUNCHED | {"time": begun, "job": "5_0", "batch_log_bytes": 0, "log": str(old.batch_log(0))}
+    )
+    append_record(run.events, {"event": "submitted", "time": begun + HOUR, "pid": 9, "job": "7_0", "executor": "slurm"})
+    scontrol = tmp_path / "bin" / "scontrol"  # SLURM's own needs a cluster
+    write_whole(scontrol, '#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && echo n1 n2\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    for name, value in (("ARRAY_TASK_ID", "0"), ("ARRAY_JOB_ID", "7"), ("RESTART_COUNT", "0")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+    Attempt(new, said).begin()
+    ended = next(event for event in run.read_events() if event["event"] == "ended")
+    assert (ended["job"], ended["failure"]) == ("5_0", failure)
+    assert reason in ended["reason"]

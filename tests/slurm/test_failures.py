@@ -65,9 +65,7 @@ CASES = {
     ),
     "diverged": Case((*ALONE, "train.optimiser.learning_rate=1e30"), 1, "diverged", "the loss of step"),
     # Both processes meet them, on two nodes; no checkpoint mends them, so the job does not come back.
-    "shards are damaged": Case(
-        (), 1, "bad data", "more than data.max_damaged_share = 0.01: delete ", True
-    ),
+    "shards are damaged": Case((), 1, "bad data", "more than data.max_damaged_share = 0.01: delete ", True),
     "ended by what nobody foresaw": Case(
         (*ALONE, f'{LOCAL}"ulimit -t 2"]'), 1, "code error", "CPU time limit exceeded"
     ),
