@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaling.errors import BadDataError
-from scaling.records import RunDirectory, append_record
+from scaling.records import RunDirectory, append_record, read_appended
 from scaling.shards import Clip, ShardIndex, remedy
 from scaling.stream import Replaced
 
@@ -37,7 +37,7 @@ class Quarantine:
         self.num_clips, self.max_share = len(clips), max_share
         self.damaged: set[str] = set()  # the ids of all clips of which a crop was replaced
         self.crops: set[int] = set()  # the global sample counters of all crops that were replaced
-        self._sizes: dict[Path, int] = {}
+        self._read: dict[Path, int] = {}  # bytes of each file
         self._take_up()
         if cut_off := [clip.id for clip in index.cut_off(clips)]:
             log.warning("%d clips lie beyond the end of their shards in %s", len(cut_off), index.root)
@@ -64,13 +64,12 @@ class Quarantine:
 
     def _take_up(self) -> None:
         """Read what has been written since, by this process and the others."""
-        sizes = {path: path.stat().st_size for path in self.directory.quarantine.glob("rank-*.jsonl")}
-        if sizes == self._sizes:
-            return
-        self._sizes = sizes
-        for row in self.directory.read_quarantine():
-            self.crops.add(row["t"])
-            self.damaged.add(row["id"])
+        for path in self.directory.quarantine.glob("rank-*.jsonl"):
+            rows, self._read[path] = read_appended(path, self._read.get(path, 0))
+            for row in rows:
+                if "t" in row and "id" in row:
+                    self.crops.add(row["t"])
+                    self.damaged.add(row["id"])
 
     def _check_share(self, damaged: set[str]) -> None:
         if len(damaged) > self.max_share * self.num_clips:

@@ -108,9 +108,23 @@ def read_records(path: Path, loads: Loads = json.loads) -> Iterator[Record]:
     loads: for files by the thousand, a faster decoder, whose error is a JSONDecodeError
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+        text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return
+    yield from _parse(text, loads)
+
+
+def read_appended(path: Path, since: int) -> tuple[list[Record], int]:
+    """The records of the whole lines from byte `since` on, and the byte behind them, to go on from."""
+    with path.open("rb") as file:
+        file.seek(since)
+        content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    return list(_parse(whole.decode(errors="replace"), json.loads)), since + len(whole)
+
+
+def _parse(text: str, loads: Loads) -> Iterator[Record]:
+    lines = [line for line in text.split("\n") if line]
     try:  # as one array: a quarter faster, and most files are whole
         records = loads(f"[{','.join(lines)}]")
     except json.JSONDecodeError:

@@ -17,10 +17,10 @@ import webdataset
 
 from scaling.errors import BadDataError
 from scaling.quarantine import Quarantine
-from scaling.records import RunDirectory
+from scaling.records import RunDirectory, append_record
 from scaling.run import classify
 from scaling.shards import ShardIndex, ShardReader
-from scaling.stream import CropBatch, CropDataset, MicroBatchSampler, training_loader
+from scaling.stream import CropBatch, CropDataset, MicroBatchSampler, Replaced, training_loader
 from scaling.verify import check_shard
 from tests.reliability.shards_under_test import write_shards
 
@@ -225,6 +225,22 @@ def test_damage_is_put_on_record_and_too_much_of_it_stops_the_run(index: ShardIn
     os.truncate(index.root / clips[0].shard, clips[10].noisy_offset)
     with pytest.raises(BadDataError, match="of 20 training clips"):
         Quarantine(RunDirectory(tmp_path / "another"), index, clips, 0.1)
+
+
+def test_what_is_on_record_is_read_once_however_many_crops_follow(index: ShardIndex, tmp_path: Path):
+    run = RunDirectory(tmp_path / "run")
+    quarantine = Quarantine(run, index, index.clips("train"), max_share=0.5)
+
+    def replaced(t: int) -> list[Replaced]:
+        return [Replaced(t, f"clip-{t}", "shard", "torn", "another")]
+
+    quarantine.add(replaced(0))
+    (rows,) = run.quarantine.iterdir()
+    rows.write_bytes(rows.read_bytes().replace(b"clip-0", b"clip-9"))
+    quarantine.add(replaced(1))
+    append_record(run.quarantine / "rank-1.jsonl", {"t": 2, "id": "clip-2"})
+    assert quarantine.num_replaced(2) == 2
+    assert quarantine.damaged == {"clip-0", "clip-1", "clip-2"}, "the first row was read again"
 
 
 def test_a_run_over_damaged_shards_counts_them_in_its_records_and_goes_on_the_same(

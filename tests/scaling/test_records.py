@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling.records import RecordError, RunDirectory, StudyDirectory, append_record, read_records
+from scaling.records import RecordError, RunDirectory, StudyDirectory, append_record, read_appended, read_records
 
 
 def test_a_torn_last_line_costs_that_line_alone(tmp_path: Path):
@@ -22,6 +22,17 @@ def test_a_torn_last_line_costs_that_line_alone(tmp_path: Path):
         append_record(path, {"number": "after"})
         numbers = [record["number"] for record in read_records(path)]
         assert numbers == [*range(complete), "after"]
+
+
+def test_a_file_that_is_read_as_it_grows_gives_every_record_once(tmp_path: Path):
+    for number in range(3):
+        append_record(tmp_path / "whole.jsonl", {"number": number, "text": "ü"})
+    whole, found, since = (tmp_path / "whole.jsonl").read_bytes(), [], 0
+    for cut in range(len(whole) + 1):  # in the middle of a letter too
+        (tmp_path / "growing.jsonl").write_bytes(whole[:cut])
+        rows, since = read_appended(tmp_path / "growing.jsonl", since)
+        found += rows
+    assert found == list(read_records(tmp_path / "whole.jsonl"))
 
 
 def test_lines_of_many_writers_stay_whole(tmp_path: Path):
