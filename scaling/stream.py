@@ -25,9 +25,9 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -305,11 +305,11 @@ class MicroBatchSampler(Sampler[list[int]]):
 
 def training_loader(
     dataset: CropDataset, sampler: MicroBatchSampler, num_workers: int, for_gpu: bool = False
-) -> DataLoader[CropBatch]:
+) -> CropLoader:
     """The micro-batches of a sampler, each a `CropBatch`; for a GPU in memory from which it is copied at once."""
     # Workers beyond the cores are a choice: they wait for storage. torch warns at every start of the loader.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    return _Loader(
+    return CropLoader(
         _TellingErrors(dataset) if num_workers else dataset,  # type: ignore[arg-type]  # __getitems__ makes the batch
         batch_sampler=sampler,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
@@ -334,14 +334,23 @@ class _TellingErrors:
             return error
 
 
-class _Loader(DataLoader[CropBatch]):
-    """Raises what its workers tell."""
+class CropLoader(DataLoader[CropBatch]):
+    """Raises what its workers tell, and ends them when its reader leaves off.
 
-    def __iter__(self) -> Iterator[CropBatch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+    They ignore the signal by which Python would end them, and wait for it without end: an error's traceback that keeps
+    a loader alive would keep the process.
+    """
+
+    def __iter__(self) -> Generator[CropBatch]:  # type: ignore[override]
+        batches: Any = super().__iter__()
+        try:
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        finally:
+            if self.num_workers:
+                batches._shutdown_workers()
 
 
 def _start_worker(number: int) -> None:

@@ -12,8 +12,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -96,9 +96,9 @@ class Trainer:
         """
         config, plan = self.config, self.plan
         validate_at = planned_validations(config, plan.steps)
-        batches = self._batches()
         audio_seconds = config.train.global_batch * config.train.crop_seconds
         with (
+            closing(self._batches()) as batches,
             self._board() as board,
             ProgressDisplay(plan.name, plan.steps, self.step, shown=self.processes.is_first) as progress,
             self.stop.deferred(),
@@ -243,7 +243,7 @@ class Trainer:
             if self.early_stopping is not None:
                 self.early_stopping.update(loss, self.step, model)
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Generator[Any]:
         """This rank's micro-batches from the committed step on; the process ends if one cannot be read in time."""
         config, execution = self.config, self.config.execution
         sampler = MicroBatchSampler(
@@ -256,9 +256,9 @@ class Trainer:
             self.engine.span,
         )
         for_gpu = self.engine.device.type == "cuda"
-        batches = iter(training_loader(self.dataset, sampler, execution.num_workers, for_gpu))
+        loader = training_loader(self.dataset, sampler, execution.num_workers, for_gpu)
         deadline = Deadline(execution.step_timeout, self._end_for_a_frozen_worker)
-        try:
+        with closing(deadline), closing(iter(loader)) as batches:
             while True:
                 with deadline.running():
                     batch = next(batches, None)
@@ -266,8 +266,6 @@ class Trainer:
                     return
                 self.quarantine.add(batch.replaced)
                 yield batch.noisy, batch.clean
-        finally:
-            deadline.close()
 
     def _end_for_a_frozen_worker(self, what: str) -> None:
         """Last words of this rank: on record, and to the other ranks."""

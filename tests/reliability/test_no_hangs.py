@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,35 @@ def start(words: list[str], folder: Path, world_size: int) -> list[Rank]:
 def loader_worker(rank: Rank) -> psutil.Process:
     children = psutil.Process(rank.pid).children()
     return next(child for child in children if "resource_tracker" not in " ".join(child.cmdline()))
+
+
+DEFECT = """
+import sys
+from scaling import train
+from scaling.command import run_main
+from scaling.engines.data_parallel import DataParallel
+from scaling.stream import CropDataset
+
+where = {"a step": (DataParallel, "optimise"), "a worker": (CropDataset, "__getitems__")}[sys.argv.pop(1)]
+does = getattr(*where)
+
+def fails(*arguments):
+    does(*arguments)
+    raise ZeroDivisionError("a defect")
+
+setattr(*where, fails)
+run_main(train.main, "")
+"""
+
+
+@pytest.mark.parametrize("where", ["a step", "a worker"])
+def test_a_defect_ends_a_run_that_has_loader_workers(tiny_run: list[str], where: str):
+    words = [*tiny_run, *SMALL_RUN, "execution.num_workers=2"]
+    ended = subprocess.run(
+        [sys.executable, "-c", DEFECT, where, *words], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("ZeroDivisionError: a defect"), ended.stderr
 
 
 def test_what_dies_or_freezes_is_named_and_ends_the_job_in_the_stated_time(
