@@ -17,10 +17,12 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from bsrnn import BSRNN
 from bsrnn.losses import enhancement_loss, unprocessed
+from bsrnn.model import Enhanced
 from scaling.board import SampleBoard
 from scaling.checkpoint import Checkpoint, save_checkpoint, take_up
 from scaling.config import RunConfig
@@ -35,7 +37,7 @@ from scaling.processes import Processes
 from scaling.progress import ProgressDisplay
 from scaling.quarantine import Quarantine
 from scaling.records import RunDirectory, sync
-from scaling.shards import SAMPLE_RATE, ShardIndex, ShardReader
+from scaling.shards import SAMPLE_RATE, Clip, ShardIndex, ShardReader
 from scaling.stopping import StopFlag, StoppedError
 from scaling.stream import CropDataset, MicroBatchSampler, to_float, training_loader
 
@@ -75,6 +77,7 @@ class Trainer:
         self.engine = make_engine(config, processes)
         patience = config.train.early_stopping.patience
         self.early_stopping = EarlyStopping(patience) if patience is not None else None
+        self._unprocessed: dict[str, dict[str, float]] = {}  # of this rank's validation clips: the same every time
         self.validation_is_due = False  # after the committed step, as a signal broke it off
         self.step = self._restore()
         clips = training_clips(config, index)
@@ -190,7 +193,6 @@ class Trainer:
         clips = sorted(self.index.clips("validation"), key=lambda clip: clip.id)
         model, device = self.engine.evaluation_model(), self.engine.device
         reader = ShardReader(self.index.root)
-        weights = self.config.train.losses
         own: list[dict[str, float]] = []
         model.eval()
         with torch.no_grad():
@@ -204,18 +206,12 @@ class Trainer:
                     pad(to_float(torch.from_numpy(part), device)[None], (lacking // 2, lacking - lacking // 2))
                     for part in reader.read_clip(clip)
                 )
-                values: dict[str, float] = {}
-                for prefix, estimate in (("", model(noisy)), ("unprocessed_", unprocessed(noisy, model.stft))):
-                    loss = enhancement_loss(estimate, clean, model.stft, weights)
-                    values[f"{prefix}loss"] = loss.total.item()
-                    if not prefix:
-                        values |= {f"terms/{name}": term.item() for name, term in loss.terms.items()}
-                    try:
-                        enhanced = estimate.waveform[0].float().cpu().numpy()
-                        values[f"{prefix}si_sdr"] = si_sdr(enhanced, clean[0].cpu().numpy())
-                    except RefusedError as error:
-                        log.warning("validation clip %s: no SI-SDR, %s", clip.id, error)
-                own.append(values)
+                if clip.id not in self._unprocessed:
+                    values = self._score(clip, unprocessed(noisy, model.stft), clean)
+                    self._unprocessed[clip.id] = {
+                        f"unprocessed_{name}": value for name, value in values.items() if name in ("loss", "si_sdr")
+                    }
+                own.append(self._score(clip, model(noisy), clean) | self._unprocessed[clip.id])
         model.train()
         given = processes.gather((own, self.stop.signal is not None))
         shares, should_stop = [share for share, _ in given], any(is_asked for _, is_asked in given)
@@ -231,6 +227,17 @@ class Trainer:
             else:
                 means[name] = mean
         return means, should_stop
+
+    def _score(self, clip: Clip, estimate: Enhanced, clean: Tensor) -> dict[str, float]:
+        """Loss, its terms and, where it is defined, SI-SDR of what was made of a validation clip."""
+        stft = self.engine.model.stft
+        loss = enhancement_loss(estimate, clean, stft, self.config.train.losses)
+        values = {"loss": loss.total.item()} | {f"terms/{name}": term.item() for name, term in loss.terms.items()}
+        try:
+            values["si_sdr"] = si_sdr(estimate.waveform[0].float().cpu().numpy(), clean[0].cpu().numpy())
+        except RefusedError as error:
+            log.warning("validation clip %s: no SI-SDR, %s", clip.id, error)
+        return values
 
     def _after_validation(self, samples: SampleBoard | None, loss: float, count: int) -> None:
         """Write what is to be listened to, and see whether training still improves; every rank."""

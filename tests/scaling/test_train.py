@@ -20,15 +20,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bsrnn import BSRNN, BSRNNConfig, modelfile
 from bsrnn.losses import LossConfig, enhancement_loss
+from scaling import trainer
 from scaling.budget import select_hours
 from scaling.checkpoint import list_checkpoints, load_newest
-from scaling.config import OptimiserConfig
+from scaling.cli import load_config
+from scaling.config import OptimiserConfig, RunConfig
 from scaling.errors import UserError
 from scaling.evaluate import load_model
 from scaling.metrics import si_sdr
 from scaling.optimiser import learning_rate
+from scaling.plan import plan_run
+from scaling.processes import ALONE
 from scaling.records import RunDirectory, read_records
 from scaling.shards import ShardIndex, ShardReader
+from scaling.stopping import StopFlag
 from scaling.stream import CropDataset
 from scaling.trainer import validation_steps
 
@@ -176,6 +181,21 @@ def test_kills_at_random_moments_change_no_loss_and_no_weight(
     for ours, theirs in zip(killed.read_scores(), uninterrupted.read_scores(), strict=True):
         # the metrics' own sums in double precision may differ in their last bits
         assert ours["si_sdr"] == pytest.approx(theirs["si_sdr"], abs=1e-9)
+
+
+def test_what_the_noisy_input_scores_is_taken_once(
+    tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan = plan_run(load_config(RunConfig, "run", tiny_run), tiny_index)
+    num_taken = []
+    taken = trainer.unprocessed
+    monkeypatch.setattr(trainer, "unprocessed", lambda *signal: num_taken.append(1) or taken(*signal))
+    with StopFlag() as stop:
+        validating = trainer.Trainer(plan, RunDirectory(tmp_path / "run"), tiny_index, ALONE, stop)
+        first, again = validating.validate(), validating.validate()
+    assert first == again
+    assert first[0]["unprocessed_loss"] > 0 < len(num_taken) == len(tiny_index.clips("validation"))
+    assert first[0]["unprocessed_si_sdr"] != first[0]["si_sdr"]
 
 
 def break_off(words: list[str], study: Path, step: int) -> dict | None:
