@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scaling.records import Record
+from scaling.statuses import LOST, PREEMPTED
 
-# Exit statuses of a rank. They are not imported from scaling.run and scaling.liveness, because that loads torch.
-PREEMPTED_STATUS = 75
-LOST_STATUS = 76
 STOPS = ("preempted", "time limit")
 ABORTED = 128 + signal.SIGABRT
 KILLED = {128 + number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGBUS)}
@@ -92,9 +90,9 @@ def classify_attempt(
     was_killed = ended is not None and "Killed" in ended["how"]
     was_stopped = not was_killed and len(recorded) > len(failed)
     for text in (batch_log, log):
-        if (said := _first_said(text)) and not (said in STOPS and (was_stopped or status == PREEMPTED_STATUS)):
+        if (said := _first_said(text)) and not (said in STOPS and (was_stopped or status == PREEMPTED)):
             return Failure(said, _line_with(text, said), _last_lines(text))
-    if was_stopped or status == PREEMPTED_STATUS:
+    if was_stopped or status == PREEMPTED:
         return Failure(_first_said(batch_log) or "preempted", "the processes were told to stop, and saved")
     # What rank 0 alone can say (a lock that is held, a checkpoint that cannot be read) ends the others without a word.
     reports = list(_reports(log)) or [said for said in _reports(rank_log(0)) if not _is_broken(said["reason"])]
@@ -107,7 +105,7 @@ def classify_attempt(
         return Failure("node failure", f"{where} was ended by {name} from outside, without a word", _last_lines(log))
     how = f"{where}: {ended['how']}" if ended else f"{where}: exit status {status}"
     # NCCL's own watch aborts a process whose peer has gone, if it notices first.
-    is_left_alone = status == LOST_STATUS or bool(reports) or (status == ABORTED and "ProcessGroupNCCL" in log)
+    is_left_alone = status == LOST or bool(reports) or (status == ABORTED and "ProcessGroupNCCL" in log)
     return Failure("node failure" if is_left_alone else "code error", how, _last_lines(log))
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from typing import NoReturn
 
+from scaling.statuses import PREEMPTED
 from scaling.stopping import StopFlag, StoppedError, ignore_stop_signals
 
 
@@ -23,7 +24,7 @@ def main(words: list[str]) -> int:
         try:
             return _execute(words[0], stop)
         except StoppedError:  # before the run began
-            return 75
+            return PREEMPTED
 
 
 def _execute(folder: str, stop: StopFlag) -> int:

@@ -18,11 +18,12 @@ from contextlib import contextmanager
 import psutil
 from torch import distributed
 
+from scaling.statuses import LOST
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SIGNS = 2.0
 SECONDS_TO_BE_HEARD = 3 * SECONDS_BETWEEN_SIGNS  # within which whoever lives has read a last word
-LOST_STATUS = 76  # exit status of a rank that ends because another is lost
 
 
 class LostRankError(Exception):
@@ -61,7 +62,7 @@ class Watch(threading.Thread):
                     self.tell_and_be_heard(f"lost {self._lost}")
                 finally:
                     # The main thread may sit in a collective that never returns: no exception would reach it.
-                    os._exit(LOST_STATUS)
+                    os._exit(LOST)
 
     def _keep_looking(self) -> None:
         while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS) and self._lost is None:
@@ -164,7 +165,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float, on_expiry: Callable[[str], None]) -> None:
-        """on_expiry: told which child processes are frozen, before the process ends with LOST_STATUS"""
+        """on_expiry: told which child processes are frozen, before the process ends with LOST"""
         self.seconds, self.on_expiry = seconds, on_expiry
         self._since: float | None = None
         self._is_closed = threading.Event()
@@ -196,7 +197,7 @@ class Deadline:
                         with contextlib.suppress(psutil.NoSuchProcess):
                             child.kill()
                 finally:  # whatever the last words met
-                    os._exit(LOST_STATUS)
+                    os._exit(LOST)
 
 
 def _is_stopped(process: psutil.Process) -> bool:

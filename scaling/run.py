@@ -28,7 +28,7 @@ from scaling.cores import num_cores
 from scaling.device import set_arithmetic
 from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UserError
 from scaling.evaluate import evaluate_run, summary, write_scores
-from scaling.liveness import LOST_STATUS, LostRankError
+from scaling.liveness import LostRankError
 from scaling.locks import HeldLockError, held_lock
 from scaling.metrics import versions
 from scaling.plan import RunPlan
@@ -37,6 +37,7 @@ from scaling.provenance import hardware
 from scaling.records import RecordError, RunDirectory
 from scaling.remote import UnreachableError
 from scaling.shards import ShardIndex
+from scaling.statuses import LOST, PREEMPTED
 from scaling.stopping import StopFlag, StoppedError
 from scaling.trainer import DivergedError, Trainer
 
@@ -44,8 +45,6 @@ log = logging.getLogger(__name__)
 
 # A disk's, not a program's: full, over its quota, a file over the limit on its size, read only.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-PREEMPTED = 75  # exit status of a run that was asked to stop and has saved: execute it again to go on
 
 
 def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) -> int:
@@ -56,7 +55,7 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
         checkpoints of which none is whole
 
     0: finished, now or before; 1: diverged; 75 (PREEMPTED): a signal asked it to stop, and all ranks
-    have saved; 76 (LOST_STATUS): another process of the run is lost. Whatever else ends it is put
+    have saved; 76 (LOST): another process of the run is lost. Whatever else ends it is put
     on record and raised. UserError if the run's processes do not find together, if others
     are executing it, or if the folder holds another run.
     """
@@ -79,7 +78,7 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
         except LostRankError as error:  # before this run's records were known to be its own
             log.error("run %s: %s", plan.run_id, error)
             processes.tell_loss(str(error))
-            return LOST_STATUS
+            return LOST
         except (OSError, RuntimeError) as error:
             if getattr(error, "errno", None) not in DISK_ERRORS + NO_ANSWER and not is_failed_write(error):
                 raise
@@ -158,7 +157,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     except LostRankError as error:
         record_loss(str(error))
         processes.tell_loss(str(error))
-        return LOST_STATUS
+        return LOST
     except Exception as error:
         failure, reason = classify(error)
         where = {"rank": processes.rank, "host": socket.gethostname()}
