@@ -31,7 +31,7 @@ class Settings:
     """Of the attempts of one array."""
 
     num_processes: int
-    devices: int  # GPUs of a run, or processes where there are none: what its cost is counted in
+    devices: int  # GPUs of a run, or cores where there are none: what its cost is counted in
     shape: Record  # what the job asks for, as throughput is filed by
     threads: int  # CPU threads of a process, unless the run's settings name a number
     throughput: str  # file of measured speeds

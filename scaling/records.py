@@ -3,9 +3,9 @@
 Every fact a table needs passes through here as a line of JSON that a person can open:
 
     STUDY/plan.jsonl                   one row a planned run: the whole of its plan
-    STUDY/runs/RUN_ID/plan.json        the same row, with provenance (commit, versions, hardware)
+    STUDY/runs/RUN_ID/plan.json        the same row, with provenance (commit, versions)
     STUDY/runs/RUN_ID/metrics.jsonl    training steps and validations
-    STUDY/runs/RUN_ID/events.jsonl     submitted, started, checkpointed, ..., finished or failed
+    STUDY/runs/RUN_ID/events.jsonl     submitted, started (on what hardware), checkpointed, ..., finished or failed
     STUDY/runs/RUN_ID/scores.jsonl     one row a test utterance
     STUDY/runs/RUN_ID/quarantine/      one row a crop whose clip was damaged, a file a process
     STUDY/rtf.jsonl                    one row an architecture: its real-time factor, all of one machine
