@@ -201,7 +201,7 @@ class Trainer:
                     processes.at(STOPPING)
                 if self.stop.signal is not None or processes.is_any_at(STOPPING):
                     break
-                lacking = max(0, weights.fewest_samples - clip.num_samples)
+                lacking = max(0, self.config.train.losses.fewest_samples - clip.num_samples)
                 noisy, clean = (
                     pad(to_float(torch.from_numpy(part), device)[None], (lacking // 2, lacking - lacking // 2))
                     for part in reader.read_clip(clip)
