@@ -16,6 +16,8 @@ fsspec opens) is read through a folder of this machine, the cache:
 3. Room is made: what killed fetches left goes, whose locks are free, and then the shards used
    longest ago, until the new one fits into `cache_bytes`.
    One that a process is reading stays readable for it, as the file lives on until it is closed.
+   Where the shards that others are fetching leave no room, as several runs may share the cache,
+   it is waited for as long as one of those comes on.
 4. It is read in parts, each with a time limit and a number of attempts, and hashed on the way.
    A wrong SHA-256 is fetched a second time; if the source is at fault, it is kept as damaged and
    every read from it is checked against the clips' own checksums (see `scaling.shards`).
@@ -35,7 +37,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 PART_BYTES = 8 * 2**20
 PART_SECONDS = 60.0  # after which a part that has not come is asked for again
 FETCH_PAUSES = (0.2, 1.0, 5.0, 20.0)  # seconds before the second, third, ... attempt at a part
+ROOM_PAUSE = 0.2  # seconds between looks whether others' fetches have left room
 OWN_NAME = re.compile(r"\.?[0-9a-f]{64}\.")  # the cache's own files, beside whatever else its folder holds
 NUM_FETCHERS = 2  # threads a process that fetch ahead
 
@@ -97,6 +100,13 @@ class RemoteRoot:
                 return found
             return self._fetch(shard, num_bytes, sha256)
 
+    def open(self, shard: str) -> int:
+        """A descriptor of a shard, which stays readable whatever the cache lets go of; errors as in `fetch`."""
+        while True:
+            path = self.fetch(shard)
+            with suppress(FileNotFoundError):  # another run made room in between
+                return os.open(path, os.O_RDONLY)
+
     def discard(self, shard: str) -> None:
         """Give up this machine's copy of a shard, unless its source is known to be damaged."""
         (self.cache / f"{self.promised[shard][1]}.tar").unlink(missing_ok=True)
@@ -106,12 +116,12 @@ class RemoteRoot:
         _fetchers().ask(self, shards)
 
     def try_fetch(self, shard: str) -> None:
-        """Fetch a shard unless it is here or another process is at it."""
+        """Fetch a shard unless it is here, another process is at it or others' fetches fill the cache."""
         num_bytes, sha256 = self.promised[shard]
         if self._find(sha256) is None:
             with _locked(self.cache / f"{sha256}.lock", wait=False) as got_it:
                 if got_it and self._find(sha256) is None:
-                    self._fetch(shard, num_bytes, sha256)
+                    self._fetch(shard, num_bytes, sha256, waits=False)
 
     def _find(self, sha256: str) -> Path | None:
         """The shard's file if it is here, marked as used now."""
@@ -123,14 +133,14 @@ class RemoteRoot:
             return path
         return None
 
-    def _fetch(self, shard: str, num_bytes: int, sha256: str) -> Path:
-        """Called with the shard's lock held."""
+    def _fetch(self, shard: str, num_bytes: int, sha256: str, waits: bool = True) -> Path:
+        """Called with the shard's lock held. OSError if there is no room and `waits` is not."""
         for stale in self.cache.glob(f".{sha256}.*.tmp"):
             stale.unlink()
         temporary = self.cache / f".{sha256}.{socket.gethostname()}.{os.getpid()}.tmp"
         began = time.monotonic()
         try:
-            self._make_room(temporary, num_bytes)
+            self._reserve(temporary, num_bytes, waits)
             found = _download(f"{self.url}/{shard}", temporary, num_bytes)
             if found != sha256:
                 log.warning("shard %s/%s came with another SHA-256 than its index says: fetched again", self.url, shard)
@@ -145,8 +155,40 @@ class RemoteRoot:
         log.info("fetched %s/%s, %.0f MB in %.1f s", self.url, shard, num_bytes / 1e6, time.monotonic() - began)
         return path
 
-    def _make_room(self, temporary: Path, num_bytes: int) -> None:
-        """Let go of the shards used longest ago until `num_bytes` fit, and reserve them in the file `temporary`."""
+    def _reserve(self, temporary: Path, num_bytes: int, waits: bool) -> None:
+        """Reserve `num_bytes` in the file `temporary`, once the shards that others are fetching leave room.
+
+        UnreachableError if none of those comes on for as long as a fetch may take over a part, OSError if there is no
+        room now and `waits` is not.
+        """
+        seen, since = self._make_room(temporary, num_bytes), time.monotonic()
+        if seen and not waits:
+            raise OSError(f"the cache {self.cache} is full of shards that are being fetched")
+        if seen:
+            log.warning(
+                "the cache %s is full of shards that are being fetched: waiting for room; the runs that share it would "
+                "be faster with more than data.cache_gb = %g",
+                self.cache,
+                self.cache_bytes / 1e9,
+            )
+        patience = sum(FETCH_PAUSES) + PART_SECONDS * (len(FETCH_PAUSES) + 1)
+        while seen:
+            time.sleep(ROOM_PAUSE)
+            others = self._make_room(temporary, num_bytes)
+            if others != seen:
+                seen, since = others, time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise UnreachableError(
+                    f"the cache {self.cache} is full of shards that are being fetched, of which none has come on for "
+                    f"{patience:g} s: raise data.cache_gb = {self.cache_bytes / 1e9:g}, or end what fetches them"
+                )
+
+    def _make_room(self, temporary: Path, num_bytes: int) -> set[tuple[str, int]]:
+        """Let go of the shards used longest ago until `num_bytes` fit, and reserve them in the file `temporary`.
+
+        Where they do not fit beside what others are fetching: the names of those files, each with the time when it was
+        last written to.
+        """
         with _locked(self.cache / "lock"):
             held = []
             for path in self.cache.iterdir():
@@ -162,6 +204,9 @@ class RemoteRoot:
                     except FileNotFoundError:  # a fetch ended meanwhile
                         continue
                     held.append((status.st_mtime_ns, status.st_size, path))
+            fetched = [entry for entry in held if entry[2].suffix == ".tmp"]
+            if sum(size for _, size, _ in fetched) + num_bytes > self.cache_bytes:
+                return {(path.name, written) for written, _, path in fetched}
             total = sum(size for _, size, _ in held)
             for _, size, path in sorted(held):
                 if total + num_bytes <= self.cache_bytes:
@@ -169,10 +214,9 @@ class RemoteRoot:
                 if path.suffix != ".tmp":
                     path.unlink(missing_ok=True)
                     total -= size
-            if total + num_bytes > self.cache_bytes:
-                raise OSError(f"the cache {self.cache} is full of shards that are being fetched")
             with temporary.open("wb") as file:
                 file.truncate(num_bytes)
+            return set()
 
 
 Root = Path | RemoteRoot  # of a folder of shards
@@ -232,15 +276,16 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 def _persist(url: str, call: Callable[..., T], *values: Any) -> T:
     """The result of a call, tried again where it fails; UnreachableError where it goes on failing."""
-    for pause in (*FETCH_PAUSES, None):
+    for attempt, pause in enumerate((*FETCH_PAUSES, None), start=1):
         try:
             return call(*values)
         except FileNotFoundError:
             raise
         except Exception as error:  # every file system has errors of its own
             if pause is None or isinstance(error, PermissionError):
+                attempts = f"{attempt} attempt{'s' * (attempt > 1)}"
                 raise UnreachableError(
-                    f"{url} cannot be read ({type(error).__name__}: {error}), in {len(FETCH_PAUSES) + 1} attempts: "
+                    f"{url} cannot be read ({type(error).__name__}: {error}), in {attempts}: "
                     "look whether it is there and may be read, then run the same command again"
                 ) from error
             log.warning("%s: %s: %s; trying again in %g s", url, type(error).__name__, error, pause)

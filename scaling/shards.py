@@ -241,8 +241,14 @@ def remedy(root: Root) -> str:
     return f"delete {root} and run python -m scaling.prepare again"
 
 
+def open_shard(root: Root, shard: str) -> int:
+    """A descriptor of a shard, fetched first if it is far away; FileNotFoundError if there is none."""
+    return root.open(shard) if isinstance(root, RemoteRoot) else os.open(root / shard, os.O_RDONLY)
+
+
 def _bad_index(root: Root, what: str) -> BadDataError:
     return BadDataError(f"shards at {root}: {what}; {remedy(root)}")
+
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -329,7 +335,7 @@ class ShardReader:
         self.close()
 
     def _open(self, shard: str) -> int:
-        opened = os.open(_path(self.root, shard), os.O_RDONLY)
+        opened = open_shard(self.root, shard)
         descriptor = self._descriptors.setdefault(shard, opened)
         if descriptor != opened:  # another thread was first
             os.close(opened)

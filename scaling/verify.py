@@ -13,9 +13,10 @@ wav headers, JSON and padding, as `scaling.shard_writer` writes them. So damage 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import RunConfig
 from scaling.shard_writer import TAR_END, clip_members
-from scaling.shards import Clip, ShardIndex, block_checksums, remedy
+from scaling.shards import Clip, ShardIndex, block_checksums, open_shard, remedy
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,22 @@ class Finding:
 def check_shard(index: ShardIndex, split: str, number: int) -> list[Finding]:
     """What is damaged in a shard of a split; nothing if its SHA-256 is the index's."""
     shard = index.shards[split][number]
-    try:
-        path = index.shard_paths(split)[number]
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
-                return []
-    except FileNotFoundError:
-        path = Path("/dev/null")  # as if all of it were cut off
     clips = [clip for clip in index.clips(split) if clip.shard == shard.name]
-    return list(_findings(path, shard.name, shard.num_bytes, clips))
+    try:
+        descriptor = open_shard(index.root, shard.name)
+    except FileNotFoundError:
+        descriptor = os.open(os.devnull, os.O_RDONLY)  # as if all of it were cut off
+    file = os.fdopen(descriptor, "rb")
+    if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
+        file.close()
+        return []
+    file.seek(0)
+    return list(_findings(file, shard.name, shard.num_bytes, clips))
 
 
-def _findings(path: Path, shard: str, num_bytes: int, clips: list[Clip]) -> Iterator[Finding]:
+def _findings(file: BinaryIO, shard: str, num_bytes: int, clips: list[Clip]) -> Iterator[Finding]:
     end = 0
-    with path.open("rb") as file:
+    with file:
         for clip in clips:
             silence = np.zeros(clip.num_samples, dtype="<i2")
             facts = clip.id, clip.speaker, clip.noise, clip.snr_db

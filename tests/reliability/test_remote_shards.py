@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -91,9 +92,11 @@ def upload(store: Store, local: ShardIndex) -> Upload:
     return put
 
 
-def stream(index: ShardIndex, num_workers: int = 0, block_shards: int | None = None, epochs: int = 1) -> list[bytes]:
+def stream(
+    index: ShardIndex, num_workers: int = 0, block_shards: int | None = None, epochs: int = 1, seed: int = 5
+) -> list[bytes]:
     """The crops of an epoch or more; none may be replaced."""
-    dataset = CropDataset(index.root, index.clips("train"), CROP, 5, block_shards)
+    dataset = CropDataset(index.root, index.clips("train"), CROP, seed, block_shards)
     crops = []
     for batch in training_loader(dataset, MicroBatchSampler(0, 6 * epochs, 8, 8), num_workers):
         assert not batch.replaced
@@ -116,16 +119,19 @@ from pathlib import Path
 from scaling.config import DataConfig
 from scaling.shards import ShardIndex
 from tests.reliability.test_remote_shards import stream
-url, cache = sys.argv[1:3]
-index = ShardIndex.load(DataConfig("noise", url, cache=cache, cache_gb=1.0).shard_root)
-print(hashlib.sha256(b"".join(stream(index))).hexdigest())
+url, cache, gigabytes, block_shards, seed = sys.argv[1:]
+index = ShardIndex.load(DataConfig("noise", url, cache=cache, cache_gb=float(gigabytes)).shard_root)
+print(hashlib.sha256(b"".join(stream(index, block_shards=int(block_shards) or None, seed=int(seed)))).hexdigest())
 """
 
 
-def reading(url: str, cache: Path) -> subprocess.Popen[str]:
+def reading(
+    url: str, cache: Path, gigabytes: float = 1.0, block_shards: int = 0, seed: int = 5
+) -> subprocess.Popen[str]:
     """A process of its own that reads an epoch and prints its hash."""
     root = Path(__file__).parents[2]
-    words = [sys.executable, "-c", READ_EPOCH, url, str(cache)]
+    numbers = map(str, (gigabytes, block_shards, seed))
+    words = [sys.executable, "-c", READ_EPOCH, url, str(cache), *numbers]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -297,6 +303,59 @@ def test_the_remedy_for_damage_at_the_source_makes_it_whole(local: ShardIndex, t
     assert command("scaling.verify", *words).returncode == 0
 
 
+def test_runs_that_share_a_cache_of_two_blocks_wait_for_one_another(
+    store: Store, upload: Upload, local: ShardIndex, tmp_path: Path
+):
+    largest = max(shard.num_bytes for shard in local.shards["train"])
+    url, cache = upload(), tmp_path / "cache"
+    store.plan_faults(*[1.5] * 12)
+    processes = [reading(url, cache, 2 * largest / 1e9, block_shards=1, seed=seed) for seed in range(4)]
+    most = 0
+    while any(process.poll() is None for process in processes):
+        most = max(most, _size(cache) if cache.exists() else 0)
+        time.sleep(0.02)
+    printed = [process.communicate() for process in processes]
+    expected = [hashlib.sha256(b"".join(stream(local, block_shards=1, seed=seed))).hexdigest() for seed in range(4)]
+    assert [out.strip() for out, _ in printed] == expected, printed
+    assert any("waiting for room" in errors for _, errors in printed), "nobody had to wait"
+    assert most <= 2 * largest
+
+
+FETCH_ONE = """
+import sys
+from scaling.config import DataConfig
+from scaling.shards import ShardIndex
+url, cache, shard = sys.argv[1:]
+ShardIndex.load(DataConfig("noise", url, cache=cache, cache_gb=1.0).shard_root).root.fetch(shard)
+"""
+
+
+def test_room_that_a_frozen_fetch_holds_is_not_waited_for_without_end(
+    store: Store, upload: Upload, local: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    url, cache = upload(), tmp_path / "cache"
+    largest = max(shard.num_bytes for shard in local.shards["train"])
+    index = ShardIndex.load(remote(url, cache, largest / 1e9))
+    first, other = (shard.name for shard in local.shards["train"][:2])
+    store.plan_faults(60)
+    frozen = subprocess.Popen([sys.executable, "-c", FETCH_ONE, url, str(cache), first], cwd=Path(__file__).parents[2])
+    try:
+        while not list(cache.glob(".*.tmp")):
+            time.sleep(0.02)
+        os.kill(frozen.pid, signal.SIGSTOP)
+        monkeypatch.setattr(scaling.remote, "PART_SECONDS", 0.2)
+        with pytest.raises(UnreachableError, match=r"of which none has come on for 2.5 s: raise data.cache_gb = 0.000"):
+            index.root.fetch(other)
+        with pytest.raises(OSError, match="is full of shards that are being fetched"):
+            index.root.try_fetch(other)  # what is fetched ahead does not stand in the way of what is needed
+    finally:
+        frozen.kill()
+        frozen.wait()
+        store.plan_faults()
+    monkeypatch.undo()
+    assert index.root.fetch(other).exists(), "what a killed fetch held is free"
+
+
 def test_a_source_that_does_not_answer_ends_the_run_in_one_line(
     local: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -309,6 +368,18 @@ def test_a_source_that_does_not_answer_ends_the_run_in_one_line(
         ShardIndex.load(remote("nowhere://noise", tmp_path / "cache"))
     with pytest.raises(UserError, match="no shards at file:///nowhere"):
         ShardIndex.load(remote("file:///nowhere", tmp_path / "cache"))
+
+
+def test_a_source_that_may_not_be_read_is_asked_once_and_says_so():
+    asked = []
+
+    def refuse() -> None:
+        asked.append(1)
+        raise PermissionError("Forbidden")
+
+    with pytest.raises(UnreachableError, match=r"^u cannot be read \(PermissionError: Forbidden\), in 1 attempt: look"):
+        scaling.remote._persist("u", refuse)
+    assert asked == [1]
 
 
 def test_files_and_a_plain_web_server_are_sources_too(local: ShardIndex, tmp_path: Path):
