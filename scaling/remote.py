@@ -4,7 +4,7 @@ A shard root that is a URL (`s3://bucket/vbd`, `https://host/vbd`, `file:///lust
 fsspec opens) is read through a folder of this machine, the cache:
 
     CACHE/SHA256.tar        a shard, whole and verified, under the SHA-256 that its index promises
-    CACHE/SHA256.damaged    one that has other bytes at its source; its good clips can be read
+    CACHE/SHA256.damaged    one that had other bytes at its source; its good clips can be read
     CACHE/SHA256.lock       held by the process that fetches it
     CACHE/.SHA256.*.tmp     in the making
     CACHE/lock              held while room is made
@@ -21,6 +21,7 @@ fsspec opens) is read through a folder of this machine, the cache:
 4. It is read in parts, each with a time limit and a number of attempts, and hashed on the way.
    A wrong SHA-256 is fetched a second time; if the source is at fault, it is kept as damaged and
    every read from it is checked against the clips' own checksums (see `scaling.shards`).
+   Whoever loads the index after that fetches it anew: the source may have been mended.
 
 Credentials and addresses come from the environment, as fsspec and its file systems read them
 (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, FSSPEC_...).
@@ -68,6 +69,7 @@ class RemoteRoot:
     cache: Path
     cache_bytes: int
     promised: dict[str, tuple[int, str]] = field(default_factory=dict, compare=False)  # shard: size and SHA-256
+    made: float = field(default_factory=time.time, compare=False)  # what was found damaged before is fetched anew
 
     def __str__(self) -> str:
         return self.url
@@ -124,13 +126,14 @@ class RemoteRoot:
                     self._fetch(shard, num_bytes, sha256, waits=False)
 
     def _find(self, sha256: str) -> Path | None:
-        """The shard's file if it is here, marked as used now."""
-        for path in (self.cache / f"{sha256}.tar", self.cache / f"{sha256}.damaged"):
-            try:
-                os.utime(path)
-            except FileNotFoundError:
-                continue
-            return path
+        """The shard's file if it is here and need not be looked for anew; one that is whole is marked as used now."""
+        whole, damaged = self.cache / f"{sha256}.tar", self.cache / f"{sha256}.damaged"
+        with suppress(FileNotFoundError):
+            os.utime(whole)
+            return whole
+        with suppress(FileNotFoundError):
+            if damaged.stat().st_mtime >= self.made:  # when it was fetched
+                return damaged
         return None
 
     def _fetch(self, shard: str, num_bytes: int, sha256: str, waits: bool = True) -> Path:
@@ -149,7 +152,10 @@ class RemoteRoot:
             if found != sha256:
                 log.warning("shard %s/%s is damaged at its source: its clips are checked one by one", self.url, shard)
             path = self.cache / f"{sha256}.{kind}"
+            os.utime(temporary, (time.time(),) * 2)  # of this machine's clock, as `made` is
             os.rename(temporary, path)
+            if kind == "tar":
+                (self.cache / f"{sha256}.damaged").unlink(missing_ok=True)
         finally:
             temporary.unlink(missing_ok=True)
         log.info("fetched %s/%s, %.0f MB in %.1f s", self.url, shard, num_bytes / 1e6, time.monotonic() - began)

@@ -237,7 +237,10 @@ def _path(root: Root, shard: str) -> Path:
 def remedy(root: Root) -> str:
     """What makes damaged shards whole; preparing them again where they are would find them of the right sizes."""
     if isinstance(root, RemoteRoot):
-        return f"copy whole shards to {root} anew and delete {root.cache}/*.damaged on each machine that read them"
+        return (
+            "put there what python -m scaling.prepare makes of the same source: what is damaged in "
+            f"{root.cache} is then fetched anew"
+        )
     return f"delete {root} and run python -m scaling.prepare again"
 
 
@@ -248,7 +251,6 @@ def open_shard(root: Root, shard: str) -> int:
 
 def _bad_index(root: Root, what: str) -> BadDataError:
     return BadDataError(f"shards at {root}: {what}; {remedy(root)}")
-
 
 
 # --- reading -------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ import scaling.remote
 from scaling.config import DataConfig
 from scaling.errors import UserError
 from scaling.remote import RemoteRoot, UnreachableError
-from scaling.shards import ShardIndex
+from scaling.shards import DamagedClipError, ShardIndex, ShardReader
 from scaling.stream import CropDataset, MicroBatchSampler, training_loader
+from scaling.verify import Finding, check_shard
 from tests.reliability.shards_under_test import write_shards
 
 NUM_CLIPS, CROP = 48, 4_000
@@ -294,13 +295,42 @@ def test_the_remedy_for_damage_at_the_source_makes_it_whole(local: ShardIndex, t
     assert found.returncode == 1
     assert f"{clip.shard}: clip {clip.id}: noisy samples damaged" in found.stdout
     assert found.stdout.splitlines()[-1] == (
-        f"1 of the shards at file://{source} are damaged: copy whole shards to file://{source} anew and delete "
-        f"{cache}/*.damaged on each machine that read them"
+        f"1 of the shards at file://{source} are damaged: put there what python -m scaling.prepare makes of the same "
+        f"source: what is damaged in {cache} is then fetched anew"
     )
     shutil.copytree(local.root, source, dirs_exist_ok=True)
-    for copy in cache.glob("*.damaged"):
-        copy.unlink()
     assert command("scaling.verify", *words).returncode == 0
+
+
+def test_a_source_that_was_mended_is_believed_by_whoever_loads_its_index_after_that(
+    store: Store, upload: Upload, local: ShardIndex, tmp_path: Path
+):
+    url, shard = upload(), local.shards["train"][2]
+    clip = [clip for clip in local.clips("train") if clip.shard == shard.name][-1]
+    filesystem, place = s3fs.S3FileSystem(), f"{url}/{shard.name}".removeprefix("s3://")
+    whole = (local.root / shard.name).read_bytes()
+    filesystem.pipe_file(place, whole[: clip.noisy_offset])
+
+    def load() -> ShardIndex:
+        return ShardIndex.load(remote(url, tmp_path / "cache"))
+
+    def downloads() -> int:
+        return store.downloads()[shard.name]
+
+    for _ in range(2):  # damaged, it is looked for anew by every load of the index, and not by every read
+        index, before = load(), downloads()
+        for reader in (ShardReader(index.root), ShardReader(index.root)):
+            with pytest.raises(DamagedClipError, match=r"s3://.*; put there what python -m scaling.prepare makes of"):
+                reader.read_clip(clip)
+        assert Finding(shard.name, clip.id, "noisy samples") in check_shard(index, "train", 2)
+        assert downloads() == before + 2, "once, and again because of its SHA-256"
+    filesystem.pipe_file(place, whole)
+    index = load()
+    assert check_shard(index, "train", 2) == []
+    noisy, _ = ShardReader(index.root).read_clip(clip)
+    assert noisy.tobytes() == ShardReader(local.root).read_clip(clip)[0].tobytes()
+    assert not list((tmp_path / "cache").glob("*.damaged"))
+    assert stream(index) == stream(local)
 
 
 def test_runs_that_share_a_cache_of_two_blocks_wait_for_one_another(
