@@ -189,12 +189,14 @@ def _refuse_overridden_axes(sweep: SweepConfig, words: Sequence[str]) -> None:
         key, _, value = word.partition("=")
         key = key.lstrip("+~")
         if key in sweep.axis_names:
-            raise UserError(f"{word}: {key} is an axis of sweep {sweep.name}: set sweep.axes.{key}=[{value}] instead")
+            values = value if value.startswith("[") else f"[{value}]"
+            raise UserError(f"{word}: {key} is an axis of sweep {sweep.name}: set sweep.axes.{key}={values} instead")
         group = key.split(".")[0]
         if group == "model" and group in sweep.axis_names:
             raise UserError(
                 f"{word}: would give every size of sweep {sweep.name} the same {key}: "
-                f"make a size of its own in conf/model, or an axis sweep.axes.{key}=[...] in place of model"
+                f"make a size of its own in conf/model, or, for it at sizes of your choice, write "
+                f"'sweep.axes={{model: [...], {key}: [{value}]}}'"
             )
 
 

@@ -32,9 +32,7 @@ Config = TypeVar("Config")
 # Settings that name a place, which may be called whatever a file system allows.
 PLACES = {"study", "run", "shards", "data.root", "data.shards", "data.cache", "noisy", "clean", "enhanced", "scores"}
 
-BOTH_AXES = (
-    "an axis and settings below it as axes do not go together so; write sweep.axes={model: [...], model.norm: [...]}"
-)
+BOTH_AXES = "an axis and settings below it as axes do not go together so; write 'sweep.axes={{{}: [...], {}: {}}}'"
 
 
 @lru_cache
@@ -56,8 +54,8 @@ def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictCon
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema, overrides)) from None
     except ValueError as error:  # Hydra's own, for model=null or a nameless key
-        for key in _axes_with_parts(overrides):
-            raise UserError(f"{key}: {BOTH_AXES}") from None
+        if told := _axis_with_parts(overrides):
+            raise UserError(told) from None
         raise UserError(f"{' '.join(overrides)}: not understood ({_first_line(error)})") from None
     except AssertionError:  # OmegaConf's answer to data.demo.hours=1 where data.demo is null
         dotted = " ".join(word for word in overrides if "." in word.split("=")[0])
@@ -128,7 +126,7 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     if isinstance(cause, (ConfigKeyError, AttributeError)) and key:
         return f"{key}: no such setting{_did_you_mean(str(key), all_keys(schema))}"
     if key and "Cannot merge DictConfig with ListConfig" in str(cause):
-        return f"{key}: {BOTH_AXES}"
+        return _axis_with_parts(overrides) or f"{key}: {BOTH_AXES.format('model', 'model.norm', '[...]')}"
     if key and "is not a ListConfig" in str(cause):
         return f"{key}: expected a list, {key}=[...]"
     if key:
@@ -136,11 +134,15 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     return _first_line(error)
 
 
-def _axes_with_parts(overrides: Sequence[str]) -> list[str]:
-    """The axes among the overrides below which another one names an axis: sweep.axes.model, beside model.norm."""
-    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
-    axes = [key for key in keys if key.startswith("sweep.axes.")]
-    return [key for key in axes if any(other.startswith(f"{key}.") for other in axes)]
+def _axis_with_parts(overrides: Sequence[str]) -> str:
+    """What is wrong with an axis below one that the sweep may have: sweep.axes.model.norm; "" if there is none."""
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        axis = key.removeprefix("sweep.axes.")
+        group = axis.partition(".")[0]
+        if axis != key and axis != group and is_group(group):
+            return f"sweep.axes.{group}: {BOTH_AXES.format(group, axis, value)}"
+    return ""
 
 
 def _unknown_choice(error: MissingConfigException, overrides: Sequence[str]) -> str:

@@ -37,6 +37,8 @@ METRIC_NAMES = (
 )  # fmt: skip
 DEFAULT_METRICS = METRIC_NAMES[:4]
 SCHEDULES = ("cosine", "step")
+MOST_CHANNELS, MOST_LAYERS = 4_096, 256  # a layer so wide is 256 times the compute of one of size l
+MOST_THREADS = 1_024  # of a machine, which need not be this one
 
 
 def _require_finite(prefix: str, settings: object) -> None:
@@ -68,6 +70,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.front_end not in FRONT_ENDS:
             raise UserError(f"model.front_end = {self.front_end}: expected one of {', '.join(FRONT_ENDS)}")
+        for name, most in (("num_channels", MOST_CHANNELS), ("num_layers", MOST_LAYERS)):
+            if getattr(self, name) > most:
+                raise UserError(f"model.{name} = {getattr(self, name)}: expected at most {most}")
         self.architecture(None, FRONT_ENDS[self.front_end].sample_rate)
 
     def architecture(self, norm_batch: int | None, sample_rate: int = SAMPLE_RATE) -> BSRNNConfig:
@@ -326,6 +331,9 @@ class ExecutionConfig:
         for name in ("micro_batch", "threads", "scoring_processes", "samples_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"execution.{name} = {getattr(self, name)}: expected at least 1, or null")
+        for name in ("threads", "num_workers", "scoring_processes"):
+            if (getattr(self, name) or 0) > MOST_THREADS:
+                raise UserError(f"execution.{name} = {getattr(self, name)}: expected at most {MOST_THREADS}")
         _require_metrics("execution.metrics", self.metrics)
         if self.num_workers < 0:
             raise UserError(f"execution.num_workers = {self.num_workers}: expected at least 0")

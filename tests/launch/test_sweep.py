@@ -226,17 +226,29 @@ def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path
         ([], f"error: no sweep named: give +sweep=NAME, one of {sweeps} (the files of conf/sweep)"),
         (["+sweep=size"], f"error: sweep=size: no such sweep; expected one of {sweeps} (the files of conf/sweep)"),
         ([*sweep_words, "model=xt"], "error: model=xt: model is an axis of sweep sizes: set sweep.axes.model=[xt]"),
+        (
+            [*sweep_words, "model=[xxt,t]"],
+            "error: model=[xxt,t]: model is an axis of sweep sizes: set sweep.axes.model=[xxt,t] instead",
+        ),
         ([*sweep_words, "sweep.axes.model=[xxt,huge]"], "error: model=huge: no such model"),
         ([*sweep_words, "sweep.axes.execution.num_workers=[1,2]"], "error: sweep sizes: cells {'model': 'xxt', 'seed'"),
         ([*sweep_words, "sweep.axes.train.sede=[1,2]"], "error: train.sede: no such setting"),
         (
             [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.model.norm=[batch]"],
-            "error: sweep.axes.model: an axis and settings below it as axes do not go together so; write sweep.axes={",
+            "error: sweep.axes.model: an axis and settings below it as axes do not go together so; write "
+            "'sweep.axes={model: [...], model.norm: [batch]}'",
+        ),
+        (  # beside the axis of the sweep's file
+            ["+sweep=sizes", "sweep.axes.model.num_channels=[8,16]"],
+            "error: sweep.axes.model: an axis and settings below it as axes do not go together so; write "
+            "'sweep.axes={model: [...], model.num_channels: [8,16]}'",
         ),
         ([*sweep_words, "sweep.axis=3"], "error: axis: no such setting; did you mean axes?"),
         (
             [*sweep_words, "model.num_layers=3"],
-            "error: model.num_layers=3: would give every size of sweep sizes",
+            "error: model.num_layers=3: would give every size of sweep sizes the same model.num_layers: make a size of "
+            "its own in conf/model, or, for it at sizes of your choice, write 'sweep.axes={model: [...], "
+            "model.num_layers: [3]}'",
         ),
         ([*sweep_words, "sweep.points=[3]"], "error: sweep.points has 3: expected axis: value pairs"),
         ([*sweep_words, "study=/dev/null/x"], "error: /dev/null/x cannot be written"),

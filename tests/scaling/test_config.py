@@ -52,6 +52,10 @@ MISTAKES = {
     "model.norm=layer": r"model xt: norm = layer: expected one of batch, group, cumulative",
     "model=ses_tiny model.norm=batch": r"n_fft = 320 has 161: .* or a norm other than batch",
     "model.name=???": r"model.name is not set: give model.name=VALUE",
+    "model.num_channels=100000": r"^model.num_channels = 100000: expected at most 4096$",
+    "model.num_layers=257": r"^model.num_layers = 257: expected at most 256$",
+    "execution.threads=9999999": r"^execution.threads = 9999999: expected at most 1024$",
+    "execution.num_workers=1025": r"^execution.num_workers = 1025: expected at most 1024$",
 }
 
 
