@@ -32,7 +32,7 @@ class SweepConfig:
             for rule in rules:
                 if not isinstance(rule, dict):
                     raise UserError(f"sweep.{name} has {rule}: expected axis: value pairs, as [{{model: s, seed: 0}}]")
-        for axis, values in _flatten(self.axes).items():
+        for axis, values in flat_settings(self.axes).items():
             if not isinstance(values, list) or not values:
                 raise UserError(
                     f"sweep.axes.{axis} = {values}: expected a list of at least one value, as sweep.axes.{axis}=[...]"
@@ -42,12 +42,16 @@ class SweepConfig:
 
     @property
     def axis_names(self) -> list[str]:
-        return list(dict.fromkeys([*_flatten(self.axes), *(axis for point in self.points for axis in _flatten(point))]))
+        return list(
+            dict.fromkeys(
+                [*flat_settings(self.axes), *(axis for point in self.points for axis in flat_settings(point))]
+            )
+        )
 
     def cells(self) -> list[Cell]:
         """Every cell once; UserError if none is left."""
         grid = self._grid()
-        excluded = [_flatten(rule) for rule in self.exclude]
+        excluded = [flat_settings(rule) for rule in self.exclude]
         cells: dict[str, Cell] = {}  # by their text, which has the same number only once
         for cell in grid:
             if not any(rule.items() <= cell.items() for rule in excluded):
@@ -59,21 +63,19 @@ class SweepConfig:
     def idle_rules(self) -> list[Cell]:
         """The rules of `exclude` that drop no cell: misspelt, or of values that the axes do not take."""
         grid = self._grid()
-        rules = [_flatten(rule) for rule in self.exclude]
+        rules = [flat_settings(rule) for rule in self.exclude]
         return [rule for rule in rules if not any(rule.items() <= cell.items() for cell in grid)]
 
     def _grid(self) -> list[Cell]:
         """The product of the axes, and the points."""
-        axes = _flatten(self.axes)
+        axes = flat_settings(self.axes)
         product = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
-        return [*product, *(_flatten(point) for point in self.points)]
+        return [*product, *(flat_settings(point) for point in self.points)]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as dotted key → value."""
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+    for name, value in settings.items():
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

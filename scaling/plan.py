@@ -21,6 +21,7 @@ from scaling.budget import select_hours
 from scaling.cli import to_object
 from scaling.config import RunConfig
 from scaling.errors import UserError
+from scaling.grid import flat_settings
 from scaling.provenance import provenance
 from scaling.records import Record, RecordError, RunDirectory, StudyDirectory, to_json, write_whole
 from scaling.shards import Clip, ShardIndex
@@ -56,14 +57,6 @@ def _later_settings(kind: type) -> dict[str, Any]:
         for field in fields(kind)
         if "since" in field.metadata
     }
-
-
-def flat_settings(settings: Record, prefix: str = "") -> Record:
-    """A tree of settings as dotted key → value."""
-    flat: Record = {}
-    for name, value in settings.items():
-        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 @dataclass(frozen=True)
