@@ -111,10 +111,10 @@ def test_two_processes_train_as_one_does_up_to_rounding_and_zero_as_they_do(tiny
         assert losses[f"{name} bf16"][0] != pytest.approx(losses["two"][0], rel=1e-6)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
 def test_one_rank_that_is_asked_to_stop_in_a_validation_stops_all_and_the_next_ranks_do_it(
-    tiny_run: list[str], tmp_path: Path, asked: int
+    tiny_run: list[str], tmp_path: Path
 ):
+    asked = 1  # the one that writes no checkpoint
     words = [*tiny_run, STEPS, "execution.num_validations=2", "execution.samples_every=null"]
     whole = run_ranks([*words, f"study={tmp_path / 'whole'}"], tmp_path, 2)
     study = tmp_path / "broken-off"
