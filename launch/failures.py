@@ -94,10 +94,12 @@ def classify_attempt(
             return Failure(said, _line_with(text, said), _last_lines(text))
     if was_stopped or status == PREEMPTED:
         return Failure(_first_said(batch_log) or "preempted", "the processes were told to stop, and saved")
+    reports = list(_reports(log))
     # What rank 0 alone can say (a lock that is held, a checkpoint that cannot be read) ends the others without a word.
-    reports = list(_reports(log)) or [said for said in _reports(rank_log(0)) if not _is_broken(said["reason"])]
-    if reports and not _is_broken(reports[-1]["reason"]):
-        return Failure(reports[-1]["failure"], f"{where}: {reports[-1]['reason']}", _last_lines(log))
+    for teller, text in ((where, log), ("rank 0", rank_log(0))):
+        for report in [*_reports(text)][-1:]:
+            if not _is_broken(report["reason"]):
+                return Failure(report["failure"], f"{teller}: {report['reason']}", _last_lines(text))
     if failed:
         return Failure("node failure", str(failed[0].get("reason")), _last_lines(batch_log + log))
     if status in KILLED:

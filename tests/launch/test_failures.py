@@ -39,6 +39,13 @@ def test_what_a_rank_reports_is_read_whatever_else_its_log_has_on_the_line(log: 
     assert (failure.kind, failure.reason) == (kind, reason)
 
 
+def test_what_rank_0_alone_met_is_told_as_its_own_though_another_rank_ended_first():
+    logs = {0: "rank 0 waits\n" + REPORT, 1: "the store is gone\n"}
+    failure = classify_attempt(1, [], "srun: error: n2: task 1: Exited with exit code 1\n", logs.__getitem__)
+    assert (failure.kind, failure.reason) == ("bad config", "rank 0: data.hours = 9: too many")
+    assert failure.last_lines == logs[0].strip()
+
+
 def test_a_rank_writes_its_report_and_the_end_of_the_line_at_once(tmp_path: Path):
     submission = Submission.create(StudyDirectory(tmp_path), [{}], settings_of(ClusterConfig("slurm")))
     names = ("SLURM_NTASKS", "SLURM_NNODES", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_ARRAY_TASK_ID")
