@@ -26,10 +26,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from scaling.errors import NO_ANSWER, UserError
+from scaling.errors import UnreachableError, UserError, refused_write
 from scaling.processes import ALONE, Processes
 from scaling.records import sync
-from scaling.remote import UnreachableError
 from scaling.shards import READ_PAUSES
 
 log = logging.getLogger(__name__)
@@ -192,11 +191,10 @@ def save_checkpoint(
                 shutil.rmtree(temporary.path, ignore_errors=True)
             alone = processes.world_size == 1
             what = "; ".join(error.what if alone else f"rank {rank}: {error.what}" for rank, error in failed.items())
-            has_no_answer = any(error.errno in NO_ANSWER for error in failed.values())
-            remedy = "look to the file system" if has_no_answer else "make the disk writable and free some space"
-            raise (UnreachableError if has_no_answer else UserError)(
-                f"checkpoint {final.path} could not be written ({what}; {_free_space(folder)}): "
-                f"{remedy}, and run the same command again; the checkpoint before it is whole"
+            raise refused_write(
+                f"checkpoint {final.path} could not be written ({what}; {_free_space(folder)})",
+                [error.errno for error in failed.values()],
+                "the checkpoint before it is whole",
             )
     if processes.is_first:
         _let_go(folder, step)

@@ -7,6 +7,7 @@ Anything else that is raised is a defect of the project and keeps its traceback.
 """
 
 import errno
+from collections.abc import Iterable
 
 # Of a file system that does not answer now: its node's or its network's failure, where the same attempt may succeed
 # later or elsewhere, not the settings'.
@@ -21,5 +22,19 @@ class BadDataError(UserError):
     """Shards, or a share of their clips, that are not what their index promises."""
 
 
+class UnreachableError(UserError):
+    """A file system or another source that did not answer, or not in full, however often it was asked."""
+
+
 class MeetingError(UserError):
     """The processes of a run did not all meet: not found to be the settings' fault, so a scheduler may try again."""
+
+
+def refused_write(what: str, errnos: Iterable[int | None], left: str) -> UserError:
+    """The error of what could not be written, by what the system said of it: UnreachableError where it did not answer.
+
+    left: what is whole nevertheless
+    """
+    if any(number in NO_ANSWER for number in errnos):
+        return UnreachableError(f"{what}: look to the file system, and run the same command again; {left}")
+    return UserError(f"{what}: make the disk writable and free some space, and run the same command again; {left}")

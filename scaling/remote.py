@@ -43,7 +43,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scaling.errors import UserError
+from scaling.errors import UnreachableError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,6 @@ OWN_NAME = re.compile(r"\.?[0-9a-f]{64}\.")  # the cache's own files, beside wha
 NUM_FETCHERS = 2  # threads a process that fetch ahead
 
 T = TypeVar("T")
-
-
-class UnreachableError(UserError):
-    """A source that did not answer, or not in full, however often it was asked."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from scaling.checkpoint import is_failed_write, take_up
 from scaling.config import RunConfig
 from scaling.cores import num_cores
 from scaling.device import set_arithmetic
-from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UserError
+from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UnreachableError, UserError, refused_write
 from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.liveness import LostRankError
 from scaling.locks import HeldLockError, held_lock
@@ -35,7 +35,6 @@ from scaling.plan import RunPlan
 from scaling.processes import Processes, join
 from scaling.provenance import hardware
 from scaling.records import RecordError, RunDirectory
-from scaling.remote import UnreachableError
 from scaling.shards import ShardIndex
 from scaling.statuses import LOST, PREEMPTED
 from scaling.stopping import StopFlag, StoppedError
@@ -249,11 +248,10 @@ def classify(error: Exception) -> tuple[str, str]:
 
 def _of_the_disk(error: Exception, directory: RunDirectory) -> UserError:
     what, why = getattr(error, "filename", None), getattr(error, "strerror", None)
-    has_no_answer = getattr(error, "errno", None) in NO_ANSWER
-    remedy = "look to the file system" if has_no_answer else "make the disk writable and free some space"
-    return (UnreachableError if has_no_answer else UserError)(
-        f"run {directory.path}: {what or 'a file'} could not be written ({why or error}): {remedy}, "
-        "and run the same command again; it goes on from its newest checkpoint"
+    return refused_write(
+        f"run {directory.path}: {what or 'a file'} could not be written ({why or error})",
+        [getattr(error, "errno", None)],
+        "it goes on from its newest checkpoint",
     )
 
 

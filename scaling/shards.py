@@ -53,8 +53,8 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from scaling.errors import BadDataError, UserError
-from scaling.remote import RemoteRoot, Root, UnreachableError
+from scaling.errors import BadDataError, UnreachableError, UserError
+from scaling.remote import RemoteRoot, Root
 
 FORMAT_VERSION = 2
 SAMPLE_RATE = 16_000  # Hz

@@ -22,8 +22,8 @@ import s3fs
 
 import scaling.remote
 from scaling.config import DataConfig
-from scaling.errors import UserError
-from scaling.remote import RemoteRoot, UnreachableError
+from scaling.errors import UnreachableError, UserError
+from scaling.remote import RemoteRoot
 from scaling.shards import DamagedClipError, ShardIndex, ShardReader
 from scaling.stream import CropDataset, MicroBatchSampler, training_loader
 from scaling.verify import Finding, check_shard

@@ -18,8 +18,7 @@ import pytest
 import torch
 
 from scaling.checkpoint import list_checkpoints, load_newest, newest_whole, save_checkpoint, take_up
-from scaling.errors import UserError
-from scaling.remote import UnreachableError
+from scaling.errors import UnreachableError, UserError
 from scaling.run import classify
 
 
