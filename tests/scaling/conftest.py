@@ -1,9 +1,12 @@
-"""A VoiceBank+DEMAND folder to prepare, and where to."""
+"""A VoiceBank+DEMAND folder to prepare, and where to; and a run that was left alone."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from scaling.records import RunDirectory
 from tests.scaling.vbd_folder import make_corpus
 
 
@@ -15,3 +18,17 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     return tmp_path / "prepared" / "shards"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    tiny_data: list[str], tiny_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> RunDirectory:
+    """A tiny run of 24 steps that nothing has cut off."""
+    # Here, because shapes are checked in what is imported after the tests' options are read.
+    from tests.scaling.runs import only_run
+
+    study = tmp_path_factory.mktemp("uninterrupted")
+    words = [*tiny_data, *tiny_settings, f"study={study}"]
+    subprocess.run([sys.executable, "-m", "scaling.train", *words], check=True, capture_output=True)
+    return only_run(study)

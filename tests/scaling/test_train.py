@@ -1,17 +1,11 @@
-"""A run that is killed is the same run; a run that diverges says so; hardware settings change no result."""
+"""A run leaves its records and its model; a run that diverges says so; hardware settings change no result."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,46 +19,17 @@ from scaling.budget import select_hours
 from scaling.checkpoint import list_checkpoints, load_newest
 from scaling.cli import load_config
 from scaling.config import OptimiserConfig, RunConfig
-from scaling.errors import UserError
 from scaling.evaluate import load_model
 from scaling.metrics import si_sdr
 from scaling.optimiser import learning_rate
 from scaling.plan import plan_run
 from scaling.processes import ALONE
-from scaling.records import RunDirectory, read_records
+from scaling.records import RunDirectory
 from scaling.shards import ShardIndex, ShardReader
 from scaling.stopping import StopFlag
 from scaling.stream import CropDataset
 from scaling.trainer import validation_steps
-
-
-def only_run(study: Path) -> RunDirectory:
-    (path,) = (study / "runs").iterdir()
-    return RunDirectory(path)
-
-
-def result_of(directory: RunDirectory) -> tuple[list, str]:
-    """Losses and gradient norms of every step, and the hash of the final weights, to the last bit."""
-    losses = [(r["kind"], r["step"], r["loss"], r.get("gradient_norm")) for r in directory.read_metrics()]
-    _, state = load_newest(directory.checkpoints)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state["model"].items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return losses, digest.hexdigest()
-
-
-def num_rows(folder: Path) -> int:
-    return sum(len(path.read_text().splitlines()) for path in folder.glob("study/runs/*/metrics.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(
-    tiny_data: list[str], tiny_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
-) -> RunDirectory:
-    study = tmp_path_factory.mktemp("uninterrupted")
-    words = [*tiny_data, *tiny_settings, f"study={study}"]
-    subprocess.run([sys.executable, "-m", "scaling.train", *words], check=True, capture_output=True)
-    return only_run(study)
+from tests.scaling.runs import only_run
 
 
 def test_a_finished_run_leaves_its_model_in_one_file(uninterrupted: RunDirectory):
@@ -154,35 +119,6 @@ def test_validation_and_scores_are_of_the_trained_model_on_their_own_splits(
     assert [row["si_sdr"] for row in uninterrupted.read_scores()] == pytest.approx(si_sdrs, abs=1e-3)
 
 
-def test_kills_at_random_moments_change_no_loss_and_no_weight(
-    uninterrupted: RunDirectory, tiny_run: list[str], tmp_path: Path
-):
-    """kill -9, five times at random steps and moments, then to the end: the same run, bit for bit."""
-    rng = random.Random(0)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    kills = 0
-    for attempt in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "scaling.train", *tiny_run], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        if attempt < 5:
-            wanted = num_rows(tmp_path) + rng.randint(1, 4)
-            while process.poll() is None and num_rows(tmp_path) < wanted:
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.05))
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert kills >= 3
-    killed = only_run(tmp_path / "study")
-    assert result_of(killed) == result_of(uninterrupted)
-    for ours, theirs in zip(killed.read_scores(), uninterrupted.read_scores(), strict=True):
-        # the metrics' own sums in double precision may differ in their last bits
-        assert ours["si_sdr"] == pytest.approx(theirs["si_sdr"], abs=1e-9)
-
-
 def test_what_the_noisy_input_scores_is_taken_once(
     tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -198,66 +134,6 @@ def test_what_the_noisy_input_scores_is_taken_once(
     assert first[0]["unprocessed_si_sdr"] != first[0]["si_sdr"]
 
 
-def break_off(words: list[str], study: Path, step: int) -> dict | None:
-    """Send SIGTERM as the validation after `step` begins; what the checkpoint then holds, None if it ended before."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scaling.train", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    row = f'"kind": "train", "step": {step},'
-    while process.poll() is None and not any(row in path.read_text() for path in study.glob("runs/*/metrics.jsonl")):
-        time.sleep(0.001)
-    process.terminate()
-    assert process.wait(60) == 75, process.communicate()[1]
-    run = only_run(study)
-    checkpoint, state = load_newest(run.checkpoints)
-    if not state["validation_is_due"]:
-        return None
-    assert checkpoint.step == step, "the run went on after it had been asked to stop"
-    assert ("validation", step) not in [(row["kind"], row["step"]) for row in run.read_metrics()]
-    return state
-
-
-@pytest.mark.parametrize("stopping", [[], ["train.early_stopping.interval=4", "train.early_stopping.patience=2"]])
-def test_a_run_stopped_in_a_validation_saves_there_and_goes_on_as_the_one_left_alone(
-    tiny_run: list[str], tmp_path: Path, command, stopping: list[str]
-):
-    """Two validations, of which the last is broken off too."""
-    words = [
-        *tiny_run,
-        *stopping,
-        "train.budget.steps=8",
-        "execution.num_validations=2",
-        "execution.samples_every=null",
-    ]
-    words.append("execution.metrics=[si_sdr]")
-    assert command("scaling.train", *words).returncode == 0
-    alone = only_run(tmp_path / "study")
-    study = tmp_path / "broken-off"
-    words.append(f"study={study}")
-    states = [break_off(words, study, step) for step in (4, 8)]
-    assert any(states), "the validations were over before the signals came"
-    run = only_run(study)
-    if states[-1] is not None:
-        with pytest.raises(UserError, match="has checkpoints of 8 of its 8 steps: finish its training"):
-            load_model(run)
-    assert command("scaling.train", *words).returncode == 0
-    assert result_of(run) == result_of(alone)
-    assert run.state()[0] == "finished"
-    keys = [(row["kind"], row["step"]) for row in read_records(run.metrics)]
-    assert len(keys) == len(set(keys)), "a step or a validation was done twice"
-    for ours, theirs in zip(run.read_metrics(), alone.read_metrics(), strict=True):
-        assert [ours.get(name) for name in ("terms", "unprocessed_loss")] == [
-            theirs.get(name) for name in ("terms", "unprocessed_loss")
-        ]
-    load_model(run)
-    board = EventAccumulator(str(run.tensorboard)).Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9)), "a resumption lost a point"
-    assert [event.step for event in board.Scalars("validation/loss")] == [4, 8]
-
-
 def test_micro_batch_and_workers_change_no_result_beyond_rounding(
     uninterrupted: RunDirectory, tiny_run: list[str], tmp_path: Path, command
 ):
@@ -269,16 +145,6 @@ def test_micro_batch_and_workers_change_no_result_beyond_rounding(
         assert ours["step"] == theirs["step"]
         # AdamW makes rounding grow with the steps
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4 if ours["step"] <= 5 else 5e-3)
-
-
-def test_the_same_command_again_trains_nothing_and_says_so(tiny_run: list[str], tmp_path: Path, command):
-    assert command("scaling.train", *tiny_run).returncode == 0
-    directory = only_run(tmp_path / "study")
-    before = directory.metrics.read_bytes()
-    again = command("scaling.train", *tiny_run)
-    assert again.returncode == 0
-    assert "is finished already" in again.stderr
-    assert directory.metrics.read_bytes() == before
 
 
 @pytest.mark.parametrize("steps", [1, 24])  # in the last step only the validation can tell
@@ -306,23 +172,6 @@ def test_the_quick_check_trains_ten_steps_validates_scores_and_ends(tiny_run: li
         assert directory.read_scores()
         assert next(event["event"] for event in directory.read_events()) == "started"
         assert "10 of 10" in done.stderr  # plain lines where there is no terminal
-
-
-def test_a_run_goes_on_where_its_shards_have_been_moved_to(tiny_run: list[str], tmp_path: Path, command):
-    words = [*tiny_run, "train.budget.steps=10"]
-    (shards,) = (word.partition("=")[2] for word in words if word.startswith("data.shards="))
-    shutil.copytree(shards, tmp_path / "first")
-    first = command("scaling.train", *words, f"data.shards={tmp_path / 'first'}", "execution.checkpoint_every=2")
-    assert first.returncode == 0, first.stderr
-    run = only_run(tmp_path / "study")
-    (tmp_path / "first").rename(tmp_path / "second")
-    for path in (run.events, run.model):  # as a run that was cut off
-        path.unlink()
-    lost = command("scaling.train", f"run={run.path}")
-    assert (lost.returncode, "or name where they are (data.shards=DIR" in lost.stderr) == (2, True)
-    found = command("scaling.train", f"run={run.path}", f"data.shards={tmp_path / 'second'}")
-    assert found.returncode == 0, found.stderr
-    assert run.state()[0] == "finished"
 
 
 @pytest.mark.parametrize("more", [[], ["train.test=true"], ["force=true"]])
@@ -354,44 +203,6 @@ def test_other_precisions_compilation_and_clipping_train(
     assert all(math.isfinite(row["loss"]) for row in directory.read_metrics())
     assert directory.state()[0] == "finished"
     assert directory.read_events()[0]["hardware"]["lstm"] == lstm  # bsrnn/lstm.py: "compiled" is a C compiler's
-
-
-def test_a_run_without_a_whole_checkpoint_begins_anew_only_where_that_is_forced(
-    uninterrupted: RunDirectory, tiny_run: list[str], tmp_path: Path, command
-):
-    run = RunDirectory(tmp_path / "run")
-    shutil.copytree(uninterrupted.path, run.path)
-    run.events.unlink()  # as a run that was cut off
-    for checkpoint in list_checkpoints(run.checkpoints):
-        checkpoint.state.write_bytes(b"damaged")
-    refused = command("scaling.train", f"run={run.path}")
-    assert refused.returncode == 2
-    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert line.endswith(f"or begin the run anew with python -m scaling.train run={run.path} force=true")
-    assert run.state()[1]["reason"] in line
-    assert len(list_checkpoints(run.checkpoints)) == 2
-    forced = command("scaling.train", f"run={run.path}", "force=true")
-    assert forced.returncode == 0, forced.stderr
-    assert result_of(run) == result_of(uninterrupted)
-    assert [path.name for path in sorted(run.checkpoints.glob(".damaged-*"))] == [
-        ".damaged-00000020",
-        ".damaged-00000024",
-    ]
-
-
-def test_a_second_process_on_the_same_run_is_refused_by_name(tiny_run: list[str], tmp_path: Path, command):
-    process = subprocess.Popen([sys.executable, "-m", "scaling.train", *tiny_run, "train.budget.steps=400"], stderr=-3)
-    try:
-        while not list(tmp_path.glob("study/runs/*/metrics.jsonl")):
-            assert process.poll() is None
-            time.sleep(0.05)
-        second = command("scaling.train", *tiny_run, "train.budget.steps=400")
-        assert second.returncode == 2
-        assert f"is being trained by process {process.pid}: wait for it, or stop it first" in second.stderr
-        assert second.stderr.count("\n") <= 3
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_an_incomplete_environment_is_refused_before_anything_is_written(tiny_run: list[str], tmp_path: Path):
@@ -452,9 +263,3 @@ def test_validations_are_evenly_spaced_and_the_last_is_at_the_end():
     assert validation_steps(300, 4) == {75, 150, 225, 300}
     assert validation_steps(3, 5) == {1, 2, 3}
     assert validation_steps(1, 1) == {1}
-
-
-def test_checkpoints_hold_the_last_step(uninterrupted: RunDirectory):
-    assert [checkpoint.step for checkpoint in list_checkpoints(uninterrupted.checkpoints)] == [20, 24]
-    manifest = json.loads(list_checkpoints(uninterrupted.checkpoints)[-1].manifest.read_text())
-    assert manifest["step"] == 24
