@@ -1,13 +1,14 @@
-"""Lock files: one process at a time trains a run, one sweep at a time works on a study.
+"""Lock files: one process at a time trains a run, sweeps a study, or makes a corpus, its shards or a copy of one.
 
-The kernel lets go of a lock when the last process that holds it ends, however it ends. The file
-names the process, for messages.
+The kernel lets go of a lock when the last process that holds it ends, however it ends. The file stays, since removing
+it would race; that of a run or a study names the process, for messages.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import psutil
 
 from scaling.errors import UserError
 from scaling.records import RunDirectory
+
+log = logging.getLogger(__name__)
 
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.05
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that keeps none
@@ -34,36 +37,80 @@ def held_lock(lock: Path, taken: str) -> Iterator[int]:
     UserError where the file system keeps no locks. Yields the descriptor that holds it: a child process that inherits
     it holds the lock too.
     """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
-    try:
+    with _opened(lock) as descriptor:
         try:
-            _take(descriptor, lock, LOOKS)  # who only looks (`is_held`) has the lock for a moment too
+            _take(descriptor, lock)  # who only looks (`is_held`) has the lock for a moment too
         except BlockingIOError:
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
             raise HeldLockError(f"{taken} by process {holder}: wait for it, or stop it first") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield descriptor
+
+
+@contextmanager
+def held_when_free(lock: Path, waiting: str = "") -> Iterator[None]:
+    """Hold a lock file, waiting for as long as another process holds it, which is logged as `waiting`.
+
+    UserError where the file system keeps no locks.
+    """
+    with _opened(lock) as descriptor:
+        try:
+            _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                log.info("%s", waiting)
+            _flock(descriptor, lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def held_if_free(lock: Path) -> Iterator[bool]:
+    """Hold a lock file unless another process does: yields whether it is held here.
+
+    UserError where the file system keeps no locks.
+    """
+    with _opened(lock) as descriptor:
+        try:
+            _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextmanager
+def _opened(lock: Path) -> Iterator[int]:
+    """The descriptor of a lock file, made if it is not there."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _take(descriptor: int, lock: Path, looks: int = 1) -> None:
-    """Take a lock; BlockingIOError if another process holds it at every one of so many looks."""
-    for looks_left in reversed(range(looks)):
+def _take(descriptor: int, lock: Path) -> None:
+    """Take a lock; BlockingIOError if another process holds it at every look."""
+    for looks_left in reversed(range(LOOKS)):
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not looks_left:
                 raise
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            raise UserError(
-                f"{lock}: its file system keeps no file locks ({error.strerror}), without which two processes may "
-                "write one run: mount it with them (Lustre: -o flock; NFS: lockd), or take another study=DIR"
-            ) from None
+
+
+def _flock(descriptor: int, lock: Path, how: int) -> None:
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{lock}: its file system keeps no file locks ({error.strerror}), without which two processes may "
+            "write the same files: mount it with them (Lustre: -o flock; NFS: lockd), or take another folder"
+        ) from None
 
 
 def is_locked(directory: RunDirectory) -> bool:
@@ -78,7 +125,7 @@ def is_held(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        _take(descriptor, lock)
+        _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

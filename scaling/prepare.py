@@ -18,7 +18,6 @@ The bytes that are written depend on the source alone, not on the machine or the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,7 +25,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from scaling.corpus.demo import make_demo_corpus
 from scaling.corpus.vbd import SPLITS, Utterance, find_utterances, warn_of_unknown_downloads
 from scaling.corpus.wav import WavHeader, close_zips
 from scaling.errors import UserError
+from scaling.locks import held_when_free
 from scaling.progress import ProgressDisplay
 from scaling.records import sync
 from scaling.remote import RemoteRoot
@@ -78,7 +78,8 @@ def prepare_shards(
             if corpus != "demo":  # that is synthesised, always alike
                 _warn_of_newer_sources(utterances, shard_root)
             return index
-        with _lock(shard_root):
+        lock = shard_root.parent / f".{shard_root.name}.lock"
+        with held_when_free(lock, f"{shard_root} is being made by another process: waiting for it"):
             if (index := _finished(shard_root, corpus, source, source_root)) is not None:
                 return index
             _remove_stale(shard_root)
@@ -215,19 +216,6 @@ def _warn_of_newer_sources(utterances: Sequence[Utterance], shard_root: Path) ->
             shard_root,
             newer[0],
         )
-
-
-@contextlib.contextmanager
-def _lock(shard_root: Path) -> Iterator[None]:
-    """Be the only process that makes these shards; the lock file stays, since removing it would race."""
-    shard_root.parent.mkdir(parents=True, exist_ok=True)
-    with (shard_root.parent / f".{shard_root.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s is being made by another process: waiting for it", shard_root)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _temporary_folder(shard_root: Path) -> Path:

@@ -29,7 +29,6 @@ Credentials and addresses come from the environment, as fsspec and its file syst
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -37,13 +36,14 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from scaling.errors import UnreachableError, UserError
+from scaling.locks import held_if_free, held_when_free
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class RemoteRoot:
         num_bytes, sha256 = self.promised[shard]
         if (found := self._find(sha256)) is not None:
             return found
-        with _locked(self.cache / f"{sha256}.lock"):
+        with held_when_free(self.cache / f"{sha256}.lock"):
             if (found := self._find(sha256)) is not None:  # another process was first
                 return found
             return self._fetch(shard, num_bytes, sha256)
@@ -117,7 +117,7 @@ class RemoteRoot:
         """Fetch a shard unless it is here, another process is at it or others' fetches fill the cache."""
         num_bytes, sha256 = self.promised[shard]
         if self._find(sha256) is None:
-            with _locked(self.cache / f"{sha256}.lock", wait=False) as got_it:
+            with held_if_free(self.cache / f"{sha256}.lock") as got_it:
                 if got_it and self._find(sha256) is None:
                     self._fetch(shard, num_bytes, sha256, waits=False)
 
@@ -191,13 +191,13 @@ class RemoteRoot:
         Where they do not fit beside what others are fetching: the names of those files, each with the time when it was
         last written to.
         """
-        with _locked(self.cache / "lock"):
+        with held_when_free(self.cache / "lock"):
             held = []
             for path in self.cache.iterdir():
                 if not OWN_NAME.match(path.name):  # somebody's own file
                     continue
                 if path.suffix == ".tmp":
-                    with _locked(self.cache / f"{path.name.split('.')[1]}.lock", wait=False) as of_no_process:
+                    with held_if_free(self.cache / f"{path.name.split('.')[1]}.lock") as of_no_process:
                         if of_no_process:
                             path.unlink(missing_ok=True)
                 if path.suffix in (".tar", ".damaged", ".tmp"):
@@ -293,19 +293,6 @@ def _persist(url: str, call: Callable[..., T], *values: Any) -> T:
             log.warning("%s: %s: %s; trying again in %g s", url, type(error).__name__, error, pause)
             time.sleep(pause)
     raise AssertionError
-
-
-@contextmanager
-def _locked(lock: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file, which stays, since removing it would race; False if it is held and `wait` is not."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 # --- fetching ahead ------------------------------------------------------------------------

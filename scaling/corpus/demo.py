@@ -23,10 +23,8 @@ What it is not: real. No study's claim can rest on it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -44,6 +42,7 @@ from scaling.corpus.espeak import Voice
 from scaling.corpus.noises import NOISES, coloured, in_room
 from scaling.corpus.sentences import draw_text
 from scaling.errors import UserError
+from scaling.locks import held_when_free
 from scaling.pool import spawned_pool
 from scaling.records import write_whole
 
@@ -293,7 +292,7 @@ def make_demo_corpus(
         if not _is_finished(root, description):
             espeak.library_and_data()
             root.mkdir(parents=True, exist_ok=True)
-            with _only_one(root / LOCK):
+            with held_when_free(root / LOCK):
                 if not _is_finished(root, description):  # another process may have finished it meanwhile
                     _generate(root, config, description, num_workers, progress)
     except OSError as error:
@@ -380,11 +379,3 @@ def _written(root: Path, utterances: list[PlannedUtterance], seed: int, num_work
                 yield
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Hold a lock file's lock, waiting for whoever has it; a process that dies lets go of it."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

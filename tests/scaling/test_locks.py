@@ -7,13 +7,14 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from scaling.errors import UserError
-from scaling.locks import HeldLockError, held_lock, is_held
+from scaling.locks import HeldLockError, held_if_free, held_lock, held_when_free, is_held
 from scaling.run import classify
 
 HOLDER = "import sys; from pathlib import Path; from scaling.locks import held_lock\n"
@@ -46,6 +47,22 @@ def test_a_lock_that_lingers_is_no_fault_of_the_settings_and_is_free_when_its_ho
         pass
 
 
+def test_a_lock_that_is_waited_for_comes_when_its_holder_ends_and_one_that_is_not_is_left(
+    holder: subprocess.Popen[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    lock = tmp_path / "lock"
+    with held_if_free(lock) as is_ours:
+        assert not is_ours
+    ender = threading.Timer(0.5, holder.kill)
+    ender.start()
+    with caplog.at_level("INFO"), held_when_free(lock, "waiting for its holder"):
+        assert holder.wait() != 0, "the lock came while another process held it"
+        assert caplog.messages == ["waiting for its holder"]
+    with held_if_free(lock) as is_ours:
+        assert is_ours
+        assert is_held(lock)
+
+
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_a_file_system_without_locks_is_named_with_what_to_do(
     error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -55,6 +72,7 @@ def test_a_file_system_without_locks_is_named_with_what_to_do(
 
     (tmp_path / "lock").touch()
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    for look in (lambda lock: held_lock(lock, "").__enter__(), is_held):
-        with pytest.raises(UserError, match=r"lock: its file system keeps no file locks .* or take another study=DIR"):
+    takers = (lambda lock: held_lock(lock, ""), held_when_free, held_if_free)
+    for look in (*(lambda lock, take=take: take(lock).__enter__() for take in takers), is_held):
+        with pytest.raises(UserError, match=r"lock: its file system keeps no file locks .* or take another folder"):
             look(tmp_path / "lock")
