@@ -66,7 +66,6 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     costs = Costs(config.cluster)
     composer = CellComposer(words, config.study)
     cells = config.sweep.cells()
-    compared = _compared_execution(config.sweep, cells)
     for cell in cells:
         run = composer.run(cell)
         index = _open_once(run.data, indices)
@@ -74,7 +73,7 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
         if data not in budgets:
             budgets[data] = DataBudget.of(run, index)
         plan = plan_run(run, index, cell, budgets[data])
-        label = "".join(f"-{axis.rpartition('.')[2]}{cell[axis]}" for axis in compared if axis in cell)
+        label = _execution_label(cell) if config.sweep.compares_execution else ""
         plan = replace(plan, estimated_hours=costs.training_hours(plan), label=label)
         same = plan.science_digest + label
         if same in plans:
@@ -93,11 +92,10 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
     return sorted(plans.values(), key=lambda plan: -(plan.estimated_hours or plan.train_macs))
 
 
-def _compared_execution(sweep: SweepConfig, cells: Sequence[Cell]) -> list[str]:
-    """The axes that do not decide a result and differ between cells, where execution is what is studied."""
-    axes = [axis for axis in sweep.axis_names if axis.startswith(("cluster.", "execution."))]
-    differing = [axis for axis in axes if len({repr(cell.get(axis)) for cell in cells}) > 1]
-    return differing if sweep.compares_execution else []
+def _execution_label(cell: Cell) -> str:
+    """What a run's name says of how it is executed: by its cell alone, so that more values of an axis rename no run."""
+    axes = [axis for axis in cell if axis.startswith(("cluster.", "execution."))]
+    return "".join(f"-{axis.rpartition('.')[2]}{cell[axis]}" for axis in axes)
 
 
 def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:

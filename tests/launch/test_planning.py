@@ -100,6 +100,16 @@ def test_unlike_cells_whose_short_hashes_are_alike_are_not_taken_for_one_run(
         other.check_folder()
 
 
+def test_more_values_of_an_axis_of_execution_rename_no_run(planned):
+    def names(nodes: str) -> set[str]:
+        words = (f"sweep.axes={{model: [xxt], cluster.nodes: {nodes}}}", "sweep.compares_execution=true")
+        return {plan.run_id for plan in planned("cluster=slurm", *words)[1]}
+
+    (alone,) = names("[1]")
+    assert alone.startswith("xxt-seed0-nodes1-")
+    assert alone in names("[1,2]")
+
+
 # --- costs ---------------------------------------------------------------------------------
 
 MEASURED = ("cluster=slurm", "sweep.axes={model: [ses_medium], seed: [0]}", "train=fastenhancer")
