@@ -20,10 +20,11 @@ import pandas as pd
 
 from analysis.budgets import at_one_budget, at_one_level, levels_of
 from analysis.cells import cell_numbers
+from analysis.families import with_families
 from analysis.fit import HUBER_DELTA, UNIDENTIFIABLE, Data, Fit, fit
 from analysis.gather import Study
 from analysis.laws import Law, joint_loss_law, loss_law, metric_law, metric_loss_law, metric_sigmoid
-from analysis.other_axes import OtherAxes, one_setting, with_families
+from analysis.other_axes import OtherAxes, one_setting
 from analysis.quantities import VALIDATION_LOSS, Quantity, human_count, human_hours, human_macs, loss_of, round_hours
 from analysis.settings import DATA, SIZES, Settings
 

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis import style
+from analysis.families import tells_families
 from analysis.gather import Study
 from analysis.quantities import MISSING, Quantity, human_hours, round_hours
 from analysis.tables import ScalingTable
@@ -131,17 +132,23 @@ def _has_values(cells: pd.DataFrame, quantity: Quantity) -> bool:
 def _series(cells: pd.DataFrame, axes: Sequence[str], x: str) -> tuple[list[str], pd.Series]:
     """Which line each cell is on: (what tells lines apart, a text for each cell).
 
-    A line joins cells that differ in x; of size, hours, steps and axes, what x and the ones
+    A line joins cells of one family that differ in x; of size, hours, steps and axes, what x and the ones
     before do not determine splits lines.
     """
+    families = {"family": "Models"} if "family" in cells else {}
+    families |= {f"axes.{axis}": axis for axis in axes if tells_families(axis)}
     candidates = {"size": "Size"} if x == "hours" else {"hours": "Hours"}
     # An axis of the sweep says more than the steps that followed from it.
     candidates |= {f"axes.{axis}": axis for axis in axes if axis != "data.hours"}
     candidates |= {"steps": "Steps", "axes.data.hours": "data.hours"} if "data.hours" in axes else {"steps": "Steps"}
     known, names = [x], []
     texts = pd.Series("", index=cells.index)
-    for column, name in candidates.items():
-        if (cells.groupby(known, dropna=False)[column].nunique(dropna=False) > 1).any():
+    for column, name in (families | candidates).items():
+        if column in families:
+            splits = cells[column].nunique(dropna=False) > 1
+        else:
+            splits = bool((cells.groupby(known, dropna=False)[column].nunique(dropna=False) > 1).any())
+        if splits:
             known.append(column)
             names.append(name)
             texts = texts.str.cat(cells[column].map(_text), sep=", " if len(names) > 1 else "")

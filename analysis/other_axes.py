@@ -2,9 +2,8 @@
 
 Any setting can be an axis of a sweep. An axis whose values are not settled by the size, the hours of data and the
 budget (a learning rate that every size is trained with, say) makes several settings of the same cells, which are not
-seeds of each other: laws and tables are made of one of them, chosen by a rule. Whatever settles them, models that
-differ in more than width and depth are of different families, and runs that trained on the speakers of validation have
-another loss: these count as axes too.
+seeds of each other: laws and tables are made of one of them, chosen by a rule. What tells families apart
+(`analysis.families`) counts as an axis whatever settles it.
 """
 
 from __future__ import annotations
@@ -16,15 +15,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.gather import Study
-from analysis.quantities import MISSING
+from analysis.families import CORPUS, TRAINED_ON, tells_families
 from analysis.tables import axis_value
 
 DATA_AXIS, BUDGET_AXES = "data.hours", "train.budget."
-WIDTH_AND_DEPTH = ("model.num_channels", "model.num_layers")
-TRAINED_ON = "data.train_on_validation"
 # Between runs that differ in one of these a lower loss is not a better model.
-OF_THE_LOSS = ("train.losses.", "model.front_end", "data.index_hash", TRAINED_ON)
+OF_THE_LOSS = ("train.losses.", "model.front_end", CORPUS, TRAINED_ON)
 
 
 @dataclass(frozen=True)
@@ -68,25 +64,6 @@ class OtherAxes:
         )
 
 
-def with_families(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """(runs with a column axes.SETTING for each setting that tells families apart, the axes with these)."""
-    science = [study.science[run_id] for run_id in runs["run_id"]]
-    found: dict[str, list[str]] = {}
-    for key in sorted({key for flat in science for key in flat if _tells_families(key) and key not in study.axes}):
-        values = [flat.get(key) for flat in science]
-        if len(set(values)) > 1:
-            # Settings that came with a later version are not in the science of runs that have their default.
-            at_default = [run_id for run_id, value in zip(runs["run_id"], values, strict=True) if value is None]
-            said = (study.settings[run_id].get(key) for run_id in at_default)
-            default = next((text for text in said if text is not None), MISSING)
-            found[key] = [default if value is None else value for value in values]
-    return runs.assign(**{f"axes.{key}": values for key, values in found.items()}), (*study.axes, *found)
-
-
-def _tells_families(setting: str) -> bool:
-    return setting == TRAINED_ON or (setting.startswith("model.") and setting not in WIDTH_AND_DEPTH)
-
-
 def one_setting(
     runs: pd.DataFrame, axes: Sequence[str], science: Mapping[str, Mapping[str, str]]
 ) -> tuple[NDArray[np.bool_], OtherAxes]:
@@ -126,7 +103,7 @@ def _telling(runs: pd.DataFrame, axes: Sequence[str]) -> list[str]:
 
     def tells(axis: str) -> bool:
         column = f"axes.{axis}"
-        if _tells_families(axis):
+        if tells_families(axis):
             return runs[column].nunique(dropna=False) > 1
         return axis not in settled and bool((groups[column].nunique(dropna=False) > 1).any())
 

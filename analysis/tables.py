@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.cells import cell_numbers, over_seeds
+from analysis.families import family_names, with_families
 from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import (
     MISSING,
@@ -47,12 +49,13 @@ class ScalingTable:
 
     cells: one row a cell, by size, hours and steps; size, num_params, num_params_folded,
         num_params_non_decoder, macs_per_second, hours (rounded to the budget), steps, axes.NAME,
+        family (its name; "" where none is told apart but by axes),
         rtf (the real-time factor of streaming on one CPU thread, NaN where it was not measured),
         rtf_step (what enhanced the frames), rtf_cpu, label, steps_taken (mean over finished seeds;
         below the planned steps where any stopped early), seeds_finished, seeds_planned, run_ids
         and unfinished_run_ids (separated by spaces), and for each quantity QUANTITY_mean, QUANTITY_std (NaN below
         two seeds) and QUANTITY_n (seeds with a value); for metrics the same of METRIC_gain.
-    unprocessed: the columns of the first row, the unprocessed input.
+    unprocessed: the columns of the first row, the unprocessed input; NaN where corpora differ in it.
     loss: what the validation loss is: of held-out speakers or not.
     axes: the axes that tell rows apart beyond size, hours and steps.
     unfinished: run_id, label, state, reason and log of every planned run without a result.
@@ -72,11 +75,15 @@ def scaling_table(study: Study) -> ScalingTable:
     axes = _telling_axes(runs, study.axes)
     factors = real_time_factors(study)
     runs[factors.columns] = factors
-    runs["cell"] = cell_numbers(runs, study.axes)
+    runs, axes_and_families = with_families(runs, study)
+    telling = [axis for axis in axes_and_families if axis not in study.axes]
+    runs["cell"] = cell_numbers(runs, axes_and_families)
     finished = runs[runs["state"] == "finished"]
     by_cell = runs.groupby("cell")
 
-    cells = by_cell[[*SIZE_COLUMNS, "hours", "steps", *(f"axes.{axis}" for axis in axes), *factors.columns]].first()
+    of_axes = [f"axes.{axis}" for axis in (*axes, *telling)]
+    cells = by_cell[[*SIZE_COLUMNS, "hours", "steps", *of_axes, *factors.columns]].first()
+    cells["family"] = family_names(cells, telling)
     cells["label"] = _labels(cells, axes)
     cells["seeds_finished"] = finished.groupby("cell").size().reindex(cells.index, fill_value=0)
     cells["seeds_planned"] = by_cell.size()
@@ -145,8 +152,10 @@ def _unprocessed(finished: pd.DataFrame, metrics: Sequence[Quantity]) -> pd.Seri
     row: dict[str, object] = {"size": "unprocessed", "run_ids": " ".join(finished["run_id"])}
     for key in (VALIDATION_LOSS.key, *(metric.key for metric in metrics)):
         values = finished[UNPROCESSED + key]
-        # The same input is scored in every run: the runs give one number, not a spread.
-        row |= {f"{key}_mean": values.mean(), f"{key}_n": int(values.count())}
+        # The same input is scored in every run on a corpus: the runs give one number, not a spread.
+        of_corpora = values.groupby(finished["index_hash"].astype(str)).mean()
+        mean = values.mean() if of_corpora.round(6).nunique() < 2 else np.nan
+        row |= {f"{key}_mean": mean, f"{key}_n": int(values.count())}
     return pd.Series(row)
 
 

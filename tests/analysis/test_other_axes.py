@@ -11,6 +11,7 @@ import pytest
 from analysis.advise import advise
 from analysis.claims import Claims, claims
 from analysis.comparable import comparable
+from analysis.figures import scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import isoflop
 from analysis.nodes import node_table
@@ -26,7 +27,7 @@ RATE = "train.optimiser.learning_rate"
 
 
 def write_grid(path: Path, cells: Sequence[Record], loss: Callable[[Record], float], seeds: int = 2) -> StudyDirectory:
-    """cells: size, hours_seen, hours of data and further axes of each; what its science and configuration add."""
+    """cells: size, hours_seen, hours of data and further axes of each; what its science, configuration and data add."""
     study, rng, plans = StudyDirectory(path), np.random.default_rng(0), []
     for number, cell in enumerate(cells):
         for seed in range(seeds):
@@ -35,6 +36,7 @@ def write_grid(path: Path, cells: Sequence[Record], loss: Callable[[Record], flo
             for group, settings in cell.get("science", {}).items():
                 plan["science"].setdefault(group, {}).update(settings)
             plan["config"] = cell.get("config")
+            plan["data"] |= cell.get("data", {})
             write_run(study, plan, loss(cell) * float(np.exp(rng.normal(0, 0.003))), rng)
             plans.append(plan)
     study.plan.write_text(lines(plans))
@@ -167,6 +169,30 @@ def test_models_of_two_families_are_no_sizes_of_one_law(
     tables = tables_of(study, found)
     assert f"Of {found.other_axes.setting}; 3 cells of other settings are left out." in tables["size_table"].caption
     assert sorted(tables["efficiency_table"].text["model.norm"]) == ["batch"] * 3 + ["group"] * 3
+    figure = scaling_figure(scaling_table(study))
+    assert max(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == 3, "a line joins two families"
+    names = [text.get_text() for ax in figure.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+    assert {"c8, xt, t", "c24, c48, s"} <= set(names)
+
+
+@pytest.mark.parametrize("hours", [9.0, 18.0])
+def test_runs_on_other_shards_are_in_no_law_with_these(tmp_path: Path, hours: float):
+    """Hours of data may tell the corpora apart or not; they are validated on their own clips all the same."""
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": of, "axes": {"data": name}}
+        | {"science": {"data": {"index_hash": index_hash}}, "data": {"name": name, "index_hash": index_hash}}
+        for name, of, index_hash in (("vbd", 9.0, "ab" * 32), ("dns", hours, "cd" * 32))
+        for size in ("c8", "xt", "t")
+    ]
+    path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0)).path
+    study = gather(path)
+    found = claims(study, Settings(path, bootstraps=100))
+    assert set(found.kept["data"]) == {"vbd"}
+    assert "data.index_hash=vbd abababab" in found.other_axes.setting
+    assert "losses do not compare where data.index_hash differs" in found.other_axes.remark
+    assert found.other_axes.cells_left_out == 3
+    figure = scaling_figure(scaling_table(study))
+    assert max(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == 3, "a line joins two corpora"
 
 
 def test_a_setting_of_the_loss_is_not_chosen_by_the_loss(tmp_path: Path):

@@ -1,0 +1,55 @@
+"""What makes runs of one study be of different families, whatever else settles the setting.
+
+Models that differ in more than width and depth are no sizes of one another; runs on other shards have another
+validation set, and runs that trained on the speakers of validation another loss. No law goes through two families and
+no line joins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from analysis.gather import Study
+from analysis.quantities import MISSING
+
+WIDTH_AND_DEPTH = ("model.num_channels", "model.num_layers")
+TRAINED_ON = "data.train_on_validation"
+CORPUS = "data.index_hash"
+
+
+def tells_families(setting: str) -> bool:
+    """Whether runs that differ in a setting are of different families."""
+    return setting in (TRAINED_ON, CORPUS) or (setting.startswith("model.") and setting not in WIDTH_AND_DEPTH)
+
+
+def with_families(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """(runs with a column axes.SETTING for each setting that tells families apart, the axes with these)."""
+    science = [study.science[run_id] for run_id in runs["run_id"]]
+    found: dict[str, list[str]] = {}
+    for key in sorted({key for flat in science for key in flat if tells_families(key) and key not in study.axes}):
+        values = [flat.get(key) for flat in science]
+        if len(set(values)) > 1:
+            # Settings that came with a later version are not in the science of runs that have their default.
+            at_default = [run_id for run_id, value in zip(runs["run_id"], values, strict=True) if value is None]
+            said = (study.settings[run_id].get(key) for run_id in at_default)
+            default = next((text for text in said if text is not None), MISSING)
+            found[key] = [default if value is None else value for value in values]
+    if CORPUS in found:
+        found[CORPUS] = [
+            f"{name} {index_hash[:8]}" if isinstance(name, str) else index_hash
+            for name, index_hash in zip(runs["data"], found[CORPUS], strict=True)
+        ]
+    return runs.assign(**{f"axes.{key}": values for key, values in found.items()}), (*study.axes, *found)
+
+
+def family_names(cells: pd.DataFrame, settings: Sequence[str]) -> pd.Series:
+    """A name for each cell's family: the sizes in it, or its values of these settings where a size is in several."""
+    columns = [f"axes.{setting}" for setting in settings]
+    if not columns:
+        return pd.Series("", index=cells.index)
+    family = cells.groupby(columns, sort=False, dropna=False).ngroup()
+    if cells.assign(family=family).groupby("size")["family"].nunique().max() > 1:
+        return cells[columns].astype(str).agg(", ".join, axis=1)
+    return family.map(cells.groupby(family)["size"].agg(lambda sizes: ", ".join(dict.fromkeys(sizes))))
