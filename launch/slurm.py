@@ -34,6 +34,7 @@ from scaling.records import Record, StudyDirectory
 # them and they take longer than SLURM's MessageTimeout (10 s), slurmctld repeats its order about a minute later, and
 # it meets the step of the same number in the requeued job: seen on 22.05, a SIGTERM in each attempt that followed.
 # --wait=0: rank 0 scores the test set when the others have gone, for longer than a site's WaitTime may be.
+SUBMIT_LIMIT = r"\w+SubmitJob\w*Limit"  # as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
 OURS = ("signal", "open-mode")  # options that are not a site's matter
 HEAD = """\
 #!/bin/bash
@@ -81,13 +82,17 @@ exit $status
 """
 
 
+class _BeyondLimitError(UserError):
+    """More jobs than a site lets a user, an account or a QOS have in its queue."""
+
+
 def submit_to_slurm(
     study: StudyDirectory, plans: Sequence[RunPlan], cluster: ClusterConfig, lock: int
 ) -> list[Submission]:
     """Submit runs as arrays; UserError, before anything is queued, if SLURM would refuse one of their shapes.
 
     UserError too where it then refuses an array, as it does beyond a limit on submitted jobs, which counts
-    elements: what was queued before stays queued and on record.
+    elements: as many as the limit lets in are queued, in smaller arrays; what was queued stays so and on record.
 
     lock: the descriptor that holds the study's lock; sbatch inherits it, so that no other sweep
         looks at the queue while one is on its way into it, though this process be killed
@@ -101,26 +106,57 @@ def submit_to_slurm(
             try_shape(study, shape, code)
     caps = _shares(cluster.max_parallel, [len(part) for _, part in arrays])
     done: list[Submission] = []
+    ends: list[Submission] = []  # of each array's elements the last that were queued
     lanes = cluster.max_parallel or len(arrays)
     for number, ((shape, part), cap) in enumerate(zip(arrays, caps, strict=True)):
-        submission = Submission.create(study, [plan.to_record() for plan in part], settings_of(shape))
-        options = {"array": f"0-{len(part) - 1}%{cap}", "comment": submission.token, "job-name": study.path.name}
-        options |= {"output": f"{submission.path}/%a.log", "requeue": ""}
-        if number >= lanes:  # more arrays than runs at once: each waits for one before it
-            options["dependency"] = f"afterany:{done[number - lanes].job}"
-        submission.script.write_text(batch_script(shape, options, code, submission.path))
-        try:
-            job = sbatch(submission.script, lock)
-        except UserError as error:
-            queued = sum(len(each.run_ids()) for each in done)
-            raise UserError(
-                f"{error}: {queued} of {len(plans)} runs are queued, and the same command goes on with the other "
-                f"{len(plans) - queued}; beyond a limit on submitted jobs wait for some to end, or sweep fewer cells "
-                "at a time"
-            ) from None
-        submission.record_job(job)
-        done.append(submission)
+        # More arrays than runs at once: each waits for one before it.
+        after = ends[number - lanes] if number >= lanes else None
+        left, size = list(part), len(part)
+        while left:
+            size = min(size, len(left))
+            try:
+                done.append(_submit_array(study, left[:size], shape, min(cap, size), after, code, lock))
+            except UserError as error:
+                is_beyond_limit = isinstance(error, _BeyondLimitError)
+                if is_beyond_limit and size > 1:
+                    size //= 2
+                    continue
+                queued = sum(len(each.run_ids()) for each in done)
+                when = "when some of the jobs have ended " if is_beyond_limit else ""
+                raise UserError(
+                    f"{error}: {queued} of {len(plans)} runs are queued; {when}the same command goes on with the other "
+                    f"{len(plans) - queued}"
+                ) from None
+            left = left[size:]
+            if cluster.max_parallel is not None:
+                after = done[-1]
+        ends.append(done[-1])
     return done
+
+
+def _submit_array(
+    study: StudyDirectory,
+    plans: Sequence[RunPlan],
+    shape: ClusterConfig,
+    cap: int,
+    after: Submission | None,
+    code: Path,
+    lock: int,
+) -> Submission:
+    """Submit runs of one shape as an array, put on record; UserError if SLURM refuses it."""
+    submission = Submission.create(study, [plan.to_record() for plan in plans], settings_of(shape))
+    options = {"array": f"0-{len(plans) - 1}%{cap}", "comment": submission.token, "job-name": study.path.name}
+    options |= {"output": f"{submission.path}/%a.log", "requeue": ""}
+    if after is not None:
+        options["dependency"] = f"afterany:{after.job}"
+    submission.script.write_text(batch_script(shape, options, code, submission.path))
+    try:
+        job = sbatch(submission.script, lock)
+    except _BeyondLimitError:  # of other errors SLURM may have taken it all the same: see `reconcile`
+        shutil.rmtree(submission.path)
+        raise
+    submission.record_job(job)
+    return submission
 
 
 def reconcile(study: StudyDirectory, queue: Mapping[str, QueuedJob]) -> None:
@@ -295,7 +331,8 @@ def sbatch(script: Path, lock: int | None = None) -> str:
         start_new_session=True,  # an interrupt from the terminal reaches this process, not a submission under way
     )
     if done.returncode:
-        raise UserError(f"sbatch refused {script} ({said(done.stderr)})")
+        error = _BeyondLimitError if re.search(SUBMIT_LIMIT, done.stderr) else UserError
+        raise error(f"sbatch refused {script} ({said(done.stderr)})")
     return done.stdout.strip().split(";")[0]
 
 

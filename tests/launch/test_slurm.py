@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from launch.config import ClusterConfig
 from launch.slurm import batch_script, settings_of, submit_to_slurm
-from launch.submission import Submission, last_job
+from launch.submission import Submission, last_job, submissions
 from scaling.cli import load_config
 from scaling.config import RunConfig
 from scaling.errors import UserError
@@ -105,19 +105,39 @@ def test_rank_0_may_score_for_longer_than_a_site_waits_for_the_last_process(elem
     assert "--wait=0" in element.execute()[0].split()
 
 
-def test_what_a_limit_on_submitted_jobs_lets_in_is_on_record_and_named(
-    tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    plans = [plan_run(load_config(RunConfig, "run", [*tiny_run, f"seed={seed}"]), tiny_index) for seed in range(5)]
-    study = StudyDirectory(Path(plans[0].config.study))
-    refusal = "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates"
-    sbatch = f"""\
+# An sbatch that knows no more than a limit on submitted jobs, of what was queued before.
+LIMITED = """\
 [ "$1" != --test-only ] || exit 0
-[ ! -e {tmp_path}/queued ] || {{ echo '{refusal}' >&2; exit 1; }}
-touch {tmp_path}/queued; echo 7"""
-    stand_in(tmp_path, {"sbatch": sbatch, "scontrol": 'if [ "$2" = config ]; then echo MaxArraySize = 2; fi'})
+last=$(grep -oP 'array=0-\\K[0-9]+' "$2")
+queued=$(cat {queued} 2> /dev/null || echo 0)
+if [ $((queued + last + 1)) -gt {limit} ]; then
+    echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2
+    echo 'sbatch: error: Batch job submission failed: Job violates' >&2
+    exit 1
+fi
+echo $((queued + last + 1)) > {queued}
+echo $((queued + 100))"""
+
+
+@pytest.mark.parametrize("limit", [0, 3, 7, 9])
+def test_as_many_runs_are_queued_as_a_limit_on_submitted_jobs_lets_in(
+    limit: int, tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plans = [plan_run(load_config(RunConfig, "run", [*tiny_run, f"seed={seed}"]), tiny_index) for seed in range(10)]
+    study = StudyDirectory(Path(plans[0].config.study))
+    sbatch = LIMITED.format(queued=tmp_path / "queued", limit=limit)
+    stand_in(tmp_path, {"sbatch": sbatch, "scontrol": 'if [ "$2" = config ]; then echo MaxArraySize = 6; fi'})
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with study.path.parent.joinpath("lock").open("w") as lock, pytest.raises(UserError) as refused:
-        submit_to_slurm(study, plans, SHAPE, lock.fileno())
-    assert "(QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates): 2 of 5 runs" in str(refused.value)
-    assert [last_job(plan.directory) for plan in plans] == ["7_0", "7_1", None, None, None]
+        submit_to_slurm(study, plans, replace(SHAPE, max_parallel=2), lock.fileno())
+    assert "(QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates): " in str(refused.value)
+    told = f"{limit} of 10 runs are queued; when some of the jobs have ended the same command goes on with the other"
+    assert told in str(refused.value)
+    jobs = [last_job(plan.directory) for plan in plans]
+    assert None not in jobs[:limit]
+    assert jobs[limit:] == [None] * (10 - limit)
+    submitted = list(submissions(study))
+    assert sum(len(each.run_ids()) for each in submitted) == limit, "what SLURM refused is cleared away"
+    # At most two runs at once: the site lets six into an array, and each array that was cut waits for what was cut off.
+    waiting = [each for each in submitted if "dependency=afterany" in each.script.read_text()]
+    assert len(waiting) >= len(submitted) - 2
