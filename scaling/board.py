@@ -17,7 +17,8 @@ from torch import Tensor
 from bsrnn import BSRNN
 from scaling.config import DataConfig
 from scaling.errors import UserError
-from scaling.shards import SAMPLE_RATE, Clip, ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import SAMPLE_RATE, Clip, ShardIndex
 from scaling.stream import to_float
 
 NUM_SAMPLES = 4  # where the corpus names none

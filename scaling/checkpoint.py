@@ -29,7 +29,7 @@ import torch
 from scaling.errors import UnreachableError, UserError, refused_write
 from scaling.processes import ALONE, Processes
 from scaling.records import sync
-from scaling.shards import READ_PAUSES
+from scaling.shard_reader import READ_PAUSES
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,8 @@ from scaling.plan import RunPlan, read_planned, require_writable
 from scaling.pool import spawned_pool
 from scaling.progress import ProgressDisplay
 from scaling.records import Record, RunDirectory, read_records, to_json, write_records, write_whole
-from scaling.shards import SAMPLE_RATE, Clip, ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import SAMPLE_RATE, Clip, ShardIndex
 from scaling.stream import to_float
 
 BACKLOG = 8  # scorings a process that may wait

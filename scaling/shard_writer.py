@@ -20,17 +20,8 @@ from types import TracebackType
 from typing import Self
 
 from scaling.records import sync, to_json, write_whole
-from scaling.shards import (
-    FORMAT_VERSION,
-    SAMPLE_BYTES,
-    SAMPLE_RATE,
-    WAV_HEADER_BYTES,
-    Clip,
-    Samples,
-    Shard,
-    ShardIndex,
-    block_checksums,
-)
+from scaling.shard_reader import block_checksums
+from scaling.shards import FORMAT_VERSION, SAMPLE_BYTES, SAMPLE_RATE, WAV_HEADER_BYTES, Clip, Samples, Shard, ShardIndex
 
 SHARD_BYTES = 256_000_000  # about this much a shard
 TAR_BLOCK = 512  # a tar is made of blocks: a header of one, then the content, padded

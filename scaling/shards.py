@@ -32,28 +32,23 @@ What a read finds: any change of the samples it returns, but for one in 2^32 a b
 does not look at: headers, JSON and padding of the tar, which it does not use; `scaling.verify`
 does. The rows' SHA-256 is compared when the index is loaded.
 
-`scaling.shard_writer` makes such a folder, `ShardIndex` loads and checks it, `ShardReader` reads
-it. The folder may be far away (`scaling.remote`).
+`scaling.shard_writer` makes such a folder, `ShardIndex` loads and checks it, `scaling.shard_reader`
+reads it. The folder may be far away (`scaling.remote`).
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import struct
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from isal import isal_zlib
 from numpy.typing import NDArray
 
-from scaling.errors import BadDataError, UnreachableError, UserError
+from scaling.errors import BadDataError, UserError
 from scaling.remote import RemoteRoot, Root
 
 FORMAT_VERSION = 2
@@ -63,24 +58,8 @@ WAV_HEADER_BYTES = 44
 BLOCK_SAMPLES = 8_192  # behind one checksum: a crop of 2 s touches four or five blocks
 BLOCK_BYTES = BLOCK_SAMPLES * SAMPLE_BYTES
 CRC_DIGITS = 8
-MAX_RETIRED = 64
-READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before the second, third and fourth attempt to read
 
 Samples = NDArray[np.int16]  # [num_samples], 16 kHz
-
-
-class DamagedClipError(BadDataError):
-    """A clip that four attempts did not read as its index promises it."""
-
-    def __init__(self, message: str, clip_id: str = "", shard: str = "", what: str = "") -> None:
-        super().__init__(message)
-        self.clip_id = clip_id
-        self.shard = shard
-        self.what = what
-
-
-class _Damage(Exception):
-    """What an attempt to read a clip found wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +96,6 @@ class Shard:
     num_bytes: int
     sha256: str
     num_clips: int
-
-
-# --- the index -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -251,147 +227,3 @@ def open_shard(root: Root, shard: str) -> int:
 
 def _bad_index(root: Root, what: str) -> BadDataError:
     return BadDataError(f"shards at {root}: {what}; {remedy(root)}")
-
-
-# --- reading -------------------------------------------------------------------------------
-
-
-class ShardReader:
-    """Reads clips and crops of a folder of shards, without decoding.
-
-    A shard is opened at its first use and stays open. Reads are positioned, so threads and
-    forked processes may share a reader; a pickled copy opens the shards for itself. What a
-    read finds wrong is tried again three times, from a shard opened anew and past the page
-    cache, since a network file system may fail for a moment.
-    """
-
-    def __init__(self, root: Root) -> None:
-        self.root = root
-        self.num_retries = 0  # reads that were tried again
-        self._descriptors: dict[str, int] = {}
-        self._retired: list[int] = []  # descriptors that another thread may still be reading
-
-    def read_crop(self, clip: Clip, start: int, num_samples: int) -> tuple[Samples, Samples]:
-        """Samples start to start + num_samples of noisy and clean, each [num_samples]; see `read_crop_into`."""
-        noisy = np.empty(num_samples, dtype="<i2")
-        clean = np.empty(num_samples, dtype="<i2")
-        self.read_crop_into(clip, start, noisy, clean)
-        return noisy, clean
-
-    def read_clip(self, clip: Clip) -> tuple[Samples, Samples]:
-        """All of noisy and clean, each [clip.num_samples]; see `read_crop_into`."""
-        return self.read_crop(clip, 0, clip.num_samples)
-
-    def read_crop_into(self, clip: Clip, start: int, noisy: Samples, clean: Samples) -> None:
-        """Fill noisy and clean, of one length, with the samples of a clip from `start` on.
-
-        ValueError for a crop that reaches outside the clip, DamagedClipError where the bytes
-        cannot be read (EIO, no such file) or a block that the crop touches does not have the
-        index's checksum, UnreachableError where the file system refuses otherwise.
-        """
-        stop = start + len(noisy)
-        if start < 0 or stop > clip.num_samples:
-            raise ValueError(f"crop {start}+{len(noisy)} reaches outside {clip.id} of {clip.num_samples} samples")
-        for pause in (*READ_PAUSES, None):
-            try:
-                descriptor = self._descriptors.get(clip.shard)
-                if descriptor is None:
-                    descriptor = self._open(clip.shard)
-                _read_blocks(descriptor, "noisy", clip.noisy_offset, clip.noisy_crc32, clip.num_samples, start, noisy)
-                _read_blocks(descriptor, "clean", clip.clean_offset, clip.clean_crc32, clip.num_samples, start, clean)
-                return
-            except (OSError, _Damage) as error:
-                what = "its shard is missing" if isinstance(error, FileNotFoundError) else str(error)
-                if pause is None and isinstance(error, OSError) and error.errno not in (errno.EIO, errno.ENOENT):
-                    # says nothing of the data: the run should stop and go on from here when the file system is back
-                    raise UnreachableError(
-                        f"shard {self.root}/{clip.shard} cannot be read ({what}), in {len(READ_PAUSES) + 1} attempts: "
-                        "look to the file system, then run the same command again"
-                    ) from None
-                if pause is None:
-                    message = f"clip {clip.id} in {self.root}/{clip.shard}: {what}; {remedy(self.root)}"
-                    raise DamagedClipError(message, clip.id, clip.shard, what) from None
-                self.num_retries += 1
-                if isinstance(error, OSError):  # a file system that fails now may work in a moment
-                    time.sleep(pause)
-                self._forget(clip.shard, wrong_bytes=isinstance(error, _Damage))
-
-    def prefetch(self, shards: Sequence[str]) -> None:
-        """Let go of all shards but these and, if they are far away, fetch them in the background, in this order."""
-        if isinstance(self.root, RemoteRoot):
-            for shard in set(self._descriptors) - set(shards):
-                os.close(self._descriptors.pop(shard))
-            self.root.prefetch(shards)
-
-    def close(self) -> None:
-        """Close the shards; the next read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-        while self._retired:
-            os.close(self._retired.pop())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "num_retries": 0, "_descriptors": {}, "_retired": []}
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _open(self, shard: str) -> int:
-        opened = open_shard(self.root, shard)
-        descriptor = self._descriptors.setdefault(shard, opened)
-        if descriptor != opened:  # another thread was first
-            os.close(opened)
-        return descriptor
-
-    def _forget(self, shard: str, wrong_bytes: bool) -> None:
-        """Make the next read of a shard a fresh one."""
-        descriptor = self._descriptors.get(shard)
-        if descriptor is not None:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            self._retire(shard)
-        if wrong_bytes and isinstance(self.root, RemoteRoot):
-            self.root.discard(shard)
-
-    def _retire(self, shard: str) -> None:
-        descriptor = self._descriptors.pop(shard, None)
-        if descriptor is not None:
-            self._retired.append(descriptor)
-        while len(self._retired) > MAX_RETIRED:
-            os.close(self._retired.pop(0))
-
-
-def _read_blocks(
-    descriptor: int, name: str, offset: int, checksums: str, clip_samples: int, start: int, samples: Samples
-) -> None:
-    """Fill `samples` from `start` on, and check the whole blocks around them; _Damage if they are not as promised."""
-    content = samples.data.cast("B")
-    begin, end = start * SAMPLE_BYTES, start * SAMPLE_BYTES + len(content)
-    first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
-    if begin == end:
-        return
-    head = bytearray(begin - first * BLOCK_BYTES)  # of the first block, what is before the samples
-    tail = bytearray(min(last * BLOCK_BYTES, clip_samples * SAMPLE_BYTES) - end)  # of the last, what is behind them
-    num_bytes = os.preadv(descriptor, [head, content, tail], offset + first * BLOCK_BYTES)
-    missing = len(head) + len(content) + len(tail) - num_bytes
-    if missing:
-        raise _Damage(f"its shard ends {missing} bytes too early")
-    found = _checksums(content, head, tail)
-    expected = checksums[first * CRC_DIGITS : last * CRC_DIGITS]
-    if found != expected:
-        raise _Damage(f"its {name} samples have CRC-32 {found}, expected {expected}, in blocks {first} to {last - 1}")
-
-
-def _checksums(content: memoryview, head: bytes | bytearray = b"", tail: bytes | bytearray = b"") -> str:
-    """CRC-32 of each block of head, content and tail, which follow one another; none but the last is short."""
-    crc = isal_zlib.crc32  # ten times as fast as zlib's, the same sum
-    found, value, at = [], crc(head), 0
-    for edge in range(BLOCK_BYTES - len(head), len(content), BLOCK_BYTES):
-        found.append(crc(content[at:edge], value))
-        value, at = 0, edge
-    found.append(crc(tail, crc(content[at:], value)))
-    return struct.pack(f">{len(found)}I", *found).hex()
-
-
-def block_checksums(samples: Samples) -> str:
-    """The checksums of a recording: CRC-32 of each block of its bytes, little-endian, each in 8 hex digits."""
-    return _checksums(np.ascontiguousarray(samples, dtype="<i2").data.cast("B"))

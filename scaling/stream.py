@@ -37,7 +37,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from scaling.errors import BadDataError, UserError
 from scaling.remote import RemoteRoot, Root
-from scaling.shards import Clip, DamagedClipError, ShardReader, remedy
+from scaling.shard_reader import DamagedClipError, ShardReader
+from scaling.shards import Clip, remedy
 from scaling.stopping import end_with_parent, ignore_stop_signals
 
 # Keeps the draws of order, crops and replacements apart from all other uses of a run's seed.

@@ -37,7 +37,8 @@ from scaling.processes import Processes
 from scaling.progress import ProgressDisplay
 from scaling.quarantine import Quarantine
 from scaling.records import RunDirectory, sync
-from scaling.shards import SAMPLE_RATE, Clip, ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import SAMPLE_RATE, Clip, ShardIndex
 from scaling.stopping import StopFlag, StoppedError
 from scaling.stream import CropDataset, MicroBatchSampler, to_float, training_loader
 

@@ -23,8 +23,9 @@ import numpy as np
 from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import RunConfig
+from scaling.shard_reader import block_checksums
 from scaling.shard_writer import TAR_END, clip_members
-from scaling.shards import Clip, ShardIndex, block_checksums, open_shard, remedy
+from scaling.shards import Clip, ShardIndex, open_shard, remedy
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from scaling.prepare import open_shards
 from scaling.processes import ALONE
 from scaling.quarantine import Quarantine
 from scaling.records import RunDirectory
-from scaling.shards import SAMPLE_RATE, ShardIndex, ShardReader, block_checksums
+from scaling.shard_reader import ShardReader, block_checksums
+from scaling.shards import SAMPLE_RATE, ShardIndex
 from scaling.stopping import StopFlag
 from scaling.stream import CropDataset, MicroBatchSampler, to_float, training_loader
 from scaling.trainer import Trainer

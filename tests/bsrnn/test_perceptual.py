@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.perceptual import BINS, PerceptualModel
 from scaling.corpus.noises import NOISES
-from scaling.shards import ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import ShardIndex
 
 RATE = 16_000
 

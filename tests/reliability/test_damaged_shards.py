@@ -19,7 +19,8 @@ from scaling.errors import BadDataError
 from scaling.quarantine import Quarantine
 from scaling.records import RunDirectory, append_record
 from scaling.run import classify
-from scaling.shards import ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import ShardIndex
 from scaling.stream import CropBatch, CropDataset, MicroBatchSampler, Replaced, training_loader
 from scaling.verify import check_shard
 from tests.reliability.shards_under_test import write_shards

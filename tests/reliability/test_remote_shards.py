@@ -24,7 +24,8 @@ import scaling.remote
 from scaling.config import DataConfig
 from scaling.errors import UnreachableError, UserError
 from scaling.remote import RemoteRoot
-from scaling.shards import DamagedClipError, ShardIndex, ShardReader
+from scaling.shard_reader import DamagedClipError, ShardReader
+from scaling.shards import ShardIndex
 from scaling.stream import CropDataset, MicroBatchSampler, training_loader
 from scaling.verify import Finding, check_shard
 from tests.reliability.shards_under_test import write_shards

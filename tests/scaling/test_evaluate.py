@@ -23,7 +23,8 @@ from scaling.config import DEFAULT_METRICS, METRIC_NAMES
 from scaling.dnsmos import mel_features, rate
 from scaling.evaluate import Utterance, score_utterances
 from scaling.metrics import METRICS, RefusedError, pesq_wb, score, short_time_intelligibility, si_sdr, versions
-from scaling.shards import ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import ShardIndex
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import soundfile
 from scaling.convert import quantize
 from scaling.corpus.vbd import find_utterances
 from scaling.errors import UserError
-from scaling.shards import ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import ShardIndex
 from tests.scaling.vbd_folder import TEST, TRAIN, files, make_corpus, prepare, voice, zip_sets
 
 

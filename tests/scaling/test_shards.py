@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from scaling.errors import UserError
+from scaling.shard_reader import DamagedClipError, ShardReader
 from scaling.shard_writer import ShardWriter
-from scaling.shards import SAMPLE_RATE, Clip, DamagedClipError, ShardIndex, ShardReader
+from scaling.shards import SAMPLE_RATE, Clip, ShardIndex
 
 Recording = NDArray[np.int16]
 

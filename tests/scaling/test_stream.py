@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.shards import ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import ShardIndex
 from scaling.stream import CropDataset, CropOrder, MicroBatchSampler, to_float, training_loader
 
 

@@ -25,7 +25,8 @@ from scaling.optimiser import learning_rate
 from scaling.plan import plan_run
 from scaling.processes import ALONE
 from scaling.records import RunDirectory
-from scaling.shards import ShardIndex, ShardReader
+from scaling.shard_reader import ShardReader
+from scaling.shards import ShardIndex
 from scaling.stopping import StopFlag
 from scaling.stream import CropDataset
 from scaling.trainer import validation_steps
