@@ -34,7 +34,7 @@ from scaling.records import Record, StudyDirectory
 # them and they take longer than SLURM's MessageTimeout (10 s), slurmctld repeats its order about a minute later, and
 # it meets the step of the same number in the requeued job: seen on 22.05, a SIGTERM in each attempt that followed.
 # --wait=0: rank 0 scores the test set when the others have gone, for longer than a site's WaitTime may be.
-SUBMIT_LIMIT = r"\w+SubmitJob\w*Limit"  # as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
+SUBMIT_LIMIT = r"SubmitJob\w*Limit"  # as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
 OURS = ("signal", "open-mode")  # options that are not a site's matter
 HEAD = """\
 #!/bin/bash
@@ -313,7 +313,7 @@ def try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
     done = subprocess.run(
         ["sbatch", "--test-only"], input=script, env=_environment(), capture_output=True, text=True, check=False
     )
-    if done.returncode:
+    if done.returncode and not re.search(SUBMIT_LIMIT, done.stderr):  # whoever is at that limit may try nothing
         asked = ", ".join(f"{name}={value}" for name, value in _resources(shape).items() if name not in OURS)
         raise UserError(f"SLURM refuses a job with {asked}: {said(done.stderr)}: check cluster's settings")
 
@@ -331,8 +331,9 @@ def sbatch(script: Path, lock: int | None = None) -> str:
         start_new_session=True,  # an interrupt from the terminal reaches this process, not a submission under way
     )
     if done.returncode:
-        error = _BeyondLimitError if re.search(SUBMIT_LIMIT, done.stderr) else UserError
-        raise error(f"sbatch refused {script} ({said(done.stderr)})")
+        if re.search(SUBMIT_LIMIT, done.stderr):
+            raise _BeyondLimitError(f"SLURM takes no more jobs ({said(done.stderr)})")
+        raise UserError(f"sbatch refused {script} ({said(done.stderr)})")
     return done.stdout.strip().split(";")[0]
 
 

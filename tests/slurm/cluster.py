@@ -29,6 +29,7 @@ PROGRAMS = ("sbatch", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
 CPUS_A_NODE = 16  # more than there are: jobs of tests share the machine's cores
 MEMORY_MB = 64000  # likewise
 MAX_ARRAY_SIZE = 12
+MOST_SUBMITTED = 7  # jobs of a user in the partition "few"
 FOLDERS = ("munge", "state", "pids", "logs", "spool", "database")
 NODE_DOWN_SECONDS = 10  # without word from a slurmd
 SECONDS_TO_START = 90.0
@@ -57,6 +58,7 @@ JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=1
 JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageEnforce=limits
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={ports[slurmdbd]}
 AccountingStoragePass={root}/munge/socket
@@ -72,6 +74,7 @@ MaxJobCount=50000
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 State=UP PriorityTier=1
 PartitionName=spot Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=1 PreemptMode=CANCEL
+PartitionName=few Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=1 QOS=few
 PartitionName=urgent Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=9
 """
 
@@ -177,6 +180,8 @@ class Cluster:
         self._spawn(["slurmdbd", "-D"], "slurmdbd", sock | {"SLURM_CONF": str(database_conf.with_name("slurm.conf"))})
         register = ["sacctmgr", "--immediate", "add", "cluster", "bench"]
         wait_until(lambda: succeeds(register, self.environment), "slurmdbd answers")
+        limit = f"MaxSubmitJobsPerUser={MOST_SUBMITTED}"
+        run(["sacctmgr", "--immediate", "add", "qos", "few", limit], self.environment)
         run(["slurmctld", "-f", str(self.conf)])
         for name in self.nodes:
             self.start_node(name)

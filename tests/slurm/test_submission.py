@@ -15,7 +15,7 @@ import pytest
 from launch.queue import read_queue
 from launch.submission import Submission
 from scaling.records import StudyDirectory
-from tests.slurm.cluster import MAX_ARRAY_SIZE
+from tests.slurm.cluster import MAX_ARRAY_SIZE, MOST_SUBMITTED, wait_until
 from tests.slurm.conftest import events_of, job_of, launch, runs_of
 
 # Jobs that are queued and do not start, as when a cluster is full.
@@ -73,6 +73,25 @@ def test_cells_of_one_shape_share_arrays_within_the_sites_limit_and_the_cap(slur
     again = launch("sweep", *words)
     assert f"{2 * seeds} runs wait or run already" in again.stdout
     assert elements_of(study) == elements
+
+
+def test_a_study_of_more_runs_than_a_user_may_submit_is_queued_as_far_as_the_limit_goes(
+    slurm_words: list[str], study: Path
+):
+    seeds = ",".join(map(str, range(MOST_SUBMITTED + 3)))
+    words = [*slurm_words, LATER, f"study={study}", f"sweep.axes.seed=[{seeds}]", "cluster.partition=few"]
+    for _ in range(2):  # the same command again, while none has ended
+        done = launch("sweep", *words, check=False)
+        assert done.returncode == 2
+        assert "SLURM takes no more jobs (QOSMaxSubmitJobPerUserLimit; " in done.stderr
+        assert "runs are queued; when some of the jobs have ended the same command goes on with" in done.stderr
+        elements = elements_of(study)
+        assert len(elements) == len(set(elements.values())) == MOST_SUBMITTED
+    ended = min(elements)
+    subprocess.run(["scancel", ended], check=True)
+    wait_until(lambda: ended not in elements_of(study), "the job left the queue")
+    launch("sweep", *words, check=False)
+    assert len(set(elements_of(study).values())) == MOST_SUBMITTED
 
 
 def test_a_shape_that_slurm_refuses_is_one_line_before_anything_is_queued(slurm_words: list[str], study: Path):
