@@ -18,7 +18,6 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from bsrnn import BSRNNConfig
 from bsrnn.front_end import FRONT_ENDS
@@ -48,7 +47,8 @@ def _require_finite(prefix: str, settings: object) -> None:
             raise UserError(f"{prefix}.{name} = {value}: expected a finite number")
 
 
-def _require_metrics(setting: str, names: list[str]) -> None:
+def require_metrics(setting: str, names: list[str]) -> None:
+    """UserError for a name of no metric, or none at all."""
     for name in names:
         if name not in METRIC_NAMES:
             raise UserError(f"{setting}: {name} is no metric; expected names among {', '.join(METRIC_NAMES)}")
@@ -334,7 +334,7 @@ class ExecutionConfig:
         for name in ("threads", "num_workers", "scoring_processes"):
             if (getattr(self, name) or 0) > MOST_THREADS:
                 raise UserError(f"execution.{name} = {getattr(self, name)}: expected at most {MOST_THREADS}")
-        _require_metrics("execution.metrics", self.metrics)
+        require_metrics("execution.metrics", self.metrics)
         if self.num_workers < 0:
             raise UserError(f"execution.num_workers = {self.num_workers}: expected at least 0")
         if self.device not in DEVICES:
@@ -409,27 +409,3 @@ class RunConfig:
     @property
     def shard_root(self) -> Root:
         return self.data.shard_root
-
-
-# What evaluates a run given as `run=DIR`, or a folder of wav files (conf/evaluate.yaml).
-@dataclass
-class EvaluateConfig:
-    run: str | None = None  # a run's folder
-    shards: str | None = None  # where its shards are now; null: where they were
-    noisy: str | None = None  # or three folders of wav files under the same names: noisy,
-    clean: str | None = None  # clean,
-    enhanced: str | None = None  # and enhanced; the scores go to
-    scores: str | None = None  # this file
-    processes: int | None = None  # null: all cores
-    metrics: list[str] | None = None  # null: the run's own; of wav files the default ones
-
-    def __post_init__(self) -> None:
-        if self.processes is not None and self.processes < 1:
-            raise UserError(f"processes = {self.processes}: expected at least 1, or null for all cores")
-        if self.metrics is not None:
-            _require_metrics("metrics", self.metrics)
-        folders: list[Any] = [self.noisy, self.clean, self.enhanced, self.scores]
-        if (self.run is None) == (not all(folders)) and not (self.run is not None and not any(folders)):
-            raise UserError("evaluate needs run=DIR, or all of noisy=DIR clean=DIR enhanced=DIR scores=FILE")
-        if self.scores is not None and (not self.scores.endswith(".jsonl") or Path(self.scores).is_dir()):
-            raise UserError(f"scores = {self.scores}: expected a file to write, named like scores.jsonl")

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -31,7 +32,7 @@ from bsrnn import BSRNN
 from scaling.checkpoint import load_newest
 from scaling.cli import load_config
 from scaling.command import run_main
-from scaling.config import DEFAULT_METRICS, EvaluateConfig
+from scaling.config import DEFAULT_METRICS, require_metrics
 from scaling.cores import num_cores
 from scaling.device import set_arithmetic, torch_device
 from scaling.early_stopping import EarlyStopping
@@ -49,6 +50,31 @@ BACKLOG = 8  # scorings a process that may wait
 
 # Utterance → metric → (value or None, reason of its refusal or None).
 KnownScores = dict[str, dict[str, tuple[float | None, str | None]]]
+
+
+@dataclass
+class EvaluateConfig:
+    """What to score, and where: a run, or a folder of wav files (conf/evaluate.yaml)."""
+
+    run: str | None = None  # a run's folder
+    shards: str | None = None  # where its shards are now; null: where they were
+    noisy: str | None = None  # or three folders of wav files under the same names: noisy,
+    clean: str | None = None  # clean,
+    enhanced: str | None = None  # and enhanced; the scores go to
+    scores: str | None = None  # this file
+    processes: int | None = None  # null: all cores
+    metrics: list[str] | None = None  # null: the run's own; of wav files the default ones
+
+    def __post_init__(self) -> None:
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"processes = {self.processes}: expected at least 1, or null for all cores")
+        if self.metrics is not None:
+            require_metrics("metrics", self.metrics)
+        folders: list[Any] = [self.noisy, self.clean, self.enhanced, self.scores]
+        if (self.run is None) == (not all(folders)) and not (self.run is not None and not any(folders)):
+            raise UserError("evaluate needs run=DIR, or all of noisy=DIR clean=DIR enhanced=DIR scores=FILE")
+        if self.scores is not None and (not self.scores.endswith(".jsonl") or Path(self.scores).is_dir()):
+            raise UserError(f"scores = {self.scores}: expected a file to write, named like scores.jsonl")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from launch.config import StudyConfig
 from scaling.cli import CONFIG_FOLDER, all_keys
-from scaling.config import EvaluateConfig
+from scaling.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,10 +31,11 @@ class Step(NamedTuple):
     should_stop: bool  # whether any rank has been asked to
 
     @classmethod
-    def of(cls, total: Tensor, terms: dict[str, Tensor], norm: float, should_stop: bool) -> Step:
-        """From scalars on the device, brought from it at once."""
-        loss, *values = torch.stack([total, *terms.values()]).tolist()
-        return cls(loss, dict(zip(terms, values, strict=True)), norm, should_stop)
+    def of(cls, total: Tensor, terms: dict[str, Tensor], norm: Tensor | float, should_stop: bool) -> Step:
+        """From scalars on the device, brought from it at once: a step waits for it no more than that one time."""
+        scalars = [total, torch.as_tensor(norm, dtype=total.dtype, device=total.device), *terms.values()]
+        loss, gradient_norm, *values = torch.stack(scalars).tolist()
+        return cls(loss, dict(zip(terms, values, strict=True)), gradient_norm, should_stop)
 
 
 class Engine:

@@ -69,13 +69,14 @@ class DataParallel(Engine):
             self._combine_statistics(before)
         total, terms, should_stop = self._mean_over_ranks(total, terms, is_asked_to_stop)
         bound = self.config.train.optimiser.max_gradient_norm
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if bound is None else bound))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if bound is None else bound)
+        step = Step.of(total, terms, norm, should_stop)
         if self.accelerator.scaler is not None:
             self.optimiser.step()  # fp16: the scaler itself passes over gradients that overflowed
-            norm = self._norm_of_a_scaled_step(norm)
-        elif math.isfinite(norm):
+            return step._replace(gradient_norm=self._norm_of_a_scaled_step(step.gradient_norm))
+        if math.isfinite(step.gradient_norm):
             self.optimiser.step()
-        return Step.of(total, terms, norm, should_stop)
+        return step
 
     def _norm_of_a_scaled_step(self, norm: float) -> float:
         """0 for gradients that overflowed, as they may while the scaler finds its scale; the norm if they go on."""
