@@ -98,11 +98,11 @@ class ZeRO(Engine):
         if self.processes.is_first:
             torch.save({"model": model.state_dict(), **extra}, folder / "state.pt")
         (folder / "zero").mkdir(exist_ok=True)  # DeepSpeed does not say where it cannot
-        with self.processes.naming_the_lost():
+        with self.processes.naming_the_lost(whatever_fails=False):  # what else fails is the disk's
             self.network.save_checkpoint(str(folder), tag="zero")
 
     def load(self, folder: Path) -> dict[str, Any]:
-        with self.processes.naming_the_lost():
+        with self.processes.naming_the_lost(whatever_fails=False):  # what else fails is the disk's
             path, _ = self.network.load_checkpoint(str(folder), tag="zero")
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder / 'zero'}")

@@ -1,9 +1,9 @@
 """What a failing disk does to a run; a program of its own, because faulty_disk.c must be preloaded into it.
 
-    python -m tests.reliability.disk_faults saves FOLDER EVERY ERROR... -- OVERRIDE...
+    python -m tests.reliability.disk_faults saves FOLDER ERROR... -- OVERRIDE...
     python -m tests.reliability.disk_faults runs FOLDER NAME:AT:ERROR:ALL_AFTER... -- OVERRIDE...
 
-saves: each EVERY-th call of one save of a run's checkpoint fails in turn, with each of the errors
+saves: each call of one save of a run's checkpoint fails in turn, with each of the errors
 runs: one whole run for each fault, as `python -m scaling.train` executes it
 Writes FOLDER/found.json.
 """
@@ -11,6 +11,7 @@ Writes FOLDER/found.json.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -49,7 +50,7 @@ class FaultyDisk:
         }
 
 
-def break_saves(every: int, errors: list[int], words: list[str]) -> list[dict[str, Any]]:
+def break_saves(errors: list[int], words: list[str]) -> list[dict[str, Any]]:
     disk = FaultyDisk()
     config = load_config(RunConfig, "run", words)
     index = open_shards(config.data)
@@ -64,10 +65,8 @@ def break_saves(every: int, errors: list[int], words: list[str]) -> list[dict[st
         trainer._save()
         trainer.step = 2
         before, after = (Checkpoint(directory.checkpoints / f"step-{step:08d}", step) for step in (1, 2))
-        for number, error in enumerate(errors):
-            at = number % every + 1 - every
-            while True:
-                at += every
+        for error in errors:
+            for at in itertools.count(1):
                 disk.arm(directory.checkpoints, at, error)
                 said = None
                 try:
@@ -125,7 +124,7 @@ if __name__ == "__main__":
     what, out, *more = sys.argv[1:]
     cut = more.index("--")
     if what == "saves":
-        rows = break_saves(int(more[0]), [int(word) for word in more[1:cut]], more[cut + 1 :])
+        rows = break_saves([int(word) for word in more[:cut]], more[cut + 1 :])
     else:
         rows = break_runs(Path(out), more[:cut], more[cut + 1 :])
     (Path(out) / "found.json").write_text(json.dumps(rows))

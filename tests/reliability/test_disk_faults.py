@@ -47,15 +47,13 @@ def break_disk(library: Path, what: str, folder: Path, faults: list[str], words:
 
 @pytest.mark.parametrize("more", [[], ["deepspeed=zero2"]], ids=["plain", "zero2"])
 def test_a_fault_at_any_call_of_a_save_leaves_the_checkpoint_before_and_says_so(
-    tiny_run: list[str], tmp_path: Path, faulty_disk: Path, times, report, more: list[str]
+    tiny_run: list[str], tmp_path: Path, faulty_disk: Path, report, more: list[str]
 ):
-    every = times(6 if more else 3, 1)  # ZeRO's saves make many more calls
-    faults = [str(every), *map(str, ERRORS)]
-    found = break_disk(faulty_disk, "saves", tmp_path, faults, [*tiny_run, *SMALL_RUN, *more])
+    found = break_disk(faulty_disk, "saves", tmp_path, [*map(str, ERRORS)], [*tiny_run, *SMALL_RUN, *more])
     for error in ERRORS:
         *broken, whole = [row for row in found if row["error"] == error]
         assert (whole["fails"], whole["said"], whole["newest"]) == (0, None, 2)
-        assert len(broken) >= whole["calls"] // every > 3
+        assert len(broken) >= whole["calls"] > 3
         for row in broken:
             if row["said"] is None:  # the second making of a folder that is there, which costs nothing
                 assert row["failed"].startswith("mkdir "), f"{row['failed']} failed and nothing was said"
@@ -70,9 +68,8 @@ def test_a_fault_at_any_call_of_a_save_leaves_the_checkpoint_before_and_says_so(
             assert row["newest"] == (2 if "step-00000002" in row["left"] else 1)
             assert set(row["left"]) <= {"step-00000001", "step-00000002"}, row["failed"]
     calls = {row["failed"].partition(" ")[0] for row in found}
-    assert "fsync" in calls
+    assert {"fsync", "mkdir", "rename"} <= calls
     assert any(call.startswith("write") for call in calls)
-    assert every > 1 or {"mkdir", "rename"} <= calls
     untold = sum(row["said"] is None for row in found) - len(ERRORS)
     unsaid = f"all but {untold} (a folder made a second time: the save went through whole)" if untold else "all"
     report(
