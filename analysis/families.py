@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from analysis.gather import Study
@@ -45,11 +46,24 @@ def with_families(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, tuple
 
 
 def family_names(cells: pd.DataFrame, settings: Sequence[str]) -> pd.Series:
-    """A name for each cell's family: the sizes in it, or its values of these settings where a size is in several."""
-    columns = [f"axes.{setting}" for setting in settings]
-    if not columns:
+    """A name for each cell's family: the sizes in it, or what it is of these settings where a size is in several."""
+    if not settings:
         return pd.Series("", index=cells.index)
-    family = cells.groupby(columns, sort=False, dropna=False).ngroup()
+    family = cells.groupby([f"axes.{setting}" for setting in settings], sort=False, dropna=False).ngroup()
     if cells.assign(family=family).groupby("size")["family"].nunique().max() > 1:
-        return cells[columns].astype(str).agg(", ".join, axis=1)
+        values = cells[[f"axes.{setting}" for setting in settings]].astype(str).to_numpy()
+        named = [
+            ", ".join(f"{setting}={value}" for setting, value in zip(settings, row, strict=True)) for row in values
+        ]
+        return pd.Series(named, index=cells.index)
     return family.map(cells.groupby(family)["size"].agg(lambda sizes: ", ".join(dict.fromkeys(sizes))))
+
+
+def unprocessed_mean(runs: pd.DataFrame, column: str) -> float:
+    """What the unprocessed input comes to over these runs; NaN where runs on other shards have another input.
+
+    It is scored anew in every run, with one result: a mean over the runs, and no spread.
+    """
+    values = runs[column].astype(float)
+    of_corpora = values.groupby(runs["index_hash"].astype(str)).mean().dropna()
+    return float(values.mean()) if len(of_corpora) < 2 or np.allclose(of_corpora, of_corpora.iloc[0], 1e-3) else np.nan

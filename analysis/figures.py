@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis import style
-from analysis.families import tells_families
+from analysis.families import tells_families, unprocessed_mean
 from analysis.gather import Study
 from analysis.quantities import MISSING, Quantity, human_hours, round_hours
 from analysis.tables import ScalingTable
@@ -54,14 +54,16 @@ def scaling_figure(table: ScalingTable) -> Figure | None:
         panels = figure.subplots(len(rows), len(quantities), squeeze=False)
         lines = {x: _series(cells, table.axes, x) for x in rows}
         several = any(names for names, _ in lines.values())
+        has_level = any(np.isfinite(table.unprocessed.get(f"{quantity.key}_mean", np.nan)) for quantity in quantities)
         for x, row in zip(rows, panels, strict=True):
             names, series = lines[x]
             for quantity, ax in zip(quantities, row, strict=True):
                 _panel(ax, cells, series, x, quantity, table.unprocessed)
             if several:  # hues mean something else in each row, so each has its own legend
-                _row_legend(row[-1], series, ", ".join(names))
+                _row_legend(row[-1], _handles(series, has_level), ", ".join(names))
         if not several:
-            figure.legend(handles=_handles(lines["num_params"][1]), loc="outside lower center", ncols=2, frameon=False)
+            handles = _handles(lines["num_params"][1], has_level)
+            figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
         figure.align_ylabels()
     return figure
 
@@ -104,10 +106,10 @@ def curves_figure(study: Study) -> Figure | None:
                 ax.set_xlabel("Optimiser step")
             if number % columns == 0:
                 ax.set_ylabel("Loss")
-        level = runs["unprocessed_validation_loss"].mean()
+        level = unprocessed_mean(runs, "unprocessed_validation_loss")
         _loss_limits(panels[: len(sizes)], curves, level)
         handles = _curves_handles(bool(np.isfinite(level)), bool((runs["state"] == "failed").any()))
-        for handle in _handles(series)[:-1] if names else ():
+        for handle in _handles(series) if names else ():
             handle.set_label(f"{', '.join(names)} {handle.get_label()}")
             handles.append(handle)
         figure.legend(
@@ -135,24 +137,31 @@ def _series(cells: pd.DataFrame, axes: Sequence[str], x: str) -> tuple[list[str]
     A line joins cells of one family that differ in x; of size, hours, steps and axes, what x and the ones
     before do not determine splits lines.
     """
-    families = {"family": "Models"} if "family" in cells else {}
-    families |= {f"axes.{axis}": axis for axis in axes if tells_families(axis)}
     candidates = {"size": "Size"} if x == "hours" else {"hours": "Hours"}
     # An axis of the sweep says more than the steps that followed from it.
     candidates |= {f"axes.{axis}": axis for axis in axes if axis != "data.hours"}
     candidates |= {"steps": "Steps", "axes.data.hours": "data.hours"} if "data.hours" in axes else {"steps": "Steps"}
-    known, names = [x], []
-    texts = pd.Series("", index=cells.index)
-    for column, name in (families | candidates).items():
-        if column in families:
-            splits = cells[column].nunique(dropna=False) > 1
-        else:
-            splits = bool((cells.groupby(known, dropna=False)[column].nunique(dropna=False) > 1).any())
-        if splits:
+    telling, known = [], [x]
+    for column in candidates:
+        if _tells(cells, column, known):
             known.append(column)
-            names.append(name)
-            texts = texts.str.cat(cells[column].map(_text), sep=", " if len(names) > 1 else "")
+            telling.append(column)
+    families = {f"axes.{axis}": axis for axis in axes if tells_families(axis)}
+    families |= {"family": "Family"} if "family" in cells else {}
+    for column in families:  # whatever x determines
+        if _tells(cells, column, telling):
+            telling.append(column)
+    texts = pd.Series("", index=cells.index)
+    for number, column in enumerate(telling):
+        texts = texts.str.cat(cells[column].map(_text), sep=", " if number else "")
+    names = [(candidates | families)[column] for column in telling]
     return names, texts
+
+
+def _tells(cells: pd.DataFrame, column: str, known: list[str]) -> bool:
+    """Whether cells differ in a column that are alike in all that is known."""
+    alike = cells.groupby(known, dropna=False)[column] if known else cells[column]
+    return bool(np.any(alike.nunique(dropna=False) > 1))
 
 
 def _text(value: object) -> str:
@@ -229,17 +238,16 @@ def _name_sizes(ax: Axes, drawn: pd.DataFrame, x: str, mean: str) -> None:
         )
 
 
-def _handles(series: pd.Series) -> list[Line2D]:
+def _handles(series: pd.Series, has_level: bool = False) -> list[Line2D]:
     handles = [
         Line2D([], [], color=style.color(number), marker=style.marker(number), label=text or "mean over seeds")
         for number, text in enumerate(dict.fromkeys(series))
     ]
-    return [*handles, Line2D([], [], label="unprocessed", **style.REFERENCE)]
+    return [*handles, Line2D([], [], label="unprocessed", **style.REFERENCE)] if has_level else handles
 
 
-def _row_legend(ax: Axes, series: pd.Series, title: str) -> None:
+def _row_legend(ax: Axes, handles: list[Line2D], title: str) -> None:
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-    handles = _handles(series)
     if len(handles) > MOST_NAMES:  # more names than a row has room for
         rest = Line2D([], [], linestyle="", label=f"and {len(handles) - MOST_NAMES} more")
         handles = [*handles[: MOST_NAMES - 1], rest, handles[-1]]

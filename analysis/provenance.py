@@ -10,9 +10,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from analysis.claims import stopped_early
+from analysis.families import unprocessed_mean
 from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import VALIDATION_LOSS
 from analysis.tables import ScalingTable
@@ -133,9 +135,11 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
     for key in (VALIDATION_LOSS.key, *(metric.key for metric in study.metrics)):
         values = finished[UNPROCESSED + key]
         if values.max() - values.min() > 1e-3 * values.abs().max():
+            is_mean = np.isfinite(unprocessed_mean(finished, UNPROCESSED + key))
+            shown = "its mean" if is_mean else "none, since they are on several corpora"
             said.append(
                 f"The unprocessed {key} differs between finished runs ({values.min():.4g} to {values.max():.4g}); "
-                "the table shows its mean."
+                f"the table shows {shown}."
             )
     return said
 

@@ -203,9 +203,9 @@ def _execution(run: RunDirectory, events: Sequence[Record], curve: Columns) -> d
     train = curve["kind"] == 0
 
     def median(name: str) -> float:
-        # The first rows hold the warming up of caches and compilers.
         values = curve[name][train] if name in curve else np.empty(0)
-        values = values[len(values) // 10 :]
+        # The first rows hold the warming up of caches and compilers, the very first is of that step alone.
+        values = values[max(min(1, len(values) - 1), len(values) // 10) :]
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else np.nan
 

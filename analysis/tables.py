@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -22,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.cells import cell_numbers, over_seeds
-from analysis.families import family_names, with_families
+from analysis.families import family_names, tells_families, unprocessed_mean, with_families
 from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import (
     MISSING,
@@ -49,7 +48,7 @@ class ScalingTable:
 
     cells: one row a cell, by size, hours and steps; size, num_params, num_params_folded,
         num_params_non_decoder, macs_per_second, hours (rounded to the budget), steps, axes.NAME,
-        family (its name; "" where none is told apart but by axes),
+        family (its name; "" where axes alone tell families apart, or there is one),
         rtf (the real-time factor of streaming on one CPU thread, NaN where it was not measured),
         rtf_step (what enhanced the frames), rtf_cpu, label, steps_taken (mean over finished seeds;
         below the planned steps where any stopped early), seeds_finished, seeds_planned, run_ids
@@ -76,7 +75,7 @@ def scaling_table(study: Study) -> ScalingTable:
     factors = real_time_factors(study)
     runs[factors.columns] = factors
     runs, axes_and_families = with_families(runs, study)
-    telling = [axis for axis in axes_and_families if axis not in study.axes]
+    telling = [axis for axis in axes_and_families if axis not in axes and tells_families(axis)]
     runs["cell"] = cell_numbers(runs, axes_and_families)
     finished = runs[runs["state"] == "finished"]
     by_cell = runs.groupby("cell")
@@ -152,10 +151,7 @@ def _unprocessed(finished: pd.DataFrame, metrics: Sequence[Quantity]) -> pd.Seri
     row: dict[str, object] = {"size": "unprocessed", "run_ids": " ".join(finished["run_id"])}
     for key in (VALIDATION_LOSS.key, *(metric.key for metric in metrics)):
         values = finished[UNPROCESSED + key]
-        # The same input is scored in every run on a corpus: the runs give one number, not a spread.
-        of_corpora = values.groupby(finished["index_hash"].astype(str)).mean()
-        mean = values.mean() if of_corpora.round(6).nunique() < 2 else np.nan
-        row |= {f"{key}_mean": mean, f"{key}_n": int(values.count())}
+        row |= {f"{key}_mean": unprocessed_mean(finished, UNPROCESSED + key), f"{key}_n": int(values.count())}
     return pd.Series(row)
 
 

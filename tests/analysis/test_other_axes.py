@@ -7,20 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from analysis.advise import advise
 from analysis.claims import Claims, claims
 from analysis.comparable import comparable
-from analysis.figures import scaling_figure
+from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import isoflop
 from analysis.nodes import node_table
 from analysis.paper_table import PaperTable
 from analysis.paper_tables import paper_tables
+from analysis.provenance import remarks
 from analysis.report import main
 from analysis.settings import Settings
 from analysis.tables import scaling_table
-from scaling.records import StudyDirectory
+from scaling.records import RunDirectory, StudyDirectory
 from tests.analysis.generated import COST, FAMILY, Record, lines, run_record, true_loss, write_run
 
 RATE = "train.optimiser.learning_rate"
@@ -171,8 +173,7 @@ def test_models_of_two_families_are_no_sizes_of_one_law(
     assert sorted(tables["efficiency_table"].text["model.norm"]) == ["batch"] * 3 + ["group"] * 3
     figure = scaling_figure(scaling_table(study))
     assert max(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == 3, "a line joins two families"
-    names = [text.get_text() for ax in figure.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
-    assert {"c8, xt, t", "c24, c48, s"} <= set(names)
+    assert legend_of(figure) == {"Family": ["c8, xt, t", "c24, c48, s"]}
 
 
 @pytest.mark.parametrize("hours", [9.0, 18.0])
@@ -185,14 +186,44 @@ def test_runs_on_other_shards_are_in_no_law_with_these(tmp_path: Path, hours: fl
         for size in ("c8", "xt", "t")
     ]
     path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0)).path
+    of_dns = [cell for cell in StudyDirectory(path).runs.iterdir() if cell.name.startswith(("cell3", "cell4", "cell5"))]
+    for run in map(RunDirectory, of_dns):
+        rows = [row | ({"unprocessed_loss": 0.09} if row["kind"] == "validation" else {}) for row in run.read_metrics()]
+        run.metrics.write_text(lines(rows))
     study = gather(path)
     found = claims(study, Settings(path, bootstraps=100))
     assert set(found.kept["data"]) == {"vbd"}
     assert "data.index_hash=vbd abababab" in found.other_axes.setting
     assert "losses do not compare where data.index_hash differs" in found.other_axes.remark
     assert found.other_axes.cells_left_out == 3
-    figure = scaling_figure(scaling_table(study))
+    table = scaling_table(study)
+    assert np.isnan(table.unprocessed["validation_loss_mean"])
+    assert table.unprocessed["pesq_wb_mean"] > 0, "which both have alike"
+    told = "The unprocessed validation_loss differs between finished runs (0.0567 to 0.09); the table shows none, since"
+    assert told in " ".join(remarks(study, table))
+    figure = scaling_figure(table)
     assert max(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == 3, "a line joins two corpora"
+    assert legend_of(figure) == ({"data": ["vbd", "dns"]} if hours == 9.0 else {"Hours": ["9", "18"]})
+    assert not any(line.get_linestyle() == "--" for line in curves_figure(study).axes[0].get_lines())
+
+
+def legend_of(figure: Figure) -> dict[str, list[str]]:
+    """The title of the first row's legend, and what it names beside the unprocessed input."""
+    legend = next(ax.get_legend() for ax in figure.axes if ax.get_legend())
+    names = [text.get_text() for text in legend.get_texts()]
+    return {legend.get_title().get_text(): [name for name in names if name != "unprocessed"]}
+
+
+def test_no_line_joins_families_that_an_axis_tells_apart_where_sizes_settle_it(tmp_path: Path):
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {"model.norm": norm}}
+        | {"science": {"model": {"norm": norm}}}
+        for size, norm in (("c8", "batch"), ("xt", "batch"), ("t", "layer"), ("s", "layer"))
+    ]
+    path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0)).path
+    figure = scaling_figure(scaling_table(gather(path)))
+    assert max(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == 2
+    assert legend_of(figure) == {"Family": ["c8, xt", "t, s"]}
 
 
 def test_a_setting_of_the_loss_is_not_chosen_by_the_loss(tmp_path: Path):
