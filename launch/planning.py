@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -94,8 +96,14 @@ def plan_study(config: StudyConfig, words: Sequence[str]) -> list[RunPlan]:
 
 def _execution_label(cell: Cell) -> str:
     """What a run's name says of how it is executed: by its cell alone, so that more values of an axis rename no run."""
-    axes = [axis for axis in cell if axis.startswith(("cluster.", "execution."))]
-    return "".join(f"-{axis.rpartition('.')[2]}{cell[axis]}" for axis in axes)
+    axes = sorted(axis for axis in cell if axis.startswith(("cluster.", "execution.")))
+    return "".join(f"-{axis.rpartition('.')[2]}{_in_a_name(str(cell[axis]))}" for axis in axes)
+
+
+def _in_a_name(value: str) -> str:
+    """A value as part of a folder's name: what may not stand there replaced, with a hash of what it was."""
+    text = re.sub(r"[^\w.+]+", "-", value)
+    return text if text == value else f"{text.strip('-')}-{hashlib.sha256(value.encode()).hexdigest()[:4]}"
 
 
 def write_plan(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:

@@ -17,7 +17,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.config import ClusterConfig
@@ -34,7 +35,7 @@ from scaling.records import Record, StudyDirectory
 # them and they take longer than SLURM's MessageTimeout (10 s), slurmctld repeats its order about a minute later, and
 # it meets the step of the same number in the requeued job: seen on 22.05, a SIGTERM in each attempt that followed.
 # --wait=0: rank 0 scores the test set when the others have gone, for longer than a site's WaitTime may be.
-SUBMIT_LIMIT = r"SubmitJob\w*Limit"  # as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
+SUBMIT_LIMIT = r"SubmitJob\w*Limit|MaxSubmitJobsPerAccount"  # as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
 OURS = ("signal", "open-mode")  # options that are not a site's matter
 HEAD = """\
 #!/bin/bash
@@ -86,13 +87,22 @@ class _BeyondLimitError(UserError):
     """More jobs than a site lets a user, an account or a QOS have in its queue."""
 
 
-def submit_to_slurm(
-    study: StudyDirectory, plans: Sequence[RunPlan], cluster: ClusterConfig, lock: int
-) -> list[Submission]:
+@dataclass
+class Submitted:
+    """What SLURM took of some runs.
+
+    arrays: on record. full: what it said where a limit on submitted jobs left some out; "" if it took all.
+    """
+
+    arrays: list[Submission] = field(default_factory=list)
+    full: str = ""
+
+
+def submit_to_slurm(study: StudyDirectory, plans: Sequence[RunPlan], cluster: ClusterConfig, lock: int) -> Submitted:
     """Submit runs as arrays; UserError, before anything is queued, if SLURM would refuse one of their shapes.
 
-    UserError too where it then refuses an array, as it does beyond a limit on submitted jobs, which counts
-    elements: as many as the limit lets in are queued, in smaller arrays; what was queued stays so and on record.
+    A limit on submitted jobs counts elements: as many as it lets in are queued, in smaller arrays.
+    UserError too where SLURM refuses an array for another reason: what was queued stays so and on record.
 
     lock: the descriptor that holds the study's lock; sbatch inherits it, so that no other sweep
         looks at the queue while one is on its way into it, though this process be killed
@@ -105,41 +115,69 @@ def submit_to_slurm(
             tried.append(shape)
             try_shape(study, shape, code)
     caps = _shares(cluster.max_parallel, [len(part) for _, part in arrays])
-    done: list[Submission] = []
-    ends: list[Submission] = []  # of each array's elements the last that were queued
-    lanes = cluster.max_parallel or len(arrays)
+    done = Submitted()
+    lanes: list[list[Submission]] = []  # of each array before, what the next one in its lane waits for
+    side_by_side = cluster.max_parallel or len(arrays)
+    full: set[tuple[str | None, ...]] = set()
     for number, ((shape, part), cap) in enumerate(zip(arrays, caps, strict=True)):
         # More arrays than runs at once: each waits for one before it.
-        after = ends[number - lanes] if number >= lanes else None
-        left, size = list(part), len(part)
-        while left:
-            size = min(size, len(left))
-            try:
-                done.append(_submit_array(study, left[:size], shape, min(cap, size), after, code, lock))
-            except UserError as error:
-                is_beyond_limit = isinstance(error, _BeyondLimitError)
-                if is_beyond_limit and size > 1:
-                    size //= 2
-                    continue
-                queued = sum(len(each.run_ids()) for each in done)
-                when = "when some of the jobs have ended " if is_beyond_limit else ""
-                raise UserError(
-                    f"{error}: {queued} of {len(plans)} runs are queued; {when}the same command goes on with the other "
-                    f"{len(plans) - queued}"
-                ) from None
-            left = left[size:]
-            if cluster.max_parallel is not None:
-                after = done[-1]
-        ends.append(done[-1])
+        before = lanes[number - side_by_side] if number >= side_by_side else []
+        limited_by, pieces = (shape.partition, shape.qos, shape.account), []
+        try:
+            if limited_by not in full:
+                for piece in _submitted(study, part, shape, cap, before, code, lock):
+                    pieces.append(piece)
+                    done.arrays.append(piece)
+        except _BeyondLimitError as error:
+            full.add(limited_by)
+            done.full = str(error)
+        except UserError as error:
+            queued = sum(len(each.run_ids()) for each in done.arrays)
+            raise UserError(
+                f"{error}: {queued} of {len(plans)} runs are queued, and the same command goes on with the other "
+                f"{len(plans) - queued}"
+            ) from None
+        lanes.append(pieces or before)
     return done
 
 
-def _submit_array(
+def _submitted(
     study: StudyDirectory,
     plans: Sequence[RunPlan],
     shape: ClusterConfig,
     cap: int,
-    after: Submission | None,
+    before: Sequence[Submission],
+    code: Path,
+    lock: int,
+) -> Iterator[Submission]:
+    """Submit runs of one shape as an array or, at a limit on submitted jobs, in several, as many as it lets in.
+
+    At most `cap` of them run at once, after those `before`. _BeyondLimitError if the limit left some out.
+    """
+    left, size, room = list(plans), len(plans), cap
+    last, last_cap = before, 0
+    while left:
+        size = min(size, len(left))
+        # Beside the pieces before it as long as they leave room, then after the last of them.
+        own_cap, after = (min(room, size), before) if room else (min(last_cap, size), last)
+        try:
+            piece = _submit(study, left[:size], shape, own_cap, after, code, lock)
+        except _BeyondLimitError:
+            size //= 2
+            if not size:
+                raise
+            continue
+        room -= min(room, own_cap)
+        left, last, last_cap = left[size:], [piece], own_cap
+        yield piece
+
+
+def _submit(
+    study: StudyDirectory,
+    plans: Sequence[RunPlan],
+    shape: ClusterConfig,
+    cap: int,
+    after: Sequence[Submission],
     code: Path,
     lock: int,
 ) -> Submission:
@@ -147,8 +185,8 @@ def _submit_array(
     submission = Submission.create(study, [plan.to_record() for plan in plans], settings_of(shape))
     options = {"array": f"0-{len(plans) - 1}%{cap}", "comment": submission.token, "job-name": study.path.name}
     options |= {"output": f"{submission.path}/%a.log", "requeue": ""}
-    if after is not None:
-        options["dependency"] = f"afterany:{after.job}"
+    if after:
+        options["dependency"] = "afterany:" + ":".join(str(each.job) for each in after)
     submission.script.write_text(batch_script(shape, options, code, submission.path))
     try:
         job = sbatch(submission.script, lock)
@@ -332,7 +370,9 @@ def sbatch(script: Path, lock: int | None = None) -> str:
     )
     if done.returncode:
         if re.search(SUBMIT_LIMIT, done.stderr):
-            raise _BeyondLimitError(f"SLURM takes no more jobs ({said(done.stderr)})")
+            raise _BeyondLimitError(
+                f"SLURM takes no more jobs ({said(done.stderr)}): run the same command again when some have ended"
+            )
         raise UserError(f"sbatch refused {script} ({said(done.stderr)})")
     return done.stdout.strip().split(";")[0]
 

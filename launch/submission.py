@@ -116,7 +116,11 @@ def rows_beyond(study: StudyDirectory, run_ids: Collection[str]) -> list[Record]
     rows: dict[bytes, Record] = {}
     known = {run_id.encode() for run_id in run_ids}
     for submission in submissions(study):
-        for line in (submission.path / "runs.jsonl").read_bytes().splitlines():
+        try:
+            lines = (submission.path / "runs.jsonl").read_bytes().splitlines()
+        except FileNotFoundError:  # SLURM has just refused it
+            continue
+        for line in lines:
             found = re.match(rb'\{"run_id": "([^"]+)"', line)
             if found and found[1] not in known and found[1] not in rows:
                 rows[found[1]] = json.loads(line)

@@ -10,7 +10,8 @@ executes nothing that is finished and goes on with what was cut off. A failed ru
 again; one that diverged is a result and is not. On this machine Ctrl-C, or launch.cancel, ends the runs once they have
 saved, within two minutes; a second one ends them at once.
 
-Exit status: 0 all runs finished (or were submitted), 1 a run failed, 2 a mistake in the input.
+Exit status: 0 all runs finished (or were submitted), 1 a run failed, 2 a mistake in the input, 75 SLURM's queue took
+no more jobs: run it again when some have ended.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from launch.display import RunsDisplay
 from launch.local import last_log, run_locally
 from launch.planning import load_study, plan_study, plan_table, why_none_can_start, write_plan
 from launch.queue import QueuedJob, read_queue
-from launch.slurm import reconcile, require_slurm, submit_to_slurm
+from launch.slurm import Submitted, reconcile, require_slurm, submit_to_slurm
 from launch.submission import last_job
 from scaling.cli import CONFIG_FOLDER
 from scaling.command import run_main
@@ -43,6 +44,7 @@ from scaling.locks import held_lock
 from scaling.plan import RunPlan, require_writable
 from scaling.records import Record, StudyDirectory
 
+RUN_AGAIN = 75  # as scaling.train ends where the same command goes on
 SECONDS_TO_WAIT = 120.0  # for another sweep's submission to SLURM
 
 
@@ -127,16 +129,21 @@ def _submit(
     Costs(config.cluster).require_within(missing, config.launch.max_gpu_hours)
     if missing or not _is_on_record(study, plans):
         write_plan(study, plans)
-    if missing:
-        for submission in submit_to_slurm(study, missing, config.cluster, lock):
-            count = len(submission.run_ids())
-            print(f"submitted {count} run{'s' if count > 1 else ''} as job array {submission.job}_[0-{count - 1}]")
+    done = submit_to_slurm(study, missing, config.cluster, lock) if missing else Submitted()
+    left_out = len(missing)
+    for submission in done.arrays:
+        count = len(submission.run_ids())
+        left_out -= count
+        print(f"submitted {count} run{'s' if count > 1 else ''} as job array {submission.job}_[0-{count - 1}]")
     if len(missing) < len(todo):
         print(f"{len(todo) - len(missing)} runs wait or run already")
     print(f"how they are:    python -m launch.status study={study.path}   (--watch stays and looks again)")
     print(f"what one says:   python -m launch.logs RUN study={study.path}")
     print(f"to stop them:    python -m launch.cancel study={study.path}")
     print("the same sweep command again submits what was lost, nothing twice, and when all is done makes the report")
+    if done.full:
+        print(f"{left_out} of {len(plans)} runs are not queued: {done.full}", file=sys.stderr)
+        return RUN_AGAIN
     return 0
 
 

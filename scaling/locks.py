@@ -102,15 +102,20 @@ def _take(descriptor: int, lock: Path) -> None:
 
 
 def _flock(descriptor: int, lock: Path, how: int) -> None:
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        raise UserError(
-            f"{lock}: its file system keeps no file locks ({error.strerror}), without which two processes may "
-            "write the same files: mount it with them (Lustre: -o flock; NFS: lockd), or take another folder"
-        ) from None
+    """BlockingIOError if another process holds the lock and `how` does not wait; UserError where there are no locks."""
+    for looks_left in reversed(range(LOOKS)):
+        try:
+            return fcntl.flock(descriptor, how)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            if error.errno == errno.ENOLCK and looks_left:  # as where a server has no memory for one at the moment
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                continue
+            raise UserError(
+                f"{lock}: its file system keeps no file locks ({error.strerror}), without which two processes may "
+                "write the same files: mount it with them (Lustre: -o flock; NFS: lockd), or take another folder"
+            ) from None
 
 
 def is_locked(directory: RunDirectory) -> bool:

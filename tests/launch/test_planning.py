@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def test_more_values_of_an_axis_of_execution_rename_no_run(planned):
     (alone,) = names("[1]")
     assert alone.startswith("xxt-seed0-nodes1-")
     assert alone in names("[1,2]")
+
+
+def test_a_value_that_is_no_part_of_a_path_makes_a_name_that_is(planned):
+    images = "cluster.container: ['apptainer exec /a/b.sif','apptainer exec /a-b.sif',null]"
+    words = (f"sweep.axes={{model: [xxt], {images}, cluster.nodes: [2]}}", "sweep.compares_execution=true")
+    names = [plan.name for plan in planned("cluster=slurm", *words)[1]]
+    assert len(set(names)) == 3
+    assert "xxt-seed0-containerNone-nodes2" in names
+    assert all(re.fullmatch(r"xxt-seed0-container[\w.-]+-nodes2", name) for name in names)
 
 
 # --- costs ---------------------------------------------------------------------------------

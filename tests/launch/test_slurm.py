@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from launch.slurm import batch_script, settings_of, submit_to_slurm
 from launch.submission import Submission, last_job, submissions
 from scaling.cli import load_config
 from scaling.config import RunConfig
-from scaling.errors import UserError
 from scaling.plan import plan_run
 from scaling.records import RunDirectory, StudyDirectory, write_records
 from scaling.shards import ShardIndex
@@ -105,39 +105,83 @@ def test_rank_0_may_score_for_longer_than_a_site_waits_for_the_last_process(elem
     assert "--wait=0" in element.execute()[0].split()
 
 
-# An sbatch that knows no more than a limit on submitted jobs, of what was queued before.
+# An sbatch that knows no more than a limit on submitted jobs in the partition "few", of what was queued before.
 LIMITED = """\
 [ "$1" != --test-only ] || exit 0
 last=$(grep -oP 'array=0-\\K[0-9]+' "$2")
-queued=$(cat {queued} 2> /dev/null || echo 0)
-if [ $((queued + last + 1)) -gt {limit} ]; then
-    echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2
-    echo 'sbatch: error: Batch job submission failed: Job violates' >&2
-    exit 1
+job=$(($(cat {folder}/job 2> /dev/null || echo 100) + 1))
+echo $job > {folder}/job
+if grep -q partition=few "$2"; then
+    queued=$(cat {folder}/queued 2> /dev/null || echo 0)
+    if [ $((queued + last + 1)) -gt {limit} ]; then
+        echo 'sbatch: error: {reason}' >&2
+        echo 'sbatch: error: Batch job submission failed: Job violates' >&2
+        exit 1
+    fi
+    echo $((queued + last + 1)) > {folder}/queued
 fi
-echo $((queued + last + 1)) > {queued}
-echo $((queued + 100))"""
+echo $job"""
+FEW = replace(SHAPE, partition="few")
+
+
+@pytest.fixture
+def submitted(tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What becomes of ten runs at a limit: (what was told, of each run its job, the array's script of each)."""
+
+    def submit(limit: int, shape: ClusterConfig, *models: str, reason: str = "QOSMaxSubmitJobPerUserLimit"):
+        cells = [[f"model={model}", f"seed={seed}"] for model in models or ("xxt", "xt") for seed in range(5)]
+        plans = [plan_run(load_config(RunConfig, "run", [*tiny_run, *cell]), tiny_index) for cell in cells]
+        study = StudyDirectory(Path(plans[0].config.study))
+        sbatch = LIMITED.format(folder=tmp_path, limit=limit, reason=reason)
+        scontrol = 'if [ "$2" = config ]; then echo MaxArraySize = 6; fi'
+        stand_in(tmp_path, {"sbatch": sbatch, "scontrol": scontrol})
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        with study.path.parent.joinpath("lock").open("w") as lock:
+            done = submit_to_slurm(study, plans, shape, lock.fileno())
+        assert [each.path for each in submissions(study)] == sorted(each.path for each in done.arrays)
+        return (
+            done.full,
+            [last_job(plan.directory) for plan in plans],
+            [each.script.read_text() for each in done.arrays],
+        )
+
+    return submit
+
+
+def options_of(script: str) -> tuple[str, str]:
+    """(--array, --dependency)"""
+    found = (re.search(rf"--{name}=(\S+)", script) for name in ("array", "dependency"))
+    return tuple(match[1] if match else "" for match in found)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("limit", [0, 3, 7, 9])
-def test_as_many_runs_are_queued_as_a_limit_on_submitted_jobs_lets_in(
-    limit: int, tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    plans = [plan_run(load_config(RunConfig, "run", [*tiny_run, f"seed={seed}"]), tiny_index) for seed in range(10)]
-    study = StudyDirectory(Path(plans[0].config.study))
-    sbatch = LIMITED.format(queued=tmp_path / "queued", limit=limit)
-    stand_in(tmp_path, {"sbatch": sbatch, "scontrol": 'if [ "$2" = config ]; then echo MaxArraySize = 6; fi'})
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with study.path.parent.joinpath("lock").open("w") as lock, pytest.raises(UserError) as refused:
-        submit_to_slurm(study, plans, replace(SHAPE, max_parallel=2), lock.fileno())
-    assert "(QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates): " in str(refused.value)
-    told = f"{limit} of 10 runs are queued; when some of the jobs have ended the same command goes on with the other"
-    assert told in str(refused.value)
-    jobs = [last_job(plan.directory) for plan in plans]
+@pytest.mark.parametrize("reason", ["QOSMaxSubmitJobPerUserLimit", "AssocMaxSubmitJobLimit", "MaxSubmitJobsPerAccount"])
+def test_as_many_runs_are_queued_as_a_limit_on_submitted_jobs_lets_in(submitted, limit: int, reason: str):
+    told, jobs, _ = submitted(limit, FEW, reason=reason)
+    assert told == (
+        f"SLURM takes no more jobs ({reason}; Batch job submission failed: Job violates): run the same command again "
+        "when some have ended"
+    )
     assert None not in jobs[:limit]
     assert jobs[limit:] == [None] * (10 - limit)
-    submitted = list(submissions(study))
-    assert sum(len(each.run_ids()) for each in submitted) == limit, "what SLURM refused is cleared away"
-    # At most two runs at once: the site lets six into an array, and each array that was cut waits for what was cut off.
-    waiting = [each for each in submitted if "dependency=afterany" in each.script.read_text()]
-    assert len(waiting) >= len(submitted) - 2
+
+
+def test_what_a_limit_cuts_off_runs_beside_as_far_as_runs_at_once_allow_and_then_after(submitted):
+    _, _, scripts = submitted(9, replace(FEW, max_parallel=10))  # the site lets six into an array
+    assert [options_of(script) for script in scripts] == [("0-5%5", ""), ("0-1%2", ""), ("0-0%1", "")]
+
+
+def test_what_a_limit_cuts_off_waits_where_no_more_runs_may_go_at_once(submitted):
+    _, _, scripts = submitted(9, replace(FEW, max_parallel=1))
+    # The second array of four finds room for three: two, then one, after the first array and after one another.
+    assert [options_of(script) for script in scripts] == [
+        ("0-5%1", ""),
+        ("0-1%1", "afterany:101"),
+        ("0-0%1", "afterany:103"),
+    ]
+
+
+def test_a_limit_on_one_partition_keeps_no_run_of_another_out(submitted):
+    told, jobs, _ = submitted(2, replace(SHAPE, partition="main", sizes={"xt": {"partition": "few"}}), "xt", "xxt")
+    assert "takes no more jobs" in told
+    assert [job is not None for job in jobs] == [True] * 2 + [False] * 3 + [True] * 5

@@ -76,3 +76,19 @@ def test_a_file_system_without_locks_is_named_with_what_to_do(
     for look in (*(lambda lock, take=take: take(lock).__enter__() for take in takers), is_held):
         with pytest.raises(UserError, match=r"lock: its file system keeps no file locks .* or take another folder"):
             look(tmp_path / "lock")
+
+
+def test_a_file_system_that_has_no_lock_to_give_for_a_moment_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    answers = [errno.ENOLCK, errno.ENOLCK]
+    flock = fcntl.flock
+
+    def short_of_locks(descriptor: int, operation: int) -> None:
+        if answers:
+            raise OSError(answers.pop(), "No locks available")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", short_of_locks)
+    with held_when_free(tmp_path / "lock"):
+        assert not answers

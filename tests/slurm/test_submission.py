@@ -80,11 +80,12 @@ def test_a_study_of_more_runs_than_a_user_may_submit_is_queued_as_far_as_the_lim
 ):
     seeds = ",".join(map(str, range(MOST_SUBMITTED + 3)))
     words = [*slurm_words, LATER, f"study={study}", f"sweep.axes.seed=[{seeds}]", "cluster.partition=few"]
-    for _ in range(2):  # the same command again, while none has ended
-        done = launch("sweep", *words, check=False)
-        assert done.returncode == 2
-        assert "SLURM takes no more jobs (QOSMaxSubmitJobPerUserLimit; " in done.stderr
-        assert "runs are queued; when some of the jobs have ended the same command goes on with" in done.stderr
+    for told in (f"submitted {MOST_SUBMITTED - 2} runs as job array", f"{MOST_SUBMITTED} runs wait or run already"):
+        done = launch("sweep", *words, check=False)  # the second time while none has ended
+        assert done.returncode == 75
+        assert told in done.stdout
+        assert "launch.status" in done.stdout
+        assert "3 of 10 runs are not queued: SLURM takes no more jobs (QOSMaxSubmitJobPerUserLimit; " in done.stderr
         elements = elements_of(study)
         assert len(elements) == len(set(elements.values())) == MOST_SUBMITTED
     ended = min(elements)
