@@ -31,11 +31,14 @@ class Step(NamedTuple):
     should_stop: bool  # whether any rank has been asked to
 
     @classmethod
-    def of(cls, total: Tensor, terms: dict[str, Tensor], norm: Tensor | float, should_stop: bool) -> Step:
-        """From scalars on the device, brought from it at once: a step waits for it no more than that one time."""
-        scalars = [total, torch.as_tensor(norm, dtype=total.dtype, device=total.device), *terms.values()]
-        loss, gradient_norm, *values = torch.stack(scalars).tolist()
-        return cls(loss, dict(zip(terms, values, strict=True)), gradient_norm, should_stop)
+    def of(cls, total: Tensor, terms: dict[str, Tensor], norm: Tensor | float, stops: Tensor | bool) -> Step:
+        """From scalars, those on the device brought from it at once. stops: above 0 where a rank is asked to stop"""
+        others = [scalar.to(total.dtype) for scalar in (norm, stops) if isinstance(scalar, Tensor)]
+        loss, *values = torch.stack([total, *terms.values(), *others]).tolist()
+        brought = iter(values[len(terms) :])
+        gradient_norm = next(brought) if isinstance(norm, Tensor) else norm
+        should_stop = (next(brought) if isinstance(stops, Tensor) else stops) > 0
+        return cls(loss, dict(zip(terms, values, strict=False)), gradient_norm, should_stop)
 
 
 class Engine:
@@ -118,13 +121,13 @@ class Engine:
 
     def _mean_over_ranks(
         self, total: Tensor, terms: dict[str, Tensor], is_asked_to_stop: bool
-    ) -> tuple[Tensor, dict[str, Tensor], bool]:
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | bool]:
         if self.processes.world_size == 1:
             return total, terms, is_asked_to_stop
         self.processes.at("adding up with the other ranks")
         means = torch.stack([total, *terms.values(), total.new_tensor(float(is_asked_to_stop))])
         total, *values, stops = (self.processes.sum_(means) / self.processes.world_size).unbind()
-        return total, dict(zip(terms, values, strict=True)), stops.item() > 0
+        return total, dict(zip(terms, values, strict=True)), stops
 
     def _set_statistics_aside(self) -> list[Tensor]:
         """The running statistics before a step; during it they gather from zero what this rank's batches add."""

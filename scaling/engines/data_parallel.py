@@ -67,10 +67,10 @@ class DataParallel(Engine):
                 terms[name] = terms.get(name, 0) + term / num_own
         if before is not None:
             self._combine_statistics(before)
-        total, terms, should_stop = self._mean_over_ranks(total, terms, is_asked_to_stop)
+        total, terms, stops = self._mean_over_ranks(total, terms, is_asked_to_stop)
         bound = self.config.train.optimiser.max_gradient_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if bound is None else bound)
-        step = Step.of(total, terms, norm, should_stop)
+        step = Step.of(total, terms, norm, stops)
         if self.accelerator.scaler is not None:
             self.optimiser.step()  # fp16: the scaler itself passes over gradients that overflowed
             return step._replace(gradient_norm=self._norm_of_a_scaled_step(step.gradient_norm))

@@ -70,10 +70,10 @@ class ZeRO(Engine):
         self._combine_statistics(before)
         total = torch.stack(losses).mean()
         terms = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        total, terms, should_stop = self._mean_over_ranks(total, terms, is_asked_to_stop)
+        total, terms, stops = self._mean_over_ranks(total, terms, is_asked_to_stop)
         if self.stage > 0:
             norm = float(self.network.get_global_grad_norm())
-        return Step.of(total, terms, norm, should_stop)
+        return Step.of(total, terms, norm, stops)
 
     def _set_precision(self, model: BSRNN) -> None:
         """As Accelerate does elsewhere, in `forward`: DeepSpeed turns off autocast that it finds on around it."""
