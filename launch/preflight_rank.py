@@ -19,7 +19,7 @@ import torch
 from launch.failures import report_line
 from launch.rank import export_ranks
 from launch.submission import Submission
-from scaling.device import torch_device
+from scaling.device import require_gpu, torch_device
 from scaling.plan import RunPlan, from_record
 from scaling.processes import Processes, join
 from scaling.records import append_record
@@ -80,18 +80,21 @@ def _check(submission: Submission, plan: RunPlan, processes: Processes, stop: St
         if processes.is_first:
             append_record(submission.path / "checks.jsonl", {"check": name, "said": said, **values})
 
+    device = torch_device(plan.config.execution.device)
+    computes_on = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     hosts = sorted(set(processes.gather(os.environ.get("SLURMD_NODENAME", os.uname().nodename))))
     seconds = time.perf_counter() - started
-    passed("rendezvous", f"{processes.world_size} on {', '.join(hosts)} in {seconds:.1f} s", seconds=seconds)
+    said = f"{processes.world_size} on {', '.join(hosts)}, each on a {computes_on}, in {seconds:.1f} s"
+    passed("rendezvous", said, seconds=seconds)
 
-    device = torch_device(plan.config.execution.device)
-    x = torch.ones(ALL_REDUCE_BYTES // 4, device=device)
-    processes.sum_(torch.ones(1, device=device))  # makes the connections
-    began = time.perf_counter()
-    processes.sum_(x)
-    if not bool((x == processes.world_size).all()):
-        raise RuntimeError(f"the sum of ones over {processes.world_size} processes is {x[0].item()}")
-    seconds = time.perf_counter() - began
+    for _ in range(2):  # the first time makes the connections
+        x = torch.ones(ALL_REDUCE_BYTES // 4, device=device)
+        is_there = bool(x.all())  # waits for a GPU
+        began = time.perf_counter()
+        processes.sum_(x)
+        if not is_there or not bool((x == processes.world_size).all()):
+            raise RuntimeError(f"the sum of ones over {processes.world_size} processes is {x[0].item()}")
+        seconds = time.perf_counter() - began
     world_size = processes.world_size
     moved = 2 * (world_size - 1) / world_size * ALL_REDUCE_BYTES  # bytes that each rank sends in a ring
     said = (
@@ -121,8 +124,11 @@ def main(words: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     submission = Submission(Path(words[0]))
     export_ranks(submission.settings.threads)
+    index = int(os.environ["SLURM_ARRAY_TASK_ID"])
     try:
-        check(submission, int(os.environ["SLURM_ARRAY_TASK_ID"]))
+        device = submission.row(index)["config"]["execution"]["device"]
+        require_gpu(device, submission.settings.shape["gpus_per_node"])
+        check(submission, index)
     except Exception as error:
         sys.stderr.write(report_line(error))
         sys.stderr.flush()

@@ -38,9 +38,11 @@ def _execute(folder: str, stop: StopFlag) -> int:
     export_ranks(settings.threads)
     try:
         from launch.task import RunTask
+        from scaling.device import require_gpu
         from scaling.plan import from_record
 
         plan = from_record(submission.row(int(os.environ["SLURM_ARRAY_TASK_ID"])), submission.study.path)
+        require_gpu(plan.config.execution.device, settings.shape["gpus_per_node"])
         micro_batch = os.environ.get("LAUNCH_MICRO_BATCH")
         return RunTask(plan, settings.threads, int(micro_batch) if micro_batch else None)(stop)
     except Exception as error:

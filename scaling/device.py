@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import torch
+
+from scaling.errors import UnreachableError
 
 
 def uses_gpu(device: str) -> bool:
@@ -19,6 +24,26 @@ def set_arithmetic(precision: str) -> None:
     """Let what is computed in 32 bits on a GPU be so, in this process.
 
     By default cuDNN rounds the factors of an LSTM's and a convolution's products to 10 bits (TF32), which is left to it
-    beside 16-bit products alone.
+    beside 16-bit products alone. So do other products where a container's environment asks for it.
     """
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def name_of(device: str) -> str:
+    """What this process computes on, the same for no two GPUs; "" for the CPU."""
+    if not uses_gpu(device):
+        return ""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{gpu.name} {gpu.uuid} of {socket.gethostname()}"
+
+
+def require_gpu(device: str, gpus_per_node: int) -> None:
+    """UnreachableError where a job has GPUs that torch does not see: it would train on the CPU all the while."""
+    if gpus_per_node and device != "cpu" and not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise UnreachableError(
+            f"torch sees no GPU on {socket.gethostname()}, where the job has {gpus_per_node} a node: it is built "
+            f"{built}, CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}; look to the driver and the "
+            "container (--nv), or take execution.device=cpu"
+        )

@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-from scaling.device import uses_gpu
+from scaling.device import name_of, uses_gpu
 from scaling.errors import MeetingError, UserError
 from scaling.liveness import LostRankError, Watch, first_line
 from scaling.ports import free_port
@@ -51,6 +51,7 @@ class Processes:
     world_size: int = 1
     local_rank: int = 0
     watch: Watch | None = field(default=None, repr=False)
+    timeout: timedelta | None = None  # of a collective
 
     @property
     def is_first(self) -> bool:
@@ -111,7 +112,8 @@ class Processes:
         if size == self.world_size:
             assert distributed.group.WORLD is not None
             return distributed.group.WORLD
-        groups = [distributed.new_group(list(range(first, first + size))) for first in range(0, self.world_size, size)]
+        firsts = range(0, self.world_size, size)
+        groups = [distributed.new_group(list(range(first, first + size)), self.timeout) for first in firsts]
         return groups[self.rank // size]
 
     def at(self, phase: str) -> None:
@@ -127,12 +129,14 @@ class Processes:
     def naming_the_lost(self, whatever_fails: bool = True) -> Iterator[None]:
         """A context in which a broken collective becomes LostRankError, which names the rank that broke it.
 
-        whatever_fails: take every RuntimeError for one, not only those that say so
+        whatever_fails: take every RuntimeError for one that does not say that it is this rank's own, not only those
+            that say so
         """
         try:
             yield
         except RuntimeError as error:
-            if self.watch is None or self.world_size == 1 or not (whatever_fails or _is_of_a_collective(error)):
+            is_of_one = whatever_fails and not _is_of_this_rank(error)
+            if self.watch is None or self.world_size == 1 or not (is_of_one or _is_of_a_collective(error)):
                 raise
             lost = self.watch.find_lost(SECONDS_TO_NAME_THE_LOST)
             if lost is None and "timed out" in str(error).lower():
@@ -181,7 +185,7 @@ def join(
     needs_group: make a process group even for one process (DeepSpeed wants one)
 
     UserError if the environment is incomplete, MASTER_ADDR does not resolve, or two ranks have one GPU; MeetingError if
-    it cannot be reached, its port is taken, or a rank does not come in time.
+    it cannot be reached, its port is taken, a rank does not come in time, or some ranks see a GPU and others none.
     """
     world_size = _whole_number("WORLD_SIZE", 1)
     if world_size == 1 and not needs_group:
@@ -205,34 +209,43 @@ def join(
     on_gpu = uses_gpu(device)
     if on_gpu:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        # Where each process sees its own GPU alone; Accelerate and DeepSpeed take the variable for the GPU's number.
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    # Longer than what a rank itself allows, so that the one that is late says why before the others give up.
+    timeout = timedelta(seconds=2 * step_timeout)
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=distributed.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,
-        # Longer than what a rank itself allows, so that the one that is late says why before the others give up.
-        timeout=timedelta(seconds=2 * step_timeout),
+        timeout=timeout,
     )
     watch = Watch(_connect(host, port, world_size, False, silence_timeout), rank, world_size, silence_timeout)
-    processes = Processes(rank, world_size, local_rank, watch)
+    processes = Processes(rank, world_size, local_rank, watch, timeout)
     processes.barrier()  # every rank has left its first sign
     watch.start()
-    if on_gpu:
-        _check_gpus(processes)
+    _check_devices(processes, device)
     return processes
 
 
-def _check_gpus(processes: Processes) -> None:
-    """UserError if two ranks have the same GPU: NCCL would refuse it in the middle of a step."""
-    own = torch.cuda.get_device_properties(torch.cuda.current_device())
+def _check_devices(processes: Processes, device: str) -> None:
+    """UserError if two ranks have the same GPU: NCCL would refuse it in the middle of a step.
+
+    MeetingError if some have one and others do not see any.
+    """
     owners: dict[str, int] = {}
-    for rank, gpu in enumerate(processes.gather(f"{own.name} {own.uuid} of {socket.gethostname()}")):
+    given = processes.gather((name_of(device), socket.gethostname()))
+    blind = [f"rank {rank} on {host}" for rank, (gpu, host) in enumerate(given) if not gpu]
+    if 0 < len(blind) < len(given):
+        raise MeetingError(f"{', '.join(blind)} sees no GPU and the other ranks do: look to that node's driver")
+    for rank, (gpu, _) in enumerate(given):
         if gpu in owners:
             raise UserError(
                 f"ranks {owners[gpu]} and {rank} have one GPU, {gpu}: start as many processes on a node as it has "
                 "GPUs, or take execution.device=cpu"
             )
-        owners[gpu] = rank
+        if gpu:
+            owners[gpu] = rank
 
 
 def _whole_number(variable: str, default: int | None = None) -> int:
@@ -305,3 +318,8 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
     """Whether an error comes from the exchange with other processes, by what it says."""
     words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "socket")
     return isinstance(error, distributed.DistError) or any(word in str(error).lower() for word in words)
+
+
+def _is_of_this_rank(error: RuntimeError) -> bool:
+    """Whether an error comes from this rank alone, by what it says: of a loader's worker it may be raised anywhere."""
+    return isinstance(error, torch.OutOfMemoryError) or "DataLoader worker (pid" in str(error)

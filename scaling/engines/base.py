@@ -125,7 +125,7 @@ class Engine:
         if self.processes.world_size == 1:
             return total, terms, is_asked_to_stop
         self.processes.at("adding up with the other ranks")
-        means = torch.stack([total, *terms.values(), total.new_tensor(float(is_asked_to_stop))])
+        means = torch.stack([total, *terms.values(), torch.full_like(total, is_asked_to_stop)])
         total, *values, stops = (self.processes.sum_(means) / self.processes.world_size).unbind()
         return total, dict(zip(terms, values, strict=True)), stops
 

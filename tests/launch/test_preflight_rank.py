@@ -33,7 +33,9 @@ def test_a_preflight_computes_with_the_threads_and_the_arithmetic_of_the_run(
     words = [*tiny_run, "execution.threads=2", "execution.num_validations=1"]
     plan = plan_run(load_config(RunConfig, "run", words), tiny_index)
     study = StudyDirectory(tmp_path / "preflight")
-    submission = Submission.create(study, [plan.to_record()], Settings(1, 1, {}, 1, str(tmp_path / "speeds"), 3))
+    submission = Submission.create(
+        study, [plan.to_record()], Settings(1, 1, {"gpus_per_node": 0}, 1, str(tmp_path / "speeds"), 3)
+    )
     slurm = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}
     slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     rank = subprocess.run(

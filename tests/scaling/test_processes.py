@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,11 +20,12 @@ import torch
 from scaling.checkpoint import load_newest
 from scaling.cli import load_config
 from scaling.config import RunConfig
+from scaling.device import require_gpu
 from scaling.engines import make_engine
 from scaling.engines.data_parallel import MOST_OVERFLOWS, DataParallel
-from scaling.errors import MeetingError, UserError
+from scaling.errors import MeetingError, UnreachableError, UserError
 from scaling.ports import free_port
-from scaling.processes import ALONE, VARIABLES, Processes, _check_gpus, join
+from scaling.processes import ALONE, VARIABLES, Processes, _check_devices, join
 from scaling.records import RunDirectory
 from scaling.run import classify
 from scaling.shards import ShardIndex
@@ -187,18 +189,60 @@ def test_what_a_gpu_cannot_do_is_refused_in_a_line(
         make_engine(load_config(RunConfig, "run", [*tiny_run, *words]), ALONE)
 
 
-def test_two_ranks_with_one_gpu_are_named_before_nccl_meets_them(monkeypatch: pytest.MonkeyPatch):
-    class Gpu:
-        name, uuid = "A100", "GPU-1"
-
+@pytest.mark.parametrize(
+    ("seen", "error", "told"),
+    [
+        (["A100 GPU-1 of n1", "A100 GPU-1 of n1"], UserError, "ranks 0 and 1 have one GPU, A100 GPU-1 of n1: start as"),
+        (["A100 GPU-1 of n1", ""], MeetingError, r"rank 1 on n1 sees no GPU and the other ranks do"),
+        (["A100 GPU-1 of n1", "A100 GPU-2 of n1"], None, ""),
+        (["", ""], None, ""),
+    ],
+)
+def test_ranks_that_do_not_have_a_gpu_each_are_named_before_a_collective_meets_them(
+    seen: list[str], error: type[Exception] | None, told: str
+):
     class Two(Processes):
         def gather(self, value: T) -> list[T]:
-            return [value, value]
+            return [(gpu, "n1") for gpu in seen]  # type: ignore[misc]
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu)
-    with pytest.raises(UserError, match=r"ranks 0 and 1 have one GPU, A100 GPU-1 of \S+: start as many"):
-        _check_gpus(Two(world_size=2))
+    with nullcontext() if error is None else pytest.raises(error, match=told):
+        _check_devices(Two(world_size=2), "auto")
+
+
+@pytest.mark.parametrize(
+    ("error", "whatever_fails", "looks"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"), False, False),
+        (RuntimeError("gloo: Connection closed by peer"), False, True),
+        (RuntimeError("an error of autograd's"), True, True),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True, False),
+        (torch.OutOfMemoryError("CUDA out of memory"), True, False),
+    ],
+)
+def test_a_lost_rank_is_looked_for_where_an_error_may_be_of_one(error: RuntimeError, whatever_fails: bool, looks: bool):
+    looked = []
+
+    class Looking:
+        def find_lost(self, seconds: float) -> None:
+            looked.append(seconds)
+
+    processes = Processes(world_size=2, watch=Looking())  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError) as raised, processes.naming_the_lost(whatever_fails):
+        raise error
+    assert (raised.value is error, bool(looked)) == (True, looks)
+
+
+def test_a_job_with_gpus_that_torch_does_not_see_does_not_train_on_the_cpu_instead(monkeypatch: pytest.MonkeyPatch):
+    for device, gpus in (("auto", 0), ("cpu", 4)):
+        require_gpu(device, gpus)
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            UnreachableError, match=r"torch sees no GPU on \S+, where the job has 4 a node: it is"
+        ) as raised:
+            require_gpu(device, 4)
+        assert classify(raised.value)[0] == "node failure"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    require_gpu("auto", 4)
 
 
 def test_a_checkpoint_cut_into_parts_goes_on_as_it_was_written_and_no_other_way(tiny_run: list[str], tmp_path: Path):
