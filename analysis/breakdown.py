@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.claims import Claims
-from analysis.comparable import comparable, compared_scores
-from analysis.gather import Study
+from analysis.comparable import Comparable
 from analysis.quantities import Quantity
 
 
-def breakdown(study: Study, found: Claims, metric: Quantity) -> pd.DataFrame:
+def breakdown(cells: Comparable, metric: Quantity) -> pd.DataFrame:
     """by ("snr_db", "noise"), level, size, N, gain, standard_error (over utterances), utterances, run_ids."""
-    scores = compared_scores(study, comparable(study, found))
+    scores = cells.scores
     if metric.key not in scores:
         return pd.DataFrame(columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
     scores = scores.assign(gain=scores[metric.key].astype(float) - scores[f"unprocessed_{metric.key}"].astype(float))

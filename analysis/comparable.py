@@ -10,6 +10,7 @@ allowed: how much of it they used is part of what size does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -23,9 +24,13 @@ SHOWN = ["run_id", "size", "N", "cell", "hours_seen"]
 
 @dataclass(frozen=True)
 class Comparable:
-    """runs: run_id, size, N, cell and hours_seen, of one cell a size. about: where they are compared, in words."""
+    """runs: run_id, size, N, cell and hours_seen, of one cell a size; scores: theirs, with these columns.
+
+    about: where they are compared, in words.
+    """
 
     runs: pd.DataFrame
+    scores: pd.DataFrame
     about: str
     is_shared: bool = True  # False: each size at its own budget
     is_of_compute: bool = False  # the same training compute, so that hours seen differ
@@ -54,18 +59,19 @@ def comparable(study: Study, found: Claims) -> Comparable:
         about = "at each size's largest budget"
         if runs["size"].nunique() > 1:
             about += "; no two sizes share a budget of audio or compute, so differences may be those of the budgets"
-        return Comparable(largest_budgets(runs)[SHOWN], about, is_shared=False)
+        return _compared(study, runs, about, is_shared=False)
     sizes = set(shared["size"])
     ordered = runs.sort_values("N", kind="stable")["size"].drop_duplicates()
     left_out = tuple(str(size) for size in ordered if size not in sizes)
     about = "; ".join(filter(None, [f"at {about}", stopped_early(shared)]))
-    return Comparable(largest_budgets(shared)[SHOWN], about, is_of_compute=is_of_compute, left_out=left_out)
+    return _compared(study, shared, about, is_of_compute=is_of_compute, left_out=left_out)
 
 
-def compared_scores(study: Study, cells: Comparable) -> pd.DataFrame:
-    """The scores of these cells, with size and N."""
-    scores = study.scores[study.scores["run_id"].isin(cells.runs["run_id"])]  # few of what may be millions
-    return scores.assign(run_id=scores["run_id"].astype(str)).merge(cells.runs, on="run_id")
+def _compared(study: Study, runs: pd.DataFrame, about: str, **how: Any) -> Comparable:
+    cells = largest_budgets(runs)[SHOWN]
+    scores = study.scores[study.scores["run_id"].isin(cells["run_id"])]  # few of what may be millions
+    scores = scores.assign(run_id=scores["run_id"].astype(str)).merge(cells, on="run_id")
+    return Comparable(cells, scores, about, **how)
 
 
 def largest_budgets(runs: pd.DataFrame) -> pd.DataFrame:

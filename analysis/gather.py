@@ -18,10 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import multiprocessing
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ import pandas as pd
 
 from analysis.quantities import NOISIEST_GAIN, Quantity, metrics_named
 from analysis.reading import KINDS, REPLACED, UNPROCESSED, UTTERANCE, RunRecords, flatten, read_run
+from analysis.workers import pool
 from scaling.records import Record, RecordError, StudyDirectory
 
 SEED_AXES = ("seed", "train.seed")
@@ -207,9 +205,8 @@ def _read_all(study: StudyDirectory, plan: dict[str, Record]) -> list[RunRecords
     if len(tasks) <= RUNS_A_TASK:
         return read(tasks)
     chunks = [tasks[first : first + RUNS_A_TASK] for first in range(0, len(tasks), RUNS_A_TASK)]
-    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [one for chunk in pool.map(read, chunks) for one in chunk]
+    with pool() as workers:
+        return [one for chunk in workers.map(read, chunks) for one in chunk]
 
 
 def _read_some(path: Path, points: int, tasks: Sequence[tuple[str, int]]) -> list[RunRecords]:

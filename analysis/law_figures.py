@@ -21,8 +21,7 @@ from analysis import published, style
 from analysis.breakdown import breakdown
 from analysis.cells import over_seeds
 from analysis.claims import Claim, Claims
-from analysis.comparable import largest_budgets
-from analysis.gather import Study
+from analysis.comparable import Comparable, largest_budgets
 from analysis.isoflop import IsoFlop
 from analysis.quantities import Quantity, human_count, human_macs
 from analysis.settings import DATA, SIZES
@@ -224,9 +223,9 @@ def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) ->
     return figure
 
 
-def breakdown_figure(study: Study, found: Claims, metric: Quantity) -> Figure | None:
+def breakdown_figure(cells: Comparable, metric: Quantity) -> Figure | None:
     """Gain of a metric over the unprocessed input, by input SNR and by noise, a line or row of points a size."""
-    table = breakdown(study, found, metric)
+    table = breakdown(cells, metric)
     parts = [(name, rows) for name, rows in table.groupby("by", sort=False) if len(rows["level"].unique()) > 1]
     if not parts:
         return None

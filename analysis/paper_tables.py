@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.breakdown import breakdown
 from analysis.cells import over_seeds
 from analysis.claims import Claims, stopped_early
-from analysis.comparable import comparable, compared_scores
+from analysis.comparable import Comparable
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
@@ -26,12 +26,12 @@ from analysis.quantities import (
     loss_of,
     round_hours,
 )
-from analysis.settings import DATA
+from analysis.settings import DATA, Settings
 from analysis.significance import paired
 from analysis.tables import axis_value, mean_and_spread, steps_text
 
 
-def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame) -> list[PaperTable]:
+def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame, cells: Comparable) -> list[PaperTable]:
     """All tables that have rows, in the report's order."""
     level, loss = found.settings.level, found.losses[0].quantity
     tables = [
@@ -44,8 +44,8 @@ def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame)
         exclusions_effect_table(found),
         held_out_table(found),
         isoflop_table(iso, found),
-        significance_table(study, found),
-        breakdown_table(study, found),
+        significance_table(cells, study.metrics, found.settings),
+        breakdown_table(cells, study.metrics),
         nodes_table(nodes),
         exclusions_table(found),
         replaced_table(study, found),
@@ -234,16 +234,14 @@ def _mean_text(values: pd.Series) -> str:
     return f"{mean:.3g}" if np.isfinite(mean) else MISSING
 
 
-def significance_table(study: Study, found: Claims) -> PaperTable:
-    cells, settings = comparable(study, found), found.settings
-    scores = compared_scores(study, cells)
-    pairs = paired(scores, study.metrics, bootstraps=settings.bootstraps, level=settings.level, seed=settings.seed)
+def significance_table(cells: Comparable, metrics: Sequence[Quantity], settings: Settings) -> PaperTable:
+    pairs = paired(cells.scores, metrics, bootstraps=settings.bootstraps, level=settings.level, seed=settings.seed)
     seen = cells.runs.groupby("size")["hours_seen"].mean()
     pairs = pairs.assign(hours_seen=pairs["size"].map(seen), hours_seen_against=pairs["against"].map(seen))
     if not cells.is_shared:
         pairs = pairs.assign(p=np.nan, p_holm=np.nan, is_bound=False)
-    digits = {metric.key: metric.digits for metric in study.metrics}
-    names = {metric.key: metric.axis for metric in study.metrics}
+    digits = {metric.key: metric.digits for metric in metrics}
+    names = {metric.key: metric.axis for metric in metrics}
     rows = []
     for _, pair in pairs.iterrows():
         d = digits[pair["metric"]]
@@ -280,10 +278,10 @@ def _p_text(p: float, is_bound: bool) -> str:
     return f"{'<' if is_bound else ''}{p:.2g}" if np.isfinite(p) else MISSING
 
 
-def breakdown_table(study: Study, found: Claims) -> PaperTable:
+def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> PaperTable:
     rows, numbers = [], []
-    for metric in study.metrics:
-        table = breakdown(study, found, metric)
+    for metric in metrics:
+        table = breakdown(cells, metric)
         for (by, level), part in table.groupby(["by", "level"], sort=False):
             row = {
                 "Metric": (f"{metric.axis}, gain", ""),
@@ -294,8 +292,7 @@ def breakdown_table(study: Study, found: Claims) -> PaperTable:
             rows.append(row)
         numbers.append(table.assign(metric=metric.key))
     data = pd.concat(numbers, ignore_index=True) if numbers else None
-    at = comparable(study, found).caption
-    caption = f"Mean gain over the unprocessed input, by SNR of the input and by noise: {at}."
+    caption = f"Mean gain over the unprocessed input, by SNR of the input and by noise: {cells.caption}."
     return table_of("breakdown", "Where it helps", caption, rows, data)
 
 

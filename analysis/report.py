@@ -29,7 +29,7 @@ from rich.console import Console
 from analysis import html, style
 from analysis.claims import Claims, claims
 from analysis.command import run_main
-from analysis.comparable import comparable
+from analysis.comparable import Comparable, comparable
 from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import IsoFlop, isoflop
@@ -103,9 +103,10 @@ def write_report(settings: Settings) -> Report:
     found = claims(study, settings)
     iso = isoflop(found.kept, bootstraps=settings.bootstraps, seed=settings.seed, refusal=found.refusal)
     nodes = node_table(study)
-    tables = paper_tables(study, found, iso, nodes)
+    cells = comparable(study, found)
+    tables = paper_tables(study, found, iso, nodes, cells)
     said = [*filter(None, [found.other_axes.remark]), *remarks(study, table)]
-    figures = _figures(study, table, found, iso, nodes)
+    figures = _figures(study, table, found, iso, nodes, cells)
     report = study.directory.report
     texts = {
         "scaling_table.md": to_markdown(table),
@@ -137,7 +138,9 @@ def write_report(settings: Settings) -> Report:
 Figures = dict[str, tuple[Figure | None, str, str]]  # name → figure, its caption, why there is none
 
 
-def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nodes: pd.DataFrame) -> Figures:
+def _figures(
+    study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nodes: pd.DataFrame, cells: Comparable
+) -> Figures:
     data = ", ".join(str(name) for name in study.runs["data"].dropna().unique()) or "its own data"
     other = (
         "" if data == CORPUS else f" This study's numbers are of another test set ({data}): compare shapes, not values."
@@ -178,15 +181,14 @@ def _figures(study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nod
             "the study has one number of processes",
         ),
     }
-    at = comparable(study, found).caption
     for metric in study.metrics:
         if found.kept[metric.key].notna().any():
             caption = (
-                f"Gain of {metric.label} over the unprocessed input, by SNR and by noise, {at}. "
+                f"Gain of {metric.label} over the unprocessed input, by SNR and by noise, {cells.caption}. "
                 "Bars: standard error over utterances."
             )
             why = "the scores name neither several SNRs nor several noises"
-            figures[f"breakdown_{metric.key}"] = (breakdown_figure(study, found, metric), caption, why)
+            figures[f"breakdown_{metric.key}"] = (breakdown_figure(cells, metric), caption, why)
     if note := found.other_axes.note:
         for name, (figure, caption, why) in figures.items():
             if name in ("loss_laws", "isoflop_curves", "published") or name.startswith("breakdown_"):

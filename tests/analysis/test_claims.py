@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from analysis.claims import CEILINGS, Claims, claims
+from analysis.comparable import comparable
 from analysis.fit import CONVERGED, UNIDENTIFIABLE
 from analysis.gather import gather
 from analysis.isoflop import isoflop
@@ -218,7 +219,9 @@ def test_a_fixed_ceiling_is_the_highest_value_that_its_metric_can_take():
 def test_every_table_cell_with_a_number_names_the_runs_that_it_comes_from(grid: StudyDirectory, found: Claims):
     study = gather(grid.path)
     iso = isoflop(found.kept, bootstraps=100, seed=0)
-    tables = {table.name: table for table in paper_tables(study, found, iso, node_table(study))}
+    tables = {
+        table.name: table for table in paper_tables(study, found, iso, node_table(study), comparable(study, found))
+    }
     wanted = {"data_table", "joint_table", "efficiency_table", "laws", "metric_laws", "held_out", "isoflop"}
     assert wanted | {"significance", "breakdown", "fits_both_ways"} <= set(tables)
     run_ids = set(study.runs["run_id"])

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from analysis import provenance
-from analysis.gather import gather
+from analysis.gather import RUNS_A_TASK, gather
 from analysis.reading import noisiest_quarter
 from analysis.tables import scaling_table
-from scaling.records import Record, RecordError, append_record, write_records
+from scaling.records import Record, RecordError, StudyDirectory, append_record, write_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
+from tests.analysis.generated import lines, run_record, write_run
 
 
 def test_every_planned_run_has_a_row_with_its_state_and_reason(write_study: WriteStudy) -> None:
@@ -302,3 +307,24 @@ def test_hours_of_compute_are_of_sessions_and_not_of_the_queue(
     gathered = gather(study.path).runs.loc[0]
     assert gathered["training_hours"] == pytest.approx(hours)
     assert (gathered["world_size"], gathered["nodes"]) == (4, 2)
+
+
+def test_a_script_without_a_main_guard_may_read_more_runs_than_one_process_takes(tmp_path: Path):
+    study, plans = StudyDirectory(tmp_path / "study"), []
+    for seed in range(RUNS_A_TASK + 1):
+        plans.append(run_record("xt", 1.0, seed))
+        if seed:
+            first, other = study.run(plans[0]["run_id"]).path, study.run(plans[seed]["run_id"]).path
+            other.mkdir()
+            for name in ("plan.json", "events.jsonl", "metrics.jsonl", "scores.jsonl"):
+                os.link(first / name, other / name)
+        else:
+            write_run(study, plans[0], 0.04, np.random.default_rng(0), rows=5)
+    study.plan.write_text(lines(plans))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom analysis.gather import gather\n"
+        f"print('begun'); print(len(gather(Path({str(study.path)!r})).finished))"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"begun\n{RUNS_A_TASK + 1}\n", "")

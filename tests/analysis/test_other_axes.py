@@ -47,7 +47,7 @@ def write_grid(path: Path, cells: Sequence[Record], loss: Callable[[Record], flo
 
 def tables_of(study: Study, found: Claims) -> dict[str, PaperTable]:
     iso = isoflop(found.kept, bootstraps=100, seed=0)
-    return {table.name: table for table in paper_tables(study, found, iso, node_table(study))}
+    return {table.name: table for table in paper_tables(study, found, iso, node_table(study), comparable(study, found))}
 
 
 def test_a_size_is_compared_by_its_cell_of_the_most_data_where_all_have_seen_the_same_audio(tmp_path: Path):

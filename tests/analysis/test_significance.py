@@ -78,7 +78,12 @@ def of_cells(path: Path, cells: Sequence[tuple[str, float]]) -> tuple[PaperTable
     hours = {plan["run_id"]: plan["audio_hours_seen"] for plan in plans}
     gathered = gather(path)
     found = claims(gathered, Settings(path, bootstraps=100))
-    return significance_table(gathered, found), breakdown_table(gathered, found), hours
+    compared = comparable(gathered, found)
+    return (
+        significance_table(compared, gathered.metrics, found.settings),
+        breakdown_table(compared, gathered.metrics),
+        hours,
+    )
 
 
 def test_sizes_are_compared_at_the_largest_budget_that_the_most_of_them_share(tmp_path: Path):
@@ -101,7 +106,7 @@ def test_a_study_of_equal_compute_is_compared_at_one_level_of_it(tmp_path: Path)
     found = claims(study, Settings(path, bootstraps=100))
     cells = comparable(study, found)
     assert found.runs.set_index("run_id").loc[cells.runs["run_id"], "C"].round(-9).unique() == pytest.approx([3e14])
-    table = significance_table(study, found)
+    table = significance_table(comparable(study, found), study.metrics, found.settings)
     assert "at 300 TMACs each; " in table.caption
     assert table.data["hours_seen"].to_numpy() == pytest.approx(
         [3e14 / 10_800 / {"xt": 244.8e6, "t": 961.9e6}[size] for size in table.data["size"]]
@@ -170,7 +175,9 @@ def test_a_p_that_no_sample_contradicts_is_written_as_a_bound_whatever_the_boots
     path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t", "c48"), pmacs=(0.3, 3.0), utterances=40).path
     study = gather(path)
     found = claims(study, Settings(path, bootstraps=100))
-    tables = paper_tables(study, found, isoflop(found.kept, bootstraps=100, seed=0), node_table(study))
+    tables = paper_tables(
+        study, found, isoflop(found.kept, bootstraps=100, seed=0), node_table(study), comparable(study, found)
+    )
     (table,) = (table for table in tables if table.name == "significance")
     bound = table.data["is_bound"]
     assert bound.sum() > 10
