@@ -33,7 +33,7 @@ LEAST_SPAN = 0.2
 CURVE_POINTS = 400
 # Of more runs so many, evenly spaced over the plan, are drawn.
 MOST_LINES = 200
-MOST_NAMES = 8  # in the legend of a row of panels
+MOST_NAMES = 8  # of lines in a legend
 
 
 def scaling_figure(table: ScalingTable) -> Figure | None:
@@ -109,9 +109,10 @@ def curves_figure(study: Study) -> Figure | None:
         level = unprocessed_mean(runs, "unprocessed_validation_loss")
         _loss_limits(panels[: len(sizes)], curves, level)
         handles = _curves_handles(bool(np.isfinite(level)), bool((runs["state"] == "failed").any()))
-        for handle in _handles(series) if names else ():
+        own = _handles(series) if names else []
+        for handle in own:
             handle.set_label(f"{', '.join(names)} {handle.get_label()}")
-            handles.append(handle)
+        handles += _at_most(own)
         figure.legend(
             handles=handles, loc="outside lower center", ncols=_legend_columns(figure, handles), frameon=False
         )
@@ -248,10 +249,15 @@ def _handles(series: pd.Series, has_level: bool = False) -> list[Line2D]:
 
 def _row_legend(ax: Axes, handles: list[Line2D], title: str) -> None:
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-    if len(handles) > MOST_NAMES:  # more names than a row has room for
-        rest = Line2D([], [], linestyle="", label=f"and {len(handles) - MOST_NAMES} more")
-        handles = [*handles[: MOST_NAMES - 1], rest, handles[-1]]
-    ax.legend(handles=handles, title=title or None, frameon=False, **beside)
+    ax.legend(handles=_at_most(handles), title=title or None, frameon=False, **beside)
+
+
+def _at_most(handles: list[Line2D]) -> list[Line2D]:
+    """Of more names than there is room for the first and the last."""
+    if len(handles) <= MOST_NAMES:
+        return handles
+    rest = Line2D([], [], linestyle="", label=f"and {len(handles) - MOST_NAMES} more")
+    return [*handles[: MOST_NAMES - 1], rest, handles[-1]]
 
 
 # --- training curves -----------------------------------------------------------------------

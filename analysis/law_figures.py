@@ -30,6 +30,7 @@ POINTS = 120  # of a curve
 REACH = 2.0  # how far beyond the cells a law is drawn, as a factor
 HALO = [effects.withStroke(linewidth=2, foreground="white")]
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
+MOST_NAMED = 12  # points of a panel
 
 
 def laws_figure(found: Claims) -> Figure | None:
@@ -273,7 +274,10 @@ def _cells(runs: pd.DataFrame, quantity: Quantity) -> pd.DataFrame:
 
 
 def _name_points(ax: Axes, cells: pd.DataFrame, x: str, y: str) -> None:
-    for _, cell in cells.iterrows():
+    """The size at each point; of many points where it changes along x."""
+    ordered = cells.sort_values(x, kind="stable")
+    changes = ordered["size"] != ordered["size"].shift()
+    for _, cell in (ordered if len(ordered) <= MOST_NAMED else ordered[changes]).iterrows():
         ax.annotate(
             str(cell["size"]),
             (cell[x], cell[y]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -13,7 +14,7 @@ from matplotlib.container import ErrorbarContainer
 
 from analysis import style
 from analysis.claims import claims
-from analysis.figures import curves_figure, scaling_figure
+from analysis.figures import MOST_NAMES, curves_figure, scaling_figure
 from analysis.gather import gather
 from analysis.law_figures import published_figure
 from analysis.settings import Settings
@@ -80,6 +81,23 @@ def test_a_study_that_varies_hours_has_a_row_for_them_and_a_line_for_each(write_
     legend = figure.axes[4].get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["0.1", "0.2", "0.4", "unprocessed"]
+
+
+def test_more_lines_than_a_legend_has_room_for_are_named_in_part(write_study: WriteStudy) -> None:
+    plan = [plan_row("xxt", hours=hours / 100) for hours in range(1, 31)]
+    study = gather(write_study(plan, {row["run_id"]: 0.1 for row in plan}).path)
+    curves, scaling = curves_figure(study), scaling_figure(scaling_table(study))
+    assert curves is not None
+    assert scaling is not None
+    legends = [curves.legends[0], next(ax.get_legend() for ax in scaling.axes if ax.get_legend())]
+    for legend, before in zip(legends, ("Hours ", ""), strict=True):
+        names = [text.get_text() for text in legend.get_texts()]
+        assert any(re.fullmatch(r"and 2[23] more", name) for name in names), names
+        assert f"{before}0.01" in names
+        assert len(names) <= MOST_NAMES + 4
+    for panel in curves.axes:
+        curves.draw_without_rendering()
+        assert not panel.get_window_extent().overlaps(curves.legends[0].get_window_extent())
 
 
 def test_a_metric_without_values_has_no_panel(write_study: WriteStudy) -> None:
