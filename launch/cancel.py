@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 
+from launch.arrays import reconcile
 from launch.command import parsed
 from launch.queue import QueuedJob, read_queue
-from launch.slurm import reconcile
 from launch.status import newest_study
 from launch.submission import last_job, submissions
 from scaling.command import run_main

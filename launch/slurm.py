@@ -1,13 +1,4 @@
-"""Runs on a SLURM cluster: arrays of jobs, submitted without waiting.
-
-Runs that ask for the same are elements of one array, split at the site's limit. Every array is
-put on record before SLURM is asked (launch.submission), every shape tried with
-`sbatch --test-only` before anything is queued, and jobs run a copy of the code (launch.snapshot).
-
-The arrays are written here and not by submitit's SlurmExecutor, which pickles one file a run
-and puts each in its place only after sbatch has returned, so that a sweep killed in between leaves
-jobs that find nothing to run; counts time limits and not progress; and reuses the port of an attempt.
-"""
+"""What is asked of SLURM and how: the script of a job, the shape it has, SLURM's own commands."""
 
 from __future__ import annotations
 
@@ -17,17 +8,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.config import ClusterConfig
-from launch.queue import QueuedJob, said
-from launch.snapshot import take_snapshot
-from launch.submission import Settings, Submission, submissions
+from launch.queue import said
+from launch.submission import Settings, Submission
 from scaling.errors import UserError
-from scaling.plan import RunPlan
 from scaling.records import Record, StudyDirectory
+
+SUBMIT_LIMIT = r"SubmitJob\w*Limit|MaxSubmitJobsPerAccount"  # as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
+OURS = ("signal", "open-mode")  # options that are not a site's matter
 
 # What the shell of a job does around the processes of its run. It outlives the signals that
 # tell those to stop, in order to say what became of them.
@@ -35,8 +26,6 @@ from scaling.records import Record, StudyDirectory
 # them and they take longer than SLURM's MessageTimeout (10 s), slurmctld repeats its order about a minute later, and
 # it meets the step of the same number in the requeued job: seen on 22.05, a SIGTERM in each attempt that followed.
 # --wait=0: rank 0 scores the test set when the others have gone, for longer than a site's WaitTime may be.
-SUBMIT_LIMIT = r"SubmitJob\w*Limit|MaxSubmitJobsPerAccount"  # as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
-OURS = ("signal", "open-mode")  # options that are not a site's matter
 HEAD = """\
 #!/bin/bash
 {options}
@@ -83,132 +72,8 @@ exit $status
 """
 
 
-class _BeyondLimitError(UserError):
+class BeyondLimitError(UserError):
     """More jobs than a site lets a user, an account or a QOS have in its queue."""
-
-
-@dataclass
-class Submitted:
-    """What SLURM took of some runs.
-
-    arrays: on record. full: what it said where a limit on submitted jobs left some out; "" if it took all.
-    """
-
-    arrays: list[Submission] = field(default_factory=list)
-    full: str = ""
-
-
-def submit_to_slurm(study: StudyDirectory, plans: Sequence[RunPlan], cluster: ClusterConfig, lock: int) -> Submitted:
-    """Submit runs as arrays; UserError, before anything is queued, if SLURM would refuse one of their shapes.
-
-    A limit on submitted jobs counts elements: as many as it lets in are queued, in smaller arrays.
-    UserError too where SLURM refuses an array for another reason: what was queued stays so and on record.
-
-    lock: the descriptor that holds the study's lock; sbatch inherits it, so that no other sweep
-        looks at the queue while one is on its way into it, though this process be killed
-    """
-    arrays = _arrays(plans, cluster)
-    code = take_snapshot(study)
-    tried: list[ClusterConfig] = []
-    for shape, _ in arrays:
-        if shape not in tried:
-            tried.append(shape)
-            try_shape(study, shape, code)
-    caps = _shares(cluster.max_parallel, [len(part) for _, part in arrays])
-    done = Submitted()
-    lanes: list[list[Submission]] = []  # of each array before, what the next one in its lane waits for
-    side_by_side = cluster.max_parallel or len(arrays)
-    full: set[tuple[str | None, ...]] = set()
-    for number, ((shape, part), cap) in enumerate(zip(arrays, caps, strict=True)):
-        # More arrays than runs at once: each waits for one before it.
-        before = lanes[number - side_by_side] if number >= side_by_side else []
-        limited_by, pieces = (shape.partition, shape.qos, shape.account), []
-        try:
-            if limited_by not in full:
-                for piece in _submitted(study, part, shape, cap, before, code, lock):
-                    pieces.append(piece)
-                    done.arrays.append(piece)
-        except _BeyondLimitError as error:
-            full.add(limited_by)
-            done.full = str(error)
-        except UserError as error:
-            queued = sum(len(each.run_ids()) for each in done.arrays)
-            raise UserError(
-                f"{error}: {queued} of {len(plans)} runs are queued, and the same command goes on with the other "
-                f"{len(plans) - queued}"
-            ) from None
-        lanes.append(pieces or before)
-    return done
-
-
-def _submitted(
-    study: StudyDirectory,
-    plans: Sequence[RunPlan],
-    shape: ClusterConfig,
-    cap: int,
-    before: Sequence[Submission],
-    code: Path,
-    lock: int,
-) -> Iterator[Submission]:
-    """Submit runs of one shape as an array or, at a limit on submitted jobs, in several, as many as it lets in.
-
-    At most `cap` of them run at once, after those `before`. _BeyondLimitError if the limit left some out.
-    """
-    left, size, room = list(plans), len(plans), cap
-    last, last_cap = before, 0
-    while left:
-        size = min(size, len(left))
-        # Beside the pieces before it as long as they leave room, then after the last of them.
-        own_cap, after = (min(room, size), before) if room else (min(last_cap, size), last)
-        try:
-            piece = _submit(study, left[:size], shape, own_cap, after, code, lock)
-        except _BeyondLimitError:
-            size //= 2
-            if not size:
-                raise
-            continue
-        room -= min(room, own_cap)
-        left, last, last_cap = left[size:], [piece], own_cap
-        yield piece
-
-
-def _submit(
-    study: StudyDirectory,
-    plans: Sequence[RunPlan],
-    shape: ClusterConfig,
-    cap: int,
-    after: Sequence[Submission],
-    code: Path,
-    lock: int,
-) -> Submission:
-    """Submit runs of one shape as an array, put on record; UserError if SLURM refuses it."""
-    submission = Submission.create(study, [plan.to_record() for plan in plans], settings_of(shape))
-    options = {"array": f"0-{len(plans) - 1}%{cap}", "comment": submission.token, "job-name": study.path.name}
-    options |= {"output": f"{submission.path}/%a.log", "requeue": ""}
-    if after:
-        options["dependency"] = "afterany:" + ":".join(str(each.job) for each in after)
-    submission.script.write_text(batch_script(shape, options, code, submission.path))
-    try:
-        job = sbatch(submission.script, lock)
-    except _BeyondLimitError:  # of other errors SLURM may have taken it all the same: see `reconcile`
-        shutil.rmtree(submission.path)
-        raise
-    submission.record_job(job)
-    return submission
-
-
-def reconcile(study: StudyDirectory, queue: Mapping[str, QueuedJob]) -> None:
-    """Complete what a killed sweep left half done; the caller holds the study's lock.
-
-    An array that SLURM took is put on record, one that it never saw is removed.
-    """
-    arrays = {job.comment: job.id.partition("_")[0] for job in queue.values()}
-    for submission in submissions(study):
-        if submission.job is None:
-            if submission.token in arrays:
-                submission.record_job(arrays[submission.token])
-            elif not list(submission.path.glob("*.log")):
-                shutil.rmtree(submission.path)
 
 
 def batch_script(shape: ClusterConfig, options: Mapping[str, str], code: Path, folder: Path) -> str:
@@ -286,40 +151,9 @@ def _resources(shape: ClusterConfig) -> dict[str, str]:
     return {name: str(value) for name, value in asked.items() if value is not None}
 
 
-def _arrays(plans: Sequence[RunPlan], cluster: ClusterConfig) -> list[tuple[ClusterConfig, list[RunPlan]]]:
-    """The runs by what they ask for, in order, at most as many to an array as the site lets in one."""
-    groups: list[tuple[ClusterConfig, list[RunPlan]]] = []
-    shapes: dict[str, ClusterConfig] = {}
-    for plan in plans:
-        key = cluster.key_of_run(plan.config.model.name, plan.axes)
-        shape = shapes[key] = shapes.get(key) or cluster.for_run(plan.config.model.name, plan.axes)
-        part = next((part for known, part in groups if known == shape), None)
-        if part is None:
-            groups.append((shape, part := []))
-        part.append(plan)
-    limit = _max_array_size()
-    return [(shape, part[at : at + limit]) for shape, part in groups for at in range(0, len(part), limit)]
-
-
-def _max_array_size() -> int:
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]), re.MULTILINE)
-    return max(1, int(found[1])) if found else 1000
-
-
-def _shares(total: int | None, sizes: Sequence[int]) -> list[int]:
-    """How many elements of each array may run at once, `total` in all over the arrays that run side by side."""
-    if total is None:
-        return list(sizes)
-    side_by_side = min(total, len(sizes))
-    return [
-        min(size, total // side_by_side + (1 if number % side_by_side < total % side_by_side else 0))
-        for number, size in enumerate(sizes)
-    ]
-
-
 def _refuse_beyond_limits(shape: ClusterConfig) -> None:
     """UserError for what sbatch takes and the partition never runs: most sites don't enforce limits at submission."""
-    for line in _ask(["scontrol", "show", "partition", "--oneliner"]).splitlines():
+    for line in ask(["scontrol", "show", "partition", "--oneliner"]).splitlines():
         limits = dict(word.split("=", 1) for word in line.split() if "=" in word)
         if shape.partition not in (None, limits.get("PartitionName")):
             continue
@@ -370,7 +204,7 @@ def sbatch(script: Path, lock: int | None = None) -> str:
     )
     if done.returncode:
         if re.search(SUBMIT_LIMIT, done.stderr):
-            raise _BeyondLimitError(
+            raise BeyondLimitError(
                 f"SLURM takes no more jobs ({said(done.stderr)}): run the same command again when some have ended"
             )
         raise UserError(f"sbatch refused {script} ({said(done.stderr)})")
@@ -388,7 +222,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _ask(command: Sequence[str]) -> str:
+def ask(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise UserError(f"{' '.join(command)} does not answer ({said(done.stderr)}): is the cluster's controller up?")

@@ -29,13 +29,14 @@ from types import FrameType
 
 from rich.console import Console
 
+from launch.arrays import Submitted, reconcile, submit_to_slurm
 from launch.config import StudyConfig
 from launch.costs import Costs
 from launch.display import RunsDisplay
 from launch.local import last_log, run_locally
 from launch.planning import load_study, plan_study, plan_table, why_none_can_start, write_plan
 from launch.queue import QueuedJob, read_queue
-from launch.slurm import Submitted, reconcile, require_slurm, submit_to_slurm
+from launch.slurm import require_slurm
 from launch.submission import last_job
 from scaling.cli import CONFIG_FOLDER
 from scaling.command import run_main
