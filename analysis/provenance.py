@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from analysis.claims import stopped_early
-from analysis.families import unprocessed_mean
 from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import VALIDATION_LOSS
 from analysis.tables import ScalingTable
@@ -135,7 +134,7 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
     for key in (VALIDATION_LOSS.key, *(metric.key for metric in study.metrics)):
         values = finished[UNPROCESSED + key]
         if values.max() - values.min() > 1e-3 * values.abs().max():
-            is_mean = np.isfinite(unprocessed_mean(finished, UNPROCESSED + key))
+            is_mean = np.isfinite(table.unprocessed[f"{key}_mean"])
             shown = "its mean" if is_mean else "none, since they are on several corpora"
             said.append(
                 f"The unprocessed {key} differs between finished runs ({values.min():.4g} to {values.max():.4g}); "

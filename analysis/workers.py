@@ -16,7 +16,10 @@ def pool() -> ProcessPoolExecutor:
 
 
 class _Process(SpawnProcess):
-    """A spawned process that does not run the caller's script once more, as it would to find the script's names."""
+    """A spawned process that does not run the caller's script once more, as it would to find the script's names.
+
+    `scaling.pool` has one too; of that room this one imports the records alone.
+    """
 
     def start(self) -> None:
         main = sys.modules["__main__"]

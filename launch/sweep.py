@@ -17,6 +17,7 @@ no more jobs: run it again when some have ended.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -45,7 +46,6 @@ from scaling.locks import held_lock
 from scaling.plan import RunPlan, require_writable
 from scaling.records import Record, StudyDirectory
 
-RUN_AGAIN = 75  # as scaling.train ends where the same command goes on
 SECONDS_TO_WAIT = 120.0  # for another sweep's submission to SLURM
 
 
@@ -144,7 +144,7 @@ def _submit(
     print("the same sweep command again submits what was lost, nothing twice, and when all is done makes the report")
     if done.full:
         print(f"{left_out} of {len(plans)} runs are not queued: {done.full}", file=sys.stderr)
-        return RUN_AGAIN
+        return os.EX_TEMPFAIL
     return 0
 
 

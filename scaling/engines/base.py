@@ -32,13 +32,13 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, total: Tensor, terms: dict[str, Tensor], norm: Tensor | float, stops: Tensor | bool) -> Step:
-        """From scalars, those on the device brought from it at once. stops: above 0 where a rank is asked to stop"""
-        others = [scalar.to(total.dtype) for scalar in (norm, stops) if isinstance(scalar, Tensor)]
-        loss, *values = torch.stack([total, *terms.values(), *others]).tolist()
-        brought = iter(values[len(terms) :])
-        gradient_norm = next(brought) if isinstance(norm, Tensor) else norm
-        should_stop = (next(brought) if isinstance(stops, Tensor) else stops) > 0
-        return cls(loss, dict(zip(terms, values, strict=False)), gradient_norm, should_stop)
+        """From scalars, brought from the device at once. stops: above 0 where a rank is asked to stop"""
+        scalars = [
+            scalar if isinstance(scalar, Tensor) else torch.full((), float(scalar), device=total.device)
+            for scalar in (total, norm, stops, *terms.values())
+        ]
+        loss, gradient_norm, asked, *values = torch.stack(scalars).tolist()
+        return cls(loss, dict(zip(terms, values, strict=True)), gradient_norm, asked > 0)
 
 
 class Engine:

@@ -328,3 +328,17 @@ def test_a_script_without_a_main_guard_may_read_more_runs_than_one_process_takes
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == (f"begun\n{RUNS_A_TASK + 1}\n", "")
+
+
+@pytest.mark.parametrize(("speeds", "median"), [([21.0], 21.0), ([5.0, 21.0], 21.0), ([5.0, 20.0, 21.0, 25.0], 21.0)])
+def test_the_first_row_of_speed_counts_only_where_there_is_no_other(
+    write_study: WriteStudy, speeds: list[float], median: float
+) -> None:
+    row = plan_row()
+    study = write_study([row])
+    rows = [
+        {"kind": "train", "step": step, "time": 1.7e9 + step, "loss": 0.1, "audio_seconds_per_second": speed}
+        for step, speed in enumerate(speeds, start=1)
+    ]
+    write_records(study.run(row["run_id"]).metrics, rows)
+    assert gather(study.path).runs["audio_seconds_per_second"].iloc[0] == median

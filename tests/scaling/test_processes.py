@@ -10,17 +10,19 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import pytest
 import torch
+from torch import distributed
 
 from scaling.checkpoint import load_newest
 from scaling.cli import load_config
 from scaling.config import RunConfig
-from scaling.device import require_gpu
+from scaling.device import require_gpu, set_arithmetic
 from scaling.engines import make_engine
 from scaling.engines.data_parallel import MOST_OVERFLOWS, DataParallel
 from scaling.errors import MeetingError, UnreachableError, UserError
@@ -207,6 +209,21 @@ def test_ranks_that_do_not_have_a_gpu_each_are_named_before_a_collective_meets_t
 
     with nullcontext() if error is None else pytest.raises(error, match=told):
         _check_devices(Two(world_size=2), "auto")
+
+
+def test_a_group_of_some_ranks_waits_as_long_as_that_of_all(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr(distributed, "new_group", lambda *asked: made.append(asked) or len(made))
+    assert Processes(rank=2, world_size=4, timeout=timedelta(hours=5)).subgroup(2) == 2
+    assert made == [([0, 1], timedelta(hours=5)), ([2, 3], timedelta(hours=5))]
+
+
+def test_products_in_32_bits_are_in_32_bits_whatever_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    for precision in ("fp32", "bf16"):
+        set_arithmetic(precision)
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
 
 
 @pytest.mark.parametrize(
