@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
 
 import psutil
 import submitit
@@ -52,6 +54,30 @@ class LocalJob:
         return last_log(self.plan)
 
 
+class Interrupts:
+    """A context in which Ctrl-C, and what else asks this process to end, only leaves word: breaks in nowhere.
+
+    A second one could else meet `_stop` on a line after which nobody would kill the runs any more.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []  # as they came
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has the last
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(number)
+
+
 def is_alive(plan: RunPlan) -> bool:
     """Whether a process of this machine executes the run, or has been started to."""
     if is_locked(plan.directory):
@@ -78,8 +104,8 @@ def run_locally(
     planned: the runs of the whole sweep; how many run at once and with how many threads follows from them and
         not from those that are left, so a run that goes on later computes as it did before
     show: called every half second, to show how far the runs are
-    An interrupt ends the runs too, once they have saved (a second one at once); they go on from there at the next call.
-    What else ends the caller leaves them running, and the next call finds them.
+    An interrupt ends the runs too, once they have saved (a second one at once), and is KeyboardInterrupt then; they go
+    on from there at the next call. What else ends the caller leaves them running, and the next call finds them.
     """
     takes_gpu = {plan.run_id: plan.config.execution.device != "cpu" for plan in planned}
     gpus = visible_gpus() if any(takes_gpu.values()) else []
@@ -98,9 +124,9 @@ def run_locally(
     running: list[LocalJob] = []
     for plan in adopted:
         running.append(LocalJob(plan, _slot_of(plan, {job.slot for job in running}), None))
-    try:
-        while waiting or running:
-            while waiting and len(running) < num_slots:
+    with Interrupts() as interrupts:
+        while (waiting or running) and not interrupts.signals:
+            while waiting and len(running) < num_slots and not interrupts.signals:
                 slot = next(slot for slot in range(num_slots) if slot not in {job.slot for job in running})
                 plan = waiting.popleft()
                 size = sizes[plan.run_id]
@@ -112,9 +138,10 @@ def run_locally(
                 running.remove(job)
                 _record_silent_end(job)
             show()
-    except KeyboardInterrupt:
-        _stop(running)
-        raise
+        if interrupts.signals:
+            _stop(running, interrupts)
+    if interrupts.signals:
+        raise KeyboardInterrupt
 
 
 def _slot_of(plan: RunPlan, taken: set[int]) -> int:
@@ -144,8 +171,10 @@ def _submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: Se
     return LocalJob(plan, slot, job)
 
 
-def _stop(jobs: Sequence[LocalJob]) -> None:
-    """Tell runs to save and stop; kill those that have not in two minutes, or at an interrupt meanwhile."""
+def _stop(jobs: Sequence[LocalJob], interrupts: Interrupts) -> None:
+    """Tell runs to save and stop; kill those that have not in two minutes, or at Ctrl-C meanwhile."""
+    # Of those alone: a terminal that goes, and timeout(1), send theirs twice.
+    num_pressed = interrupts.signals.count(signal.SIGINT)
     processes: list[psutil.Process] = []
     for job in jobs:
         if job.job is not None:  # submitit names a local job by its controller's process
@@ -160,14 +189,14 @@ def _stop(jobs: Sequence[LocalJob]) -> None:
         count = f"{len(jobs)} run{'s' * (len(jobs) != 1)}"
         with contextlib.suppress(OSError):  # the terminal may have gone
             print(f"told {count} to save and stop; a second interrupt stops them at once", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + SECONDS_TO_SAVE
     alive = processes
-    try:
-        _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_SAVE)
-    finally:
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=SECONDS_TO_DIE)
+    while alive and time.monotonic() < deadline and interrupts.signals.count(signal.SIGINT) == num_pressed:
+        _, alive = psutil.wait_procs(alive, timeout=SECONDS_BETWEEN_LOOKS)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=SECONDS_TO_DIE)
 
 
 def _record_silent_end(job: LocalJob) -> None:

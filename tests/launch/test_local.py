@@ -7,6 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import pytest
 from launch import display, local
 from launch.config import ClusterConfig
 from launch.display import RunsDisplay
-from launch.local import LocalJob, run_locally, visible_gpus
+from launch.local import Interrupts, LocalJob, run_locally, visible_gpus
 from launch.task import RunTask
 from scaling.cli import load_config
 from scaling.config import RunConfig
@@ -126,7 +129,20 @@ def test_more_processes_than_gpus_are_refused_before_any_run_starts(plans, start
     assert not started
 
 
-def test_a_run_that_has_not_saved_by_the_deadline_is_killed(plans, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def asked() -> Iterator[None]:
+    """The signals reach this process, even where the tests were started with nohup or in a shell's background."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    assert {number: signal.getsignal(number) for number in handlers} == handlers, "left as they were found"
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def deaf_run(plans) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the first run's lock and does not hear that it is to save and stop."""
     script = """
 import signal, sys, time
 from pathlib import Path
@@ -140,11 +156,46 @@ with held_lock(Path(sys.argv[1]), ""):
     with subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "held\n"
-        monkeypatch.setattr(local, "SECONDS_TO_SAVE", 0.5)
-        local._stop([LocalJob(plans[0], 0, None)])
-        ended = run.poll() is not None
+        yield run
         run.kill()
-    assert ended
+
+
+def test_a_run_that_has_not_saved_by_the_deadline_is_killed(plans, deaf_run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(local, "SECONDS_TO_SAVE", 0.5)
+    with Interrupts() as interrupts:
+        local._stop([LocalJob(plans[0], 0, None)], interrupts)
+    deaf_run.wait(5)
+
+
+def test_a_second_interrupt_kills_the_runs_on_whatever_line_it_comes(
+    plans, deaf_run, asked, monkeypatch: pytest.MonkeyPatch
+):
+    class Pressed:
+        """A terminal in which Ctrl-C is pressed the moment that it says what a second one does."""
+
+        def write(self, text: str) -> None:
+            if "a second interrupt" in text:
+                signal.raise_signal(signal.SIGINT)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(sys, "stderr", Pressed())
+    begun = time.monotonic()
+    with Interrupts() as interrupts:
+        local._stop([LocalJob(plans[0], 0, None)], interrupts)
+    deaf_run.wait(5)
+    assert time.monotonic() - begun < local.SECONDS_TO_SAVE / 2
+
+
+def test_a_terminal_that_goes_twice_leaves_the_runs_their_time_to_save(plans, deaf_run, asked, monkeypatch):
+    monkeypatch.setattr(local, "SECONDS_TO_SAVE", 2.0)
+    begun = time.monotonic()
+    with Interrupts() as interrupts:
+        threading.Timer(0.5, signal.raise_signal, (signal.SIGHUP,)).start()
+        local._stop([LocalJob(plans[0], 0, None)], interrupts)
+    assert interrupts.signals == [signal.SIGHUP]
+    assert time.monotonic() - begun >= local.SECONDS_TO_SAVE
 
 
 def test_a_signal_before_a_run_has_begun_is_not_passed_over(plans, monkeypatch: pytest.MonkeyPatch):
@@ -169,22 +220,25 @@ def test_a_run_shows_its_processes_the_gpus_that_are_its_own(plans, monkeypatch:
     assert seen == ["", "GPU-a,GPU-b"]
 
 
-@pytest.mark.parametrize(("fault", "is_stopped"), [(KeyboardInterrupt(), True), (ValueError("of the display"), False)])
+@pytest.mark.parametrize("fault", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, ValueError])
 def test_an_interrupt_stops_the_runs_and_a_fault_of_the_sweep_leaves_them(
-    plans, started, monkeypatch: pytest.MonkeyPatch, fault: BaseException, is_stopped: bool
+    plans, started, asked, monkeypatch: pytest.MonkeyPatch, fault: signal.Signals | type[ValueError]
 ):
     stopped: list[LocalJob] = []
-    monkeypatch.setattr(local, "_stop", stopped.extend)
+    monkeypatch.setattr(local, "_stop", lambda jobs, interrupts: stopped.extend(jobs))
 
     def show() -> None:
-        raise fault
+        if not isinstance(fault, signal.Signals):
+            raise fault
+        signal.raise_signal(fault)
 
     class Endless(LocalJob):
         def is_done(self) -> bool:
             return False
 
     monkeypatch.setattr(local, "_submit", lambda plan, slot, *_: Endless(plan, slot, None))
-    with pytest.raises(type(fault)):
+    is_stopped = isinstance(fault, signal.Signals)
+    with pytest.raises(KeyboardInterrupt if is_stopped else ValueError):
         run_locally(plans[:1], plans[:1], ClusterConfig("local", max_parallel=1), show)
     assert [job.plan for job in stopped] == (plans[:1] if is_stopped else [])
 
