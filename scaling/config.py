@@ -369,6 +369,11 @@ class RunConfig:
             self.micro_batches(world_size=1, norms_may_span=True)
         if self.execution.device == "cpu" and self.train.precision == "fp16":
             raise UserError("train.precision = fp16 needs a GPU: take bf16 or fp32 with execution.device=cpu")
+        if self.train.optimiser.name == "adamp" and self.execution.zero_stage:
+            raise UserError(
+                f"train.optimiser.name = adamp does not go with execution.zero_stage = {self.execution.zero_stage}, "
+                "which lays all weights in one row, where AdamP needs their shapes: take deepspeed=none, or adamw"
+            )
 
     def micro_batches(self, world_size: int, norms_may_span: bool = False) -> tuple[int, int]:
         """Crops of a micro-batch, and over how many processes side by side a norm batch spans.

@@ -44,6 +44,16 @@ def test_a_mistake_in_a_recipe_is_one_line(override: str):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("stage", "is_refused"), [("none", False), ("zero0", False), ("zero1", True), ("zero3", True)])
+def test_adamp_does_not_become_adamw_where_its_weights_lose_their_shapes(stage: str, is_refused: bool):
+    words = ["train.optimiser.name=adamp", f"deepspeed={stage}"]
+    if is_refused:
+        with pytest.raises(UserError, match=r"adamp does not go with execution\.zero_stage = \d, which lays"):
+            load_config(RunConfig, "run", words)
+    else:
+        load_config(RunConfig, "run", words)
+
+
 @pytest.mark.parametrize(
     ("words", "run_id"),
     [
