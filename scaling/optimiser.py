@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ def learning_rate(config: OptimiserConfig, step: int, num_steps: int) -> float:
     return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class AdamP(torch.optim.Optimizer):
+class AdamP(torch.optim.AdamW):
     """AdamW that does not lengthen weights whose length does not matter (Heo et al. 2021, arXiv 2006.08217).
 
     Where a weight's gradient is nearly orthogonal to it, |cos| < delta / √dim, a normalisation makes its length
@@ -90,8 +91,9 @@ class AdamP(torch.optim.Optimizer):
         delta: float = 0.1,
         wd_ratio: float = 0.1,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"delta": delta, "wd_ratio": wd_ratio})
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self.delta = delta
+        self.wd_ratio = wd_ratio
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -99,49 +101,58 @@ class AdamP(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        weights = [
-            (weight, group) for group in self.param_groups for weight in group["params"] if weight.grad is not None
+        invariant = [
+            (weight, group, view, weight.clone())
+            for group in self.param_groups
+            for weight, view in scale_invariant(group["params"], self.delta, group["eps"])
         ]
-        tried = [(weight, group, view) for weight, group in weights for view in views_of(weight)]
-        passes = [is_orthogonal(weight, view, group["delta"], group["eps"]) for weight, group, view in tried]
-        invariant: dict[Tensor, tuple[int, int]] = {}
-        for (weight, _, view), does_pass in zip(tried, torch.stack(passes).tolist() if passes else [], strict=True):
-            if does_pass:
-                invariant.setdefault(weight, view)
-        for weight, group in weights:
-            self._update(weight, weight.grad, group, invariant.get(weight))
+        super().step()
+        for weight, group, view, before in invariant:
+            update = without_radial_part(self._update(weight, group), before, view, group["eps"])
+            decay = self.wd_ratio * group["weight_decay"]
+            weight.copy_(before.mul_(1 - group["lr"] * decay).add_(update, alpha=-group["lr"]))
         return loss
 
-    def _update(self, weight: Tensor, gradient: Tensor, group: dict[str, Any], view: tuple[int, int] | None) -> None:
-        state = self.state[weight]
-        if not state:
-            # kept as torch's own optimisers keep them
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        state["step"] += 1
-        step, (beta1, beta2) = state["step"].item(), group["betas"]
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    def _update(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
+        """What AdamW's last step took from the weight, beside the decay, in units of the learning rate."""
+        state, (beta1, beta2) = self.state[weight], group["betas"]
+        step = state["step"].item()
         scale = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
-        update = state["exp_avg"] / scale / (1 - beta1**step)
-        decay = group["weight_decay"]
-        if view is not None:
-            update, decay = without_radial_part(update, weight, view, group["eps"]), decay * group["wd_ratio"]
-        weight.mul_(1 - group["lr"] * decay).add_(update, alpha=-group["lr"])
+        return state["exp_avg"] / scale / (1 - beta1**step)
 
 
-def views_of(weight: Tensor) -> list[tuple[int, int]]:
-    """As what a weight may be scale-invariant: its rows, then the whole tensor; one of a single axis as nothing."""
-    return [(len(weight), -1), (1, -1)] if weight.dim() > 1 else []
+def scale_invariant(weights: Sequence[Tensor], delta: float, eps: float) -> list[tuple[Tensor, tuple[int, int]]]:
+    """The weights whose gradients are nearly orthogonal to them, each with the view (rows, -1) in which they are so.
+
+    All are looked at together, for a GPU to be waited for once.
+    """
+    tried = [weight for weight in weights if weight.grad is not None and weight.dim() > 1]
+    if not tried:
+        return []
+    pairs = [(weight.flatten(1), weight.grad.flatten(1)) for weight in tried if weight.grad is not None]
+    dots = torch.cat([torch.linalg.vecdot(rows, towards) for rows, towards in pairs])
+    lengths = [torch.cat([torch.linalg.vector_norm(pair[side], dim=1) for pair in pairs]) for side in (0, 1)]
+    dot, *norms = torch.stack([dots, *lengths]).double().cpu().numpy()  # of the rows of all weights
+
+    num_rows = np.array([len(weight) for weight in tried])
+    dim = np.array([rows.shape[1] for rows, _ in pairs])
+    first = np.cumsum(num_rows) - num_rows
+    by_rows = np.logical_and.reduceat(_is_orthogonal(dot, norms, np.repeat(dim, num_rows), delta, eps), first)
+    whole_norms = [np.sqrt(np.add.reduceat(norm**2, first)) for norm in norms]
+    as_whole = _is_orthogonal(np.add.reduceat(dot, first), whole_norms, dim * num_rows, delta, eps)
+    return [
+        (weight, (len(weight) if is_by_rows else 1, -1))
+        for weight, is_by_rows, is_so in zip(tried, by_rows, by_rows | as_whole, strict=True)
+        if is_so
+    ]
 
 
-def is_orthogonal(weight: Tensor, view: tuple[int, int], delta: float, eps: float) -> Tensor:
-    """Whether each row of the view is nearly orthogonal to its gradient, as a tensor: nothing waits for it."""
-    assert weight.grad is not None
-    rows, towards = weight.reshape(view), weight.grad.reshape(view)
-    cosine = nn.functional.cosine_similarity(rows, towards, dim=1, eps=eps).abs()
-    return cosine.max() < delta / math.sqrt(rows.shape[1])
+def _is_orthogonal(
+    dot: np.ndarray, norms: Sequence[np.ndarray], dim: np.ndarray, delta: float, eps: float
+) -> np.ndarray:
+    """|cos| < delta / √dim, element by element; a norm below eps counts as eps."""
+    lengths = np.maximum(norms[0], eps) * np.maximum(norms[1], eps)
+    return np.abs(dot) < delta / np.sqrt(dim) * lengths
 
 
 def without_radial_part(update: Tensor, weight: Tensor, view: tuple[int, int], eps: float) -> Tensor:

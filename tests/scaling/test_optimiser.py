@@ -84,8 +84,7 @@ def test_where_nothing_is_projected_adamp_is_adamw():
         optimiser = build_optimiser(OptimiserConfig(name=name, weight_decay=0.1), model)
         if name == "adamp":
             assert isinstance(optimiser, AdamP)
-            for group in optimiser.param_groups:
-                group["delta"] = 0.0
+            optimiser.delta = 0.0
         noisy = torch.randn(2, 2_048)
         for _ in range(5):
             optimiser.zero_grad()
