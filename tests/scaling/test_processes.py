@@ -76,18 +76,6 @@ def start_and_meet(words: list[str], folder: Path, study: Path, world_size: int 
 # --- the same science ----------------------------------------------------------------------
 
 
-def test_audited_runs_end_with_the_same_weights_on_one_two_and_four_processes(tiny_run: list[str], tmp_path: Path):
-    words = [*tiny_run, STEPS, "train.global_batch=8", "execution.micro_batch=2", "execution.audit=true"]
-    hashes, rows = set(), []
-    for world_size in (1, 2, 4):
-        study = tmp_path / f"audit-{world_size}"
-        hashes.add(run_ranks([*words, f"study={study}"], tmp_path, world_size))
-        rows.append(rows_of(study))
-    assert len(hashes) == 1
-    assert rows[0] == rows[1] == rows[2]
-    assert len(rows[0]) == 9
-
-
 def test_two_processes_train_as_one_does_up_to_rounding_and_zero_as_they_do(tiny_run: list[str], tmp_path: Path):
     """norm_batch=4 over two processes of 2 crops: the batch norms span them."""
     losses = {}
