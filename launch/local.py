@@ -37,6 +37,7 @@ NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_SAVE = 120.0  # as cluster.signal_seconds on SLURM: for a step or a validation under way, and the checkpoint
 SECONDS_TO_DIE = 8.0
+SECONDS_OF_ECHO = 1.0
 DRIVERS_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
 
 
@@ -61,7 +62,8 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.signals: list[int] = []  # as they came
+        self.count = 0  # of what was asked: a terminal that goes, and timeout(1), send theirs twice
+        self._last = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -75,19 +77,26 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.signals.append(number)
+        is_told_again = self.count and (
+            number == signal.SIGHUP or (number == signal.SIGTERM and time.monotonic() - self._last < SECONDS_OF_ECHO)
+        )
+        self._last = time.monotonic()
+        self.count += not is_told_again
 
 
 def is_alive(plan: RunPlan) -> bool:
     """Whether a process of this machine executes the run, or has been started to."""
-    if is_locked(plan.directory):
-        return True
-    submitted = [event for event in plan.directory.read_events() if event.get("event") == "submitted"]
-    if not submitted or submitted[-1].get("executor") != "local":
-        return False
-    with contextlib.suppress(psutil.Error, ValueError):
-        return "submitit" in " ".join(psutil.Process(int(submitted[-1]["job"])).cmdline())
-    return False
+    return is_locked(plan.directory) or _controller(plan) is not None
+
+
+def _controller(plan: RunPlan) -> psutil.Process | None:
+    """Submitit's process that starts those of a run on this machine and waits for them; the job is named by it."""
+    submitted = newest_event(plan.directory.event_lines(), "submitted")
+    if submitted.get("executor") == "local":
+        with contextlib.suppress(psutil.Error, ValueError):
+            process = psutil.Process(int(submitted["job"]))
+            return process if "submitit" in " ".join(process.cmdline()) else None
+    return None
 
 
 def last_log(plan: RunPlan) -> Path | None:
@@ -125,8 +134,8 @@ def run_locally(
     for plan in adopted:
         running.append(LocalJob(plan, _slot_of(plan, {job.slot for job in running}), None))
     with Interrupts() as interrupts:
-        while (waiting or running) and not interrupts.signals:
-            while waiting and len(running) < num_slots and not interrupts.signals:
+        while (waiting or running) and not interrupts.count:
+            while waiting and len(running) < num_slots and not interrupts.count:
                 slot = next(slot for slot in range(num_slots) if slot not in {job.slot for job in running})
                 plan = waiting.popleft()
                 size = sizes[plan.run_id]
@@ -138,9 +147,9 @@ def run_locally(
                 running.remove(job)
                 _record_silent_end(job)
             show()
-        if interrupts.signals:
+        if interrupts.count:
             _stop(running, interrupts)
-    if interrupts.signals:
+    if interrupts.count:
         raise KeyboardInterrupt
 
 
@@ -172,31 +181,47 @@ def _submit(plan: RunPlan, slot: int, threads: int, num_processes: int, gpus: Se
 
 
 def _stop(jobs: Sequence[LocalJob], interrupts: Interrupts) -> None:
-    """Tell runs to save and stop; kill those that have not in two minutes, or at Ctrl-C meanwhile."""
-    # Of those alone: a terminal that goes, and timeout(1), send theirs twice.
-    num_pressed = interrupts.signals.count(signal.SIGINT)
-    processes: list[psutil.Process] = []
-    for job in jobs:
-        if job.job is not None:  # submitit names a local job by its controller's process
-            with contextlib.suppress(psutil.Error):
-                processes += psutil.Process(int(job.job.job_id)).children()
-        elif (process := holder(job.plan.directory.lock)) is not None:
-            processes.append(process)
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    if processes:
-        count = f"{len(jobs)} run{'s' * (len(jobs) != 1)}"
-        with contextlib.suppress(OSError):  # the terminal may have gone
-            print(f"told {count} to save and stop; a second interrupt stops them at once", file=sys.stderr, flush=True)
+    """Tell runs to save and stop; kill those that have not in two minutes, or when asked again meanwhile."""
+    num_asked = interrupts.count
     deadline = time.monotonic() + SECONDS_TO_SAVE
-    alive = processes
-    while alive and time.monotonic() < deadline and interrupts.signals.count(signal.SIGINT) == num_pressed:
-        _, alive = psutil.wait_procs(alive, timeout=SECONDS_BETWEEN_LOOKS)
-    for process in alive:
+    told: set[psutil.Process] = set()
+    while True:
+        controllers = [controller for job in jobs if (controller := _controller(job.plan)) is not None]
+        processes: set[psutil.Process] = set()
+        for job in jobs:
+            processes |= (own := _processes(job))
+            for process in own - told if is_locked(job.plan.directory) else own:  # one that loads may not have heard
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        alive = [process for process in {*controllers, *processes, *told} if process.is_running()]
+        if alive and not told:
+            _tell_that_they_stop(len(jobs))
+        told |= processes
+        if not alive or time.monotonic() > deadline or interrupts.count > num_asked:
+            break
+        psutil.wait_procs(alive, timeout=SECONDS_BETWEEN_LOOKS)
+    for process in [*controllers, *alive]:  # first what could start others
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=SECONDS_TO_DIE)
+
+
+def _processes(job: LocalJob) -> set[psutil.Process]:
+    """What executes a run, or, before there is any of that, what is about to start it."""
+    controller = _controller(job.plan)
+    found: set[psutil.Process] = set()
+    if controller is not None:
+        with contextlib.suppress(psutil.Error):
+            found = set(controller.children()) or {controller}
+    elif (process := holder(job.plan.directory.lock)) is not None:
+        found = {process}
+    return found
+
+
+def _tell_that_they_stop(num_runs: int) -> None:
+    count = f"{num_runs} run{'s' * (num_runs != 1)}"
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        print(f"told {count} to save and stop; a second interrupt stops them at once", file=sys.stderr, flush=True)
 
 
 def _record_silent_end(job: LocalJob) -> None:

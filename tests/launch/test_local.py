@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from launch import display, local
@@ -188,14 +190,49 @@ def test_a_second_interrupt_kills_the_runs_on_whatever_line_it_comes(
     assert time.monotonic() - begun < local.SECONDS_TO_SAVE / 2
 
 
-def test_a_terminal_that_goes_twice_leaves_the_runs_their_time_to_save(plans, deaf_run, asked, monkeypatch):
-    monkeypatch.setattr(local, "SECONDS_TO_SAVE", 2.0)
+@pytest.mark.parametrize(
+    ("again", "is_killed"), [(signal.SIGHUP, False), (signal.SIGTERM, True), (signal.SIGINT, True)]
+)
+def test_who_asks_again_ends_the_runs_and_a_terminal_that_goes_twice_does_not(
+    plans, deaf_run, asked, monkeypatch: pytest.MonkeyPatch, again: signal.Signals, is_killed: bool
+):
+    monkeypatch.setattr(local, "SECONDS_TO_SAVE", 3.0)
+    monkeypatch.setattr(local, "SECONDS_OF_ECHO", 0.2)
     begun = time.monotonic()
     with Interrupts() as interrupts:
-        threading.Timer(0.5, signal.raise_signal, (signal.SIGHUP,)).start()
+        for _ in range(2):  # as timeout(1) sends its own
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.count == 1
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), again))
+        timer.start()
         local._stop([LocalJob(plans[0], 0, None)], interrupts)
-    assert interrupts.signals == [signal.SIGHUP]
-    assert time.monotonic() - begun >= local.SECONDS_TO_SAVE
+        timer.join()
+    assert (time.monotonic() - begun < local.SECONDS_TO_SAVE) == is_killed
+    deaf_run.wait(5)
+
+
+def test_runs_whose_controllers_have_not_started_them_yet_are_not_left_to_begin(
+    plans, asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(4)\n")  # a Python that is slow to begin
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
+    plan = plans[0]
+    plan.write()
+    begun: list[LocalJob] = []
+    submit = local._submit
+
+    def submit_and_interrupt(*args: Any) -> LocalJob:
+        begun.append(submit(*args))
+        signal.raise_signal(signal.SIGINT)
+        return begun[0]
+
+    monkeypatch.setattr(local, "_submit", submit_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_locally([plan], [plan], ClusterConfig("local", max_parallel=1), lambda: None)
+    assert begun[0].job is not None
+    assert not psutil.pid_exists(int(begun[0].job.job_id))
+    assert not local.is_alive(plan)
+    assert not plan.directory.read_metrics()
 
 
 def test_a_signal_before_a_run_has_begun_is_not_passed_over(plans, monkeypatch: pytest.MonkeyPatch):
