@@ -32,6 +32,7 @@ from scaling.locks import holder, is_locked
 from scaling.plan import RunPlan
 from scaling.ports import free_port
 from scaling.records import newest_event
+from scaling.statuses import PREEMPTED
 
 NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -229,6 +230,9 @@ def _record_silent_end(job: LocalJob) -> None:
     directory = job.plan.directory
     if directory.state()[0] in ("finished", "failed", "preempted") or is_locked(directory):
         return
+    if _stopped_before_it_began(job):
+        directory.log_event("preempted", reason="it was told to stop before it had begun")
+        return
     last_line = _last_line(job.log) if job.log is not None else ""
     directory.log_event(
         "failed",
@@ -237,6 +241,12 @@ def _record_silent_end(job: LocalJob) -> None:
         + (f"; its log ends: {last_line}" if last_line else ""),
         **({"log": str(job.log)} if job.log is not None else {}),
     )
+
+
+def _stopped_before_it_began(job: LocalJob) -> bool:
+    with contextlib.suppress(Exception):  # what submitit raises for a job without results
+        return job.job is not None and PREEMPTED in job.job.results()
+    return False
 
 
 def _last_line(path: Path) -> str:

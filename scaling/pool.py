@@ -37,6 +37,10 @@ class _Process(SpawnProcess):
         finally:
             sys.modules["__main__"] = main
 
+    def terminate(self) -> None:
+        """At once: the pool ends so what is left of it when a worker was killed, and workers ignore what asks them."""
+        self.kill()
+
 
 class _Context(SpawnContext):
     Process = _Process

@@ -25,8 +25,9 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from scaling.cli import load_config
@@ -34,7 +35,7 @@ from scaling.command import run_main
 from scaling.config import DataConfig, RunConfig
 from scaling.convert import SOURCE_RATES, converted, num_samples_out
 from scaling.cores import num_cores
-from scaling.corpus.demo import make_demo_corpus
+from scaling.corpus.demo import DemoConfig, make_demo_corpus, plan_corpus
 from scaling.corpus.vbd import SPLITS, Utterance, find_utterances, warn_of_unknown_downloads
 from scaling.corpus.wav import WavHeader, close_zips
 from scaling.errors import UserError
@@ -101,10 +102,17 @@ def fingerprint(utterances: Sequence[Utterance]) -> str:
 
     Neither places nor times go into it: a folder and the zip it came from are the same source.
     """
+    return _fingerprint((u.split, u.id, u.clean.num_bytes, u.noisy.num_bytes, u.noise, u.snr_db) for u in utterances)
+
+
+def demo_fingerprint(config: DemoConfig) -> str:
+    """The fingerprint of the demo corpus that a configuration makes, whether it is there or not."""
+    return _fingerprint((u.split, u.name, u.num_bytes, u.num_bytes, u.noise, u.snr_db) for u in plan_corpus(config))
+
+
+def _fingerprint(rows: Iterable[tuple[str, str, int, int, str | None, float | None]]) -> str:
     digest = hashlib.sha256()
-    for utterance in sorted(utterances, key=lambda utterance: (utterance.split, utterance.id)):
-        sizes = utterance.clean.num_bytes, utterance.noisy.num_bytes
-        row = [utterance.split, utterance.id, *sizes, utterance.noise, utterance.snr_db]
+    for row in sorted(rows, key=lambda row: row[:2]):  # by split and name
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
 
@@ -278,6 +286,12 @@ def open_shards(data: DataConfig) -> ShardIndex:
         if index.corpus != data.name:
             raise UserError(
                 f"data={data.name}: {shard_root} holds shards of {index.corpus}: name another data.shards, or delete it"
+            )
+        if data.demo is not None and index.source != demo_fingerprint(data.demo):
+            said = ", ".join(f"data.demo.{name} = {value}" for name, value in asdict(data.demo).items())
+            raise UserError(
+                f"data=demo: {shard_root} holds shards of another corpus than {said} make: set these as they were when "
+                "the shards were made, or name another data.shards"
             )
         return index
     if data.root is None:

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 
 import torch
@@ -78,6 +79,9 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
             log.error("run %s: %s", plan.run_id, error)
             processes.tell_loss(str(error))
             return LOST
+        except StoppedError as stopped:  # before that too, or asked once more while it was ending
+            processes.tell_failure(f"preempted: {stopped}")
+            return PREEMPTED
         except (OSError, RuntimeError) as error:
             if getattr(error, "errno", None) not in DISK_ERRORS + NO_ANSWER and not is_failed_write(error):
                 raise
@@ -232,8 +236,8 @@ def classify(error: Exception) -> tuple[str, str]:
     out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in out_of_memory):
         return "out of memory", reason
-    # A loader's worker that is killed may say so anywhere in the main process. A GPU that has failed, fallen off the
-    # bus or been given to another process is of its node.
+    # A loader's worker that is killed may say so anywhere in the main process; so are the pool's that score. A GPU that
+    # has failed, fallen off the bus or been given to another process is of its node.
     of_the_node = (
         "DataLoader worker (pid",
         "uncorrectable ECC error",
@@ -241,7 +245,8 @@ def classify(error: Exception) -> tuple[str, str]:
         "NCCL error",
         "GPU is lost",
     )
-    if getattr(error, "errno", None) in NO_ANSWER or any(word in str(error) for word in of_the_node):
+    is_unanswered = getattr(error, "errno", None) in NO_ANSWER or isinstance(error, BrokenProcessPool)
+    if is_unanswered or any(word in str(error) for word in of_the_node):
         return "node failure", reason
     return "code error", reason
 

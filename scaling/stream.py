@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from scaling.errors import BadDataError, UserError
 from scaling.remote import RemoteRoot, Root
@@ -43,6 +45,7 @@ from scaling.stopping import end_with_parent, ignore_stop_signals
 
 # Keeps the draws of order, crops and replacements apart from all other uses of a run's seed.
 _ORDER, _CROPS, _REPLACEMENTS = 1, 2, 3
+SECONDS_TO_END = 1.0  # of a loader's workers
 _NEAR_CANDIDATES, _FAR_CANDIDATES = 16, 64  # of a replacement: from the same block of shards, and from all
 
 
@@ -351,7 +354,29 @@ class CropLoader(DataLoader[CropBatch]):
                 yield batch
         finally:
             if self.num_workers:
-                batches._shutdown_workers()
+                _end_workers(batches)
+
+
+def _end_workers(batches: Any) -> None:
+    """End the workers of a loader's iterator; those that still wait for storage a second later without regard.
+
+    The iterator itself gives each of them five seconds and then a signal that they ignore, and the process waits for
+    them when it ends: a run that has saved would be kept until its job is killed.
+    """
+    if batches._worker_pids_set:  # torch would take their end for a fault
+        signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+
+    def kill() -> None:
+        for worker in batches._workers:
+            worker.kill()
+
+    killer = threading.Timer(SECONDS_TO_END, kill)
+    killer.start()
+    try:
+        batches._shutdown_workers()
+    finally:
+        killer.cancel()
 
 
 def _start_worker(number: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,7 +34,13 @@ class DataParallel(Engine):
         precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
         # Buffers are running norm statistics, which are combined at a step's end (see _combine_statistics).
         keywords = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.on_cpu, kwargs_handlers=[keywords])
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            # Else a variable of the environment would divide the gradients once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            cpu=self.on_cpu,
+            kwargs_handlers=[keywords],
+        )
         self._check_group(self._group_type)
         with warnings.catch_warnings():
             # The keyword's successor synchronises buffers once at the start, and Accelerate does not take it yet.

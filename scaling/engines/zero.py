@@ -46,7 +46,8 @@ class ZeRO(Engine):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         # Without the backend named, Accelerate on CPU makes W groups of one, and says nothing.
         backend = InitProcessGroupKwargs(backend="gloo" if self.on_cpu else "nccl")
-        self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
+        # In words, since a variable of the environment would else have its say.
+        self.accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[backend])
         self._check_group(DistributedType.DEEPSPEED)
         self._set_precision(self.model)
         self.network, self.optimiser = self.accelerator.prepare(self.model, self.optimiser)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -298,12 +299,17 @@ def test_records_that_cannot_be_read_for_a_moment_are_told_once_and_end_no_sweep
     assert len(caplog.records) == 2, "told again, and the end of a sweep is not in its way either"
 
 
-@pytest.mark.parametrize(("said", "state"), [(["preempted"], "preempted"), ([], "failed")])
-def test_a_run_that_saved_and_stopped_is_not_taken_for_one_that_was_killed(plans, said: list[str], state: str):
+@pytest.mark.parametrize(
+    ("said", "returned", "state"),
+    [(["preempted"], [75], "preempted"), ([], [75, 75], "preempted"), ([], [], "failed")],
+)
+def test_a_run_that_saved_and_stopped_is_not_taken_for_one_that_was_killed(
+    plans, said: list[str], returned: list[int], state: str
+):
     run = plans[0].write()
     run.log_event("submitted", job="1", executor="local", log="", slot=0)
     run.log_event("started", step=0)
     for event in said:
         run.log_event(event, reason="SIGTERM")
-    local._record_silent_end(LocalJob(plans[0], 0, None))
+    local._record_silent_end(LocalJob(plans[0], 0, SimpleNamespace(results=lambda: returned)))  # type: ignore[arg-type]
     assert run.state()[0] == state

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scaling.pool import spawned_pool
+
 SCRIPT = """
 from scaling.pool import spawned_pool
 
@@ -18,3 +20,14 @@ def test_a_script_that_nothing_guards_is_run_once_whoever_needs_workers(tmp_path
     script.write_text(SCRIPT)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.splitlines() == ["begun", "[1, 2, 3]"], done.stderr
+
+
+def test_workers_that_ignore_signals_end_with_their_pool_when_one_of_them_was_killed():
+    """Python's way out of a broken pool is to terminate what is left, and to wait for it."""
+    with spawned_pool(2) as pool:
+        assert list(pool.map(abs, [-1, -2])) == [1, 2]
+        workers = [*pool._processes.values()]
+        for worker in workers:
+            worker.terminate()
+            worker.join(20)
+            assert not worker.is_alive()

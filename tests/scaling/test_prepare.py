@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 
+from scaling.cli import load_config
+from scaling.config import RunConfig
 from scaling.convert import quantize
 from scaling.corpus.vbd import find_utterances
 from scaling.errors import UserError
+from scaling.prepare import open_shards
 from scaling.shard_reader import ShardReader
 from scaling.shards import ShardIndex
 from tests.scaling.vbd_folder import TEST, TRAIN, files, make_corpus, prepare, voice, zip_sets
@@ -283,6 +286,16 @@ def test_all_unusable_files_are_found_at_once(corpus: Path, target: Path) -> Non
     assert line.startswith("5 of 11 utterances cannot be used: ")
     assert line.count(" Hz, expected") == 3
     assert line.endswith("; and 2 more")
+
+
+def test_shards_of_another_demo_corpus_are_refused_where_no_corpus_is_there_to_compare(
+    tiny_data: list[str], tiny_index: ShardIndex, tmp_path: Path
+) -> None:
+    words = [f"data.root={tmp_path / 'nowhere'}", *tiny_data[1:]]
+    assert open_shards(load_config(RunConfig, "run", words).data).index_hash == tiny_index.index_hash
+    for other in ("data.demo.hours=0.08", "data.demo.seed=7", "data.demo.test_utterances=6"):
+        with pytest.raises(UserError, match=r"holds shards of another corpus than data.demo.hours = "):
+            open_shards(load_config(RunConfig, "run", [*words, other]).data)
 
 
 @pytest.mark.parametrize("occupied", ["folder", "file"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -62,6 +64,29 @@ def test_workers_and_resumption_change_no_sample(tiny_index: ShardIndex, num_wor
     clean = torch.cat([batch[1] for batch in resumed])
     assert torch.equal(noisy, torch.cat([batch[0] for batch in whole[5:]]))
     assert torch.equal(clean, torch.cat([batch[1] for batch in whole[5:]]))
+
+
+class Stuck:
+    """Batches of which the third and later do not come."""
+
+    def __getitems__(self, counters: list[int]) -> list[int]:
+        if counters[0] >= 2:
+            time.sleep(600)
+        return counters
+
+
+def test_a_reader_that_leaves_off_is_not_kept_by_workers_that_wait_for_storage():
+    loader = training_loader(Stuck(), MicroBatchSampler(0, 9, 1, 1), 2)
+    batches = iter(loader)
+    assert [next(batches), next(batches)] == [[0], [1]]
+    workers = multiprocessing.active_children()
+    begun = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begun < 20
+    assert len(workers) >= 2
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
 
 
 def test_a_crop_is_the_named_part_of_its_clip(tiny_index: ShardIndex):
