@@ -194,7 +194,7 @@ def _stop(jobs: Sequence[LocalJob], interrupts: Interrupts) -> None:
             for process in own - told if is_locked(job.plan.directory) else own:  # one that loads may not have heard
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.terminate()
-        alive = [process for process in {*controllers, *processes, *told} if process.is_running()]
+        alive = [process for process in {*controllers, *processes, *told} if _has_not_ended(process)]
         if alive and not told:
             _tell_that_they_stop(len(jobs))
         told |= processes
@@ -217,6 +217,12 @@ def _processes(job: LocalJob) -> set[psutil.Process]:
     elif (process := holder(job.plan.directory.lock)) is not None:
         found = {process}
     return found
+
+
+def _has_not_ended(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # a container may have nobody to reap
+    return False
 
 
 def _tell_that_they_stop(num_runs: int) -> None:
