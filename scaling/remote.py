@@ -192,20 +192,8 @@ class RemoteRoot:
         last written to.
         """
         with held_when_free(self.cache / "lock"):
-            held = []
-            for path in self.cache.iterdir():
-                if not OWN_NAME.match(path.name):  # somebody's own file
-                    continue
-                if path.suffix == ".tmp":
-                    with held_if_free(self.cache / f"{path.name.split('.')[1]}.lock") as of_no_process:
-                        if of_no_process:
-                            path.unlink(missing_ok=True)
-                if path.suffix in (".tar", ".damaged", ".tmp"):
-                    try:
-                        status = path.stat()
-                    except FileNotFoundError:  # a fetch ended meanwhile
-                        continue
-                    held.append((status.st_mtime_ns, status.st_size, path))
+            while (held := self._held()) is None:
+                pass
             fetched = [entry for entry in held if entry[2].suffix == ".tmp"]
             if sum(size for _, size, _ in fetched) + num_bytes > self.cache_bytes:
                 return {(path.name, written) for written, _, path in fetched}
@@ -219,6 +207,28 @@ class RemoteRoot:
             with temporary.open("wb") as file:
                 file.truncate(num_bytes)
             return set()
+
+    def _held(self) -> list[tuple[int, int, Path]] | None:
+        """What the cache holds, each with when it was last used and its bytes; what dead processes began is removed.
+
+        None if a fetch ended while this looked: its file has another name now, which may not have been seen.
+        """
+        held = []
+        for path in self.cache.iterdir():
+            if not OWN_NAME.match(path.name):  # somebody's own file
+                continue
+            if path.suffix == ".tmp":
+                with held_if_free(self.cache / f"{path.name.split('.')[1]}.lock") as of_no_process:
+                    if of_no_process:
+                        path.unlink(missing_ok=True)
+                        continue
+            if path.suffix in (".tar", ".damaged", ".tmp"):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    return None
+                held.append((status.st_mtime_ns, status.st_size, path))
+        return held
 
 
 Root = Path | RemoteRoot  # of a folder of shards

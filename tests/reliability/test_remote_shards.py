@@ -23,6 +23,7 @@ import s3fs
 import scaling.remote
 from scaling.config import DataConfig
 from scaling.errors import UnreachableError, UserError
+from scaling.locks import held_when_free
 from scaling.remote import RemoteRoot
 from scaling.shard_reader import DamagedClipError, ShardReader
 from scaling.shards import ShardIndex
@@ -332,6 +333,28 @@ def test_a_source_that_was_mended_is_believed_by_whoever_loads_its_index_after_t
     assert noisy.tobytes() == ShardReader(local.root).read_clip(clip)[0].tobytes()
     assert not list((tmp_path / "cache").glob("*.damaged"))
     assert stream(index) == stream(local)
+
+
+def test_a_shard_whose_fetch_ends_while_room_is_made_counts_under_its_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    older, newer, own = ("0" * 64, "1" * 64, "2" * 64)
+    (tmp_path / f"{older}.tar").write_bytes(b"x" * 100)
+    fetched = tmp_path / f".{newer}.host.1.tmp"
+    fetched.write_bytes(b"x" * 100)
+    listed = Path.iterdir
+
+    def end_fetch_when_listed(folder: Path) -> Iterator[Path]:
+        names = list(listed(folder))
+        if fetched.exists():
+            fetched.rename(tmp_path / f"{newer}.tar")
+        return iter(names)
+
+    monkeypatch.setattr(Path, "iterdir", end_fetch_when_listed)
+    temporary = tmp_path / f".{own}.host.2.tmp"
+    with held_when_free(tmp_path / f"{newer}.lock"), held_when_free(tmp_path / f"{own}.lock"):
+        assert not RemoteRoot("s3://nowhere", tmp_path, 200)._make_room(temporary, 100)
+    assert sorted(path.name for path in tmp_path.glob("*.t[am][rp]")) == [temporary.name, f"{newer}.tar"]
 
 
 def test_runs_that_share_a_cache_of_two_blocks_wait_for_one_another(
