@@ -63,7 +63,7 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.count = 0  # of what was asked: a terminal that goes, and timeout(1), send theirs twice
+        self.count = 0  # without echoes: a terminal that goes, and timeout(1), send theirs twice
         self._last = 0.0
         self._before: dict[int, Any] = {}
 
@@ -78,11 +78,11 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        is_told_again = self.count and (
-            number == signal.SIGHUP or (number == signal.SIGTERM and time.monotonic() - self._last < SECONDS_OF_ECHO)
-        )
-        self._last = time.monotonic()
-        self.count += not is_told_again
+        now = time.monotonic()
+        is_soon = now - self._last < SECONDS_OF_ECHO
+        is_echo = self.count > 0 and (number == signal.SIGHUP or (number == signal.SIGTERM and is_soon))
+        self._last = now
+        self.count += not is_echo
 
 
 def is_alive(plan: RunPlan) -> bool:
@@ -187,14 +187,16 @@ def _stop(jobs: Sequence[LocalJob], interrupts: Interrupts) -> None:
     deadline = time.monotonic() + SECONDS_TO_SAVE
     told: set[psutil.Process] = set()
     while True:
-        controllers = [controller for job in jobs if (controller := _controller(job.plan)) is not None]
+        controllers: set[psutil.Process] = set()
         processes: set[psutil.Process] = set()
-        for job in jobs:
-            processes |= (own := _processes(job))
-            for process in own - told if is_locked(job.plan.directory) else own:  # one that loads may not have heard
+        for plan in (job.plan for job in jobs):
+            if (controller := _controller(plan)) is not None:
+                controllers.add(controller)
+            processes |= (own := _processes(plan, controller))
+            for process in own - told if is_locked(plan.directory) else own:  # one that loads may not have heard
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.terminate()
-        alive = [process for process in {*controllers, *processes, *told} if _has_not_ended(process)]
+        alive = [process for process in controllers | processes | told if _has_not_ended(process)]
         if alive and not told:
             _tell_that_they_stop(len(jobs))
         told |= processes
@@ -207,16 +209,14 @@ def _stop(jobs: Sequence[LocalJob], interrupts: Interrupts) -> None:
     psutil.wait_procs(alive, timeout=SECONDS_TO_DIE)
 
 
-def _processes(job: LocalJob) -> set[psutil.Process]:
+def _processes(plan: RunPlan, controller: psutil.Process | None) -> set[psutil.Process]:
     """What executes a run, or, before there is any of that, what is about to start it."""
-    controller = _controller(job.plan)
-    found: set[psutil.Process] = set()
-    if controller is not None:
-        with contextlib.suppress(psutil.Error):
-            found = set(controller.children()) or {controller}
-    elif (process := holder(job.plan.directory.lock)) is not None:
-        found = {process}
-    return found
+    if controller is None:
+        process = holder(plan.directory.lock)
+        return set() if process is None else {process}
+    with contextlib.suppress(psutil.Error):
+        return set(controller.children()) or {controller}
+    return set()
 
 
 def _has_not_ended(process: psutil.Process) -> bool:

@@ -236,8 +236,8 @@ def classify(error: Exception) -> tuple[str, str]:
     out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in out_of_memory):
         return "out of memory", reason
-    # A loader's worker that is killed may say so anywhere in the main process; so are the pool's that score. A GPU that
-    # has failed, fallen off the bus or been given to another process is of its node.
+    # A loader's worker that is killed may say so anywhere in the main process. A GPU that has failed, fallen off the
+    # bus or been given to another process is of its node.
     of_the_node = (
         "DataLoader worker (pid",
         "uncorrectable ECC error",
@@ -245,8 +245,9 @@ def classify(error: Exception) -> tuple[str, str]:
         "NCCL error",
         "GPU is lost",
     )
-    is_unanswered = getattr(error, "errno", None) in NO_ANSWER or isinstance(error, BrokenProcessPool)
-    if is_unanswered or any(word in str(error) for word in of_the_node):
+    has_no_answer = getattr(error, "errno", None) in NO_ANSWER
+    is_worker_killed = isinstance(error, BrokenProcessPool)  # one of those that score
+    if has_no_answer or is_worker_killed or any(word in str(error) for word in of_the_node):
         return "node failure", reason
     return "code error", reason
 

@@ -267,7 +267,9 @@ def test_every_noise_is_of_unit_power_drawn_anew_and_a_function_of_the_draw() ->
 
 def test_a_finished_corpus_is_left_alone(corpus: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
+    start = time.monotonic()
     make_demo_corpus(corpus, TINY, num_workers=2, progress=lambda done, total: pytest.fail("it was made again"))
+    assert time.monotonic() - start < 0.5
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,20 +19,12 @@ import torch
 from torch import distributed
 
 from scaling.checkpoint import load_newest
-from scaling.cli import load_config
-from scaling.config import RunConfig
-from scaling.device import require_gpu, set_arithmetic
-from scaling.engines import make_engine
-from scaling.engines.data_parallel import MOST_OVERFLOWS, DataParallel
-from scaling.errors import MeetingError, UnreachableError, UserError
-from scaling.locks import held_lock
-from scaling.plan import RunPlan, plan_run
+from scaling.errors import MeetingError, UserError
 from scaling.ports import free_port
-from scaling.processes import ALONE, VARIABLES, Processes, _check_devices, join
+from scaling.processes import VARIABLES, Processes, _check_devices, join
 from scaling.records import RunDirectory
-from scaling.run import classify, execute
+from scaling.run import classify
 from scaling.shards import ShardIndex
-from scaling.stopping import StopFlag
 from tests.ranks import Rank, end_all, run_ranks, start_ranks
 
 STEPS = "train.budget.steps=8"
@@ -127,85 +117,6 @@ def test_one_rank_that_is_asked_to_stop_in_a_validation_stops_all_and_the_next_r
     assert rows_of(study) == rows_of(tmp_path / "whole")
 
 
-def test_a_lost_terminal_asks_a_run_to_stop_unless_it_was_started_to_outlive_it():
-    before = signal.getsignal(signal.SIGHUP)
-    heard = []
-    try:
-        for handler in (signal.SIG_DFL, signal.SIG_IGN):  # the second as nohup leaves it
-            signal.signal(signal.SIGHUP, handler)
-            with StopFlag() as stop, stop.deferred():
-                os.kill(os.getpid(), signal.SIGHUP)
-                heard.append(stop.signal)
-            assert signal.getsignal(signal.SIGHUP) == handler
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert heard == ["SIGHUP", None]
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
-        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "node failure"),
-        (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "node failure"),
-        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1, unhandled system error"), "node failure"),
-        (RuntimeError("CUDA error: device-side assert triggered"), "code error"),
-        (BrokenProcessPool("A child process terminated abruptly"), "node failure"),
-    ],
-)
-def test_what_a_gpu_or_a_killed_worker_says_in_the_end_is_told_apart(error: Exception, kind: str):
-    assert classify(error)[0] == kind
-
-
-def test_variables_of_a_launcher_change_no_gradient(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    engine = DataParallel(load_config(RunConfig, "run", tiny_run), ALONE)
-    weight = next(engine.model.parameters())
-    engine.accelerator.backward(weight.sum())
-    assert torch.equal(weight.grad, torch.ones_like(weight))
-
-
-def test_a_run_that_is_told_to_stop_before_it_has_begun_says_so(
-    tiny_run: list[str], tiny_index: ShardIndex, monkeypatch: pytest.MonkeyPatch
-):
-    plan = plan_run(load_config(RunConfig, "run", tiny_run), tiny_index)
-    monkeypatch.setattr(RunPlan, "check_folder", lambda plan: signal.raise_signal(signal.SIGTERM))
-    assert execute(plan) == 75
-    monkeypatch.undo()
-    assert not plan.directory.plan.exists()
-    with held_lock(plan.directory.lock, "its lock is free"):
-        pass
-
-
-def test_gradients_that_overflow_are_passed_over_as_long_as_the_scaler_can_help():
-    engine = DataParallel.__new__(DataParallel)
-    engine._num_overflows = 0
-    for _ in range(3):
-        assert [engine._norm_of_a_scaled_step(math.inf) for _ in range(MOST_OVERFLOWS)] == [0.0] * MOST_OVERFLOWS
-        assert engine._norm_of_a_scaled_step(1.5) == 1.5
-    for _ in range(MOST_OVERFLOWS):
-        engine._norm_of_a_scaled_step(math.nan)
-    assert math.isnan(engine._norm_of_a_scaled_step(math.nan)), "the run has diverged"
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["execution.audit=true"], "execution.audit: sums on a GPU have no order that is always the same"),
-        (["deepspeed=zero2", "execution.device=cpu"], "hide it with CUDA_VISIBLE_DEVICES="),
-        (["execution.audit=true", "train.precision=fp16"], "execution.audit"),
-    ],
-)
-def test_what_a_gpu_cannot_do_is_refused_in_a_line(
-    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match=told):
-        make_engine(load_config(RunConfig, "run", [*tiny_run, *words]), ALONE)
-
-
 @pytest.mark.parametrize(
     ("seen", "error", "told"),
     [
@@ -233,14 +144,6 @@ def test_a_group_of_some_ranks_waits_as_long_as_that_of_all(monkeypatch: pytest.
     assert made == [([0, 1], timedelta(hours=5)), ([2, 3], timedelta(hours=5))]
 
 
-def test_products_in_32_bits_are_in_32_bits_whatever_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    for precision in ("fp32", "bf16"):
-        set_arithmetic(precision)
-        assert not torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
-
-
 @pytest.mark.parametrize(
     ("error", "whatever_fails", "looks"),
     [
@@ -262,19 +165,6 @@ def test_a_lost_rank_is_looked_for_where_an_error_may_be_of_one(error: RuntimeEr
     with pytest.raises(RuntimeError) as raised, processes.naming_the_lost(whatever_fails):
         raise error
     assert (raised.value is error, bool(looked)) == (True, looks)
-
-
-def test_a_job_with_gpus_that_torch_does_not_see_does_not_train_on_the_cpu_instead(monkeypatch: pytest.MonkeyPatch):
-    for device, gpus in (("auto", 0), ("cpu", 4)):
-        require_gpu(device, gpus)
-    for device in ("auto", "cuda"):
-        with pytest.raises(
-            UnreachableError, match=r"torch sees no GPU on \S+, where the job has 4 a node: it is"
-        ) as raised:
-            require_gpu(device, 4)
-        assert classify(raised.value)[0] == "node failure"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    require_gpu("auto", 4)
 
 
 def test_a_checkpoint_cut_into_parts_goes_on_as_it_was_written_and_no_other_way(tiny_run: list[str], tmp_path: Path):

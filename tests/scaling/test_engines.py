@@ -1,0 +1,73 @@
+"""What takes a run's steps: a GPU's limits, a launcher's variables, the arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from scaling.cli import load_config
+from scaling.config import RunConfig
+from scaling.device import require_gpu, set_arithmetic
+from scaling.engines import make_engine
+from scaling.engines.data_parallel import MOST_OVERFLOWS, DataParallel
+from scaling.errors import UnreachableError, UserError
+from scaling.processes import ALONE
+from scaling.run import classify
+
+
+def test_variables_of_a_launcher_change_no_gradient(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    engine = DataParallel(load_config(RunConfig, "run", tiny_run), ALONE)
+    weight = next(engine.model.parameters())
+    engine.accelerator.backward(weight.sum())
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+def test_gradients_that_overflow_are_passed_over_as_long_as_the_scaler_can_help():
+    engine = DataParallel.__new__(DataParallel)
+    engine._num_overflows = 0
+    for _ in range(3):
+        assert [engine._norm_of_a_scaled_step(math.inf) for _ in range(MOST_OVERFLOWS)] == [0.0] * MOST_OVERFLOWS
+        assert engine._norm_of_a_scaled_step(1.5) == 1.5
+    for _ in range(MOST_OVERFLOWS):
+        engine._norm_of_a_scaled_step(math.nan)
+    assert math.isnan(engine._norm_of_a_scaled_step(math.nan)), "the run has diverged"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["execution.audit=true"], "execution.audit: sums on a GPU have no order that is always the same"),
+        (["deepspeed=zero2", "execution.device=cpu"], "hide it with CUDA_VISIBLE_DEVICES="),
+        (["execution.audit=true", "train.precision=fp16"], "execution.audit"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_in_a_line(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=told):
+        make_engine(load_config(RunConfig, "run", [*tiny_run, *words]), ALONE)
+
+
+def test_products_in_32_bits_are_in_32_bits_whatever_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    for precision in ("fp32", "bf16"):
+        set_arithmetic(precision)
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
+
+
+def test_a_job_with_gpus_that_torch_does_not_see_does_not_train_on_the_cpu_instead(monkeypatch: pytest.MonkeyPatch):
+    for device, gpus in (("auto", 0), ("cpu", 4)):
+        require_gpu(device, gpus)
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            UnreachableError, match=r"torch sees no GPU on \S+, where the job has 4 a node: it is"
+        ) as raised:
+            require_gpu(device, 4)
+        assert classify(raised.value)[0] == "node failure"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    require_gpu("auto", 4)
