@@ -2,7 +2,7 @@
 // from spectra to finished samples (bsrnn_hops).
 //
 // Called by bsrnn/kernel.py, which compiles this file, lays the weights out and fills them up with zeros to what it
-// needs: channels in multiples of 16. A frame is some hundreds of small dependent products (31 bands x 2 directions x
+// needs: channels in multiples of WIDTH. A frame is some hundreds of small dependent products (31 bands x 2 directions x
 // layers), where a library spends most of its time on being called; here each is a loop over registers.
 //
 // Every matrix product is y = init + x W with W stored as (in, out), so that vectors run along the outputs.
@@ -11,28 +11,36 @@
 #include <math.h>
 #include <string.h>
 
-#define LANES 16
 #define BOUND 28.0f  // e^-28 is nothing beside 1, and e^28 cubed is still a number
 #include "fourier.h"
 #include "vectors.h"
 
-#define PANEL 64
+#define WIDTH 16  // a width of the network is a multiple of it, and so are all outputs of a product
+#define ROWS 6                // of which a product holds the sums in registers,
+#define VECS (REGISTERS / 8)  // over so many vectors of outputs
+#define PANEL (VECS * LANES)
+#define APART (8 / VECS)      // sums of a single row are as many as hide how long one takes
+#define LINE 16               // floats of a cache line
 #define NEAR (40 << 10)  // bytes: of a first-level cache
 #define AHEAD 4096       // floats: how far ahead weights are called for that come from afar
 #define AHEAD_PACKED 768 // words: the same, of packed weights
+
+int bsrnn_lanes(void) { return LANES; }
+int bsrnn_panel(void) { return PANEL; }
+
 typedef unsigned uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // `rows` x `vecs` outputs held in registers over the whole inner sum. `w` is one panel: (in, vecs · LANES).
 // Of weights that will be needed later, from `next` on, one vector an input is called for meanwhile, unless it is null.
 INLINE void block(const int rows, const int vecs, const float *next, int in, const float *x, long xs, const float *w,
                   const float *init, long is, float *y, long ys) {
-  vec sum[6][4];
+  vec sum[ROWS][VECS];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; v++) sum[r][v] = load(init + r * is + v * LANES);
   for (int i = 0; i < in; i++, w += vecs * LANES) {
-    vec wv[4];
+    vec wv[VECS];
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; v++) wv[v] = load(w + v * LANES);
     if (next) __builtin_prefetch(next + (long)i * vecs * LANES, 0, 2);  // to the second-level cache
@@ -49,48 +57,60 @@ INLINE void block(const int rows, const int vecs, const float *next, int in, con
     for (int v = 0; v < vecs; v++) store(y + r * ys + v * LANES, sum[r][v]);
 }
 
-// The same for a single row, whose sums over even and odd inputs go side by side so that none waits for another.
+// The same for a single row, whose sums over every APART-th input go side by side so that none waits for another.
 INLINE void single(const int ahead, int in, const float *x, const float *w, const float *init, float *y) {
-  vec even[4], odd[4];
+  vec sum[APART][VECS];
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) even[v] = load(init + v * LANES), odd[v] = (vec){};
-  for (int i = 0; i < in; i += 2, w += PANEL * 2) {
-    const vec first = splat(x[i]), second = splat(x[i + 1]);
+  for (int v = 0; v < VECS; v++) {
+    sum[0][v] = load(init + v * LANES);
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      even[v] += first * load(w + v * LANES);
-      odd[v] += second * load(w + PANEL + v * LANES);
-      if (ahead) {
-        __builtin_prefetch(w + v * LANES + ahead);
-        __builtin_prefetch(w + PANEL + v * LANES + ahead);
+    for (int a = 1; a < APART; a++) sum[a][v] = splat(0);
+  }
+  for (; in >= APART; in -= APART, x += APART, w += APART * PANEL)
+#pragma GCC unroll 4
+    for (int a = 0; a < APART; a++) {
+      const vec xv = splat(x[a]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; v++) {
+        sum[a][v] += xv * load(w + a * PANEL + v * LANES);
+        if (ahead && v * LANES % LINE == 0) __builtin_prefetch(w + a * PANEL + v * LANES + ahead);
       }
     }
-  }
+  for (; in > 0; in--, x++, w += PANEL)
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) store(y + v * LANES, even[v] + odd[v]);
+    for (int v = 0; v < VECS; v++) sum[0][v] += splat(x[0]) * load(w + v * LANES);
+#pragma GCC unroll 4
+  for (int v = 0; v < VECS; v++) {
+    vec total = sum[0][v];
+#pragma GCC unroll 4
+    for (int a = 1; a < APART; a++) total += sum[a][v];
+    store(y + v * LANES, total);
+  }
 }
 
 // y[r] = init[r] + x[r] W over `rows` rows; strides xs, is, ys between rows (is = 0: one bias for all). y may be init.
 // W lies in panels of PANEL outputs, the last of what is left; `in` is even. A panel serves all rows while it is near;
-// each of the first four blocks of rows calls for a quarter of the next panel.
+// each of the first blocks of rows calls for a line of every input's in the next panel.
 static void product(int rows, int in, int out, const float *x, long xs, const float *w, const float *init, long is,
                     float *y, long ys) {
   for (int j = 0; j < out; w += (long)in * PANEL, j += PANEL, init += PANEL, y += PANEL) {
     int r = 0;
-#define ROWS(R, V) \
+#define BLOCKS(R, V) \
   for (; r + R <= rows; r += R) block(R, V, NULL, in, x + r * xs, xs, w, init + r * is, is, y + r * ys, ys);
-    switch (out - j) {
-      case LANES: ROWS(6, 1) ROWS(1, 1) break;
-      case 2 * LANES: ROWS(6, 2) ROWS(1, 2) break;
-      case 3 * LANES: ROWS(6, 3) ROWS(1, 3) break;
-      default:
-        for (const float *next = w + (long)in * PANEL; r + 6 <= rows && r < 4 * 6; r += 6, next += LANES)
-          block(6, 4, next, in, x + r * xs, xs, w, init + r * is, is, y + r * ys, ys);
-        ROWS(6, 4)
-        ROWS(2, 4)
+    switch (out - j < PANEL ? (out - j) / LANES : VECS) {
+#if VECS > 2
+      case 1: BLOCKS(ROWS, 1) BLOCKS(1, 1) break;
+      case 2: BLOCKS(ROWS, 2) BLOCKS(1, 2) break;
+      case 3: BLOCKS(ROWS, 3) BLOCKS(1, 3) break;
+#endif
+      case VECS:
+        for (const float *next = w + (long)in * PANEL; r + ROWS <= rows && r < PANEL / LINE * ROWS; r += ROWS, next += LINE)
+          block(ROWS, VECS, next, in, x + r * xs, xs, w, init + r * is, is, y + r * ys, ys);
+        BLOCKS(ROWS, VECS)
+        BLOCKS(2, VECS)
         for (; r < rows; r++) single(rows == 1 ? AHEAD : 0, in, x + r * xs, w, init + r * is, y + r * ys);
     }
-#undef ROWS
+#undef BLOCKS
   }
 }
 
@@ -104,15 +124,15 @@ static void recur(int rows, int in, int out, const float *h, long hs, const floa
     const float *panel = w + (long)p * in * PANEL;
     float *g = gates + p * PANEL;
     int r = 0;
-    for (; r + 6 <= rows; r += 6) block(6, 4, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
-    for (; r + 2 <= rows; r += 2) block(2, 4, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
+    for (; r + ROWS <= rows; r += ROWS) block(ROWS, VECS, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
+    for (; r + 2 <= rows; r += 2) block(2, VECS, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
     for (; r < rows; r++) single(0, in, h + r * hs, panel, g + r * gs, g + r * gs);
   }
 }
 
-// The weights of one input to a panel's outputs from their packed form, as whole numbers. Of 64 weights of 24 bits, 48
-// lie in the upper bytes of 48 words, and the bytes of the other 16 in the lowest bytes: vector v of the words
-// holds the v-th byte. Those lowest bytes stay where they are, since whoever packed them has rounded the upper
+// The weights of one input to 4 vectors of outputs from their packed form, as whole numbers. Of 4 vectors of weights of 24
+// bits, 3 lie in the upper bytes of 3 vectors of words, and the bytes of the other in the lowest bytes: vector v of the
+// words holds the v-th byte. Those lowest bytes stay where they are, since whoever packed them has rounded the upper
 // 24 bits to what is nearest with them.
 INLINE void unpack(const unsigned *packed, vec *w) {
   uvec last = {};
@@ -121,7 +141,7 @@ INLINE void unpack(const unsigned *packed, vec *w) {
     const uvec words = *(const uvec *)(packed + v * LANES);
     last |= (words & 255) << (24 - 8 * v);
     w[v] = __builtin_convertvector((ivec)words, vec);
-    __builtin_prefetch(packed + v * LANES + AHEAD_PACKED);
+    if (v * LANES % LINE == 0) __builtin_prefetch(packed + v * LANES + AHEAD_PACKED);
   }
   w[3] = __builtin_convertvector((ivec)last, vec);
 }
@@ -130,13 +150,13 @@ INLINE void unpack(const unsigned *packed, vec *w) {
 // scale, which makes weights of whole numbers.
 static void recur_packed(int rows, int in, int out, const float *h, long hs, const unsigned *packed,
                          const float *scale, float *gates, long gs, int backwards) {
-  const int panels = out / PANEL, words = 3 * LANES;  // of an input
+  const int panel = 4 * LANES, panels = out / panel, words = 3 * LANES;  // of an input
   for (int n = 0; n < panels; n++) {
     const int p = backwards ? panels - 1 - n : n;
     for (int r = 0; r < rows; r++) {
       const unsigned *q = packed + (long)p * in * words;
       const float *x = h + r * hs;
-      float *g = gates + r * gs + p * PANEL;
+      float *g = gates + r * gs + p * panel;
       vec even[4] = {}, odd[4] = {};
       for (int i = 0; i < in; i += 2, q += 2 * words) {
         const vec first = splat(x[i]), second = splat(x[i + 1]);
@@ -150,7 +170,7 @@ static void recur_packed(int rows, int in, int out, const float *h, long hs, con
       }
 #pragma GCC unroll 4
       for (int v = 0; v < 4; v++)
-        store(g + v * LANES, load(g + v * LANES) + load(scale + p * PANEL + v * LANES) * (even[v] + odd[v]));
+        store(g + v * LANES, load(g + v * LANES) + load(scale + p * panel + v * LANES) * (even[v] + odd[v]));
     }
   }
 }
@@ -158,15 +178,19 @@ static void recur_packed(int rows, int in, int out, const float *h, long hs, con
 // The gates' nonlinearities and the cell's update: gates (4H) and cell (H) of one row to its output (H).
 // With a = e^-input, b = e^-2·candidate, d = e^-forget: c / (1 + d) + (1 - b) / ((1 + a)(1 + b)) over one
 // denominator, since a division takes as long as an exponential. The exponents' bound keeps that finite.
-INLINE void cell_update(int hidden, const float *gates, float *cell, float *output) {
+// `gates` keeps what the second pass needs: on its way from one exponential to the next a unit's output takes longer
+// than the sums of many units.
+INLINE void cell_update(int hidden, float *gates, float *cell, float *output) {
   for (int j = 0; j < hidden; j += LANES) {
     const vec a = 1.0f + exp_of(-load(gates + j)), d = 1.0f + exp_of(-load(gates + hidden + j));
     const vec b = exp_of(-2.0f * load(gates + 2 * hidden + j)), e = 1.0f + exp_of(-load(gates + 3 * hidden + j));
     const vec ab = a * (1.0f + b);
-    const vec c = (load(cell + j) * ab + (1.0f - b) * d) * reciprocal(ab * d);
-    store(cell + j, c);
-    const vec f = exp_of(-2.0f * c);
-    store(output + j, (1.0f - f) * reciprocal(e * (1.0f + f)));
+    store(cell + j, (load(cell + j) * ab + (1.0f - b) * d) * reciprocal(ab * d));
+    store(gates + j, e);
+  }
+  for (int j = 0; j < hidden; j += LANES) {
+    const vec f = exp_of(-2.0f * load(cell + j));
+    store(output + j, (1.0f - f) * reciprocal(load(gates + j) * (1.0f + f)));
   }
 }
 
@@ -184,7 +208,7 @@ typedef struct {
   float *hop_work;        // _hop_floats() of bsrnn/kernel.py
 } Step;
 
-static int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+static int padded(int n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
 // spectrum, enhanced: (streams, bins, 2), not compressed; they may be the same. hidden, cell: one (streams · bands, 2C) a layer, renewed.
 void bsrnn_step(const Step *s, const float *spectrum, float *const *hidden, float *const *cell, float *enhanced) {

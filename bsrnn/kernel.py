@@ -8,8 +8,9 @@ round differently, outputs differ by 3e-5. The kernel is compiled on first use (
 compiler, or the model is not one that it knows, `FrameKernel.obstacle` says why, and torch does the work
 (bsrnn/streaming.py).
 
-Its vectors hold 16 channels. A model of another width runs at the next multiple, the weights of what is added being
-zero: a unit of such an LSTM has the cell 0 and the output 0 for ever, so that the sums stay what they were.
+It computes multiples of 16 channels, which fill any processor's vectors. A model of another width runs at the next
+multiple, the weights of what is added being zero: a unit of such an LSTM has the cell 0 and the output 0 for ever, so
+that the sums stay what they were.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bsrnn.model import BSRNN, Block, BlockState
 from bsrnn.stft import MAGNITUDE_FLOOR
 
 SOURCE = Path(__file__).with_name("kernel.c")
-LANES, PANEL = 16, 64  # as in the source
+WIDTH = 16  # as in the source
 # From this size on, in bytes, a recurrence over bands has its matrix packed: it passes once a band and direction, and
 # what a second-level cache does not hold is slower to fetch than to unpack (measured: 1 MiB gains nothing, 4 MiB 24 %).
 PACKED_FROM = 2 << 20
@@ -198,7 +199,7 @@ class FrameKernel:
 
 def whole_vectors(num_channels: int) -> int:
     """The channels that the kernel computes for so many: the next multiple of a vector's."""
-    return -(-num_channels // LANES) * LANES
+    return -(-num_channels // WIDTH) * WIDTH
 
 
 def _weights_in_order(model: BSRNN, channels: int, packed: bool) -> Iterator[np.ndarray]:
@@ -264,9 +265,10 @@ def _floats(tensor: Tensor) -> np.ndarray:
 
 
 def _in_panels(tensor: Tensor) -> np.ndarray:
-    """A matrix (in, out), or several on a leading axis, as panels (in, PANEL) one after another."""
+    """A matrix (in, out), or several on a leading axis, as panels of columns one after another."""
     matrices = tensor.detach().numpy().astype(np.float32).reshape(-1, *tensor.shape[-2:])
-    panels = [matrix[:, j : j + PANEL].ravel() for matrix in matrices for j in range(0, matrix.shape[1], PANEL)]
+    panel = _library().bsrnn_panel()
+    panels = [matrix[:, j : j + panel].ravel() for matrix in matrices for j in range(0, matrix.shape[1], panel)]
     return np.concatenate(panels)
 
 
@@ -279,7 +281,8 @@ def _packed(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
     matrix = tensor.detach().numpy().astype(np.float64)
     largest = np.maximum(np.abs(matrix).max(0), np.finfo(np.float32).tiny)
     scale = largest / (2**31 - 2**8)  # of a weight as a whole number of 32 bits
-    wholes = (matrix / scale).reshape(len(matrix), -1, 4, LANES).swapaxes(0, 1)  # (panel, in, vector, lane)
+    vectors = (len(matrix), -1, 4, _library().bsrnn_lanes())
+    wholes = (matrix / scale).reshape(vectors).swapaxes(0, 1)  # (panel, in, vector, lane)
     last = np.rint(wholes[:, :, 3] / 256).astype(np.int64)
     lowest = np.stack([last >> shift & 255 for shift in (16, 8, 0)], axis=2)
     upper = np.rint((wholes[:, :, :3] - lowest) / 256).astype(np.int64)

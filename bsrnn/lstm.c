@@ -14,14 +14,10 @@
 
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
-#if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers, else 16
+#define BOUND 87.0f  // the gradient of a gate beyond it is none, and e^87 has a reciprocal
+#include "vectors.h"
+
+#if REGISTERS == 32
 #define CELL_ROWS 6
 #define VECS 4
 #else
@@ -31,9 +27,6 @@
 #define ROWS 6
 #define BLOCK 48  // rows that go through all steps together
 #define DEPTH 4   // steps whose gates' gradients go into those of the weights at once
-
-#define BOUND 87.0f  // the gradient of a gate beyond it is none, and e^87 has a reciprocal
-#include "vectors.h"
 
 #define PANEL (VECS * LANES)
 #define CELL (4 * LANES)

@@ -1,6 +1,19 @@
-// Vectors of LANES floats, as GCC and Clang know them, and the exponential that gates are made of: of what lies beyond
-// BOUND either way, e^BOUND and e^-BOUND.
+// Vectors of LANES floats, as many as one register of the processor holds (a compiler keeps wider ones in memory), and
+// the exponential that gates are made of: of what lies beyond BOUND either way, e^BOUND and e^-BOUND.
 #pragma once
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define REGISTERS 32
+#else
+#define REGISTERS 16
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -10,8 +23,10 @@ INLINE vec splat(float x) { return x - (vec){}; }
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 
-#if defined(__AVX512F__) && LANES == 16
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 // What is no number stays so: these give their second argument then.
 INLINE vec bounded(vec x) { return _mm512_max_ps(splat(-BOUND), _mm512_min_ps(splat(BOUND), x)); }
 INLINE vec nearest(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -22,11 +37,15 @@ INLINE vec reciprocal(vec x) {
   return guess + guess * (1.0f - x * guess);
 }
 #else
+#if defined(__AVX__)
+INLINE vec bounded(vec x) { return _mm256_max_ps(splat(-BOUND), _mm256_min_ps(splat(BOUND), x)); }
+#else
 INLINE vec choose(ivec condition, vec yes, vec no) { return (vec)((condition & (ivec)yes) | (~condition & (ivec)no)); }
 INLINE vec bounded(vec x) {
   x = choose(x > BOUND, splat(BOUND), x);
   return choose(x < -BOUND, splat(-BOUND), x);
 }
+#endif
 INLINE vec nearest(vec x) {
   const vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
   return (x + magic) - magic;

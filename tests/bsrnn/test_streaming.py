@@ -204,6 +204,10 @@ def test_the_compiled_kernel_equals_torch_frame_by_frame(
     channels: int, num_streams: int, packed_from: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("bsrnn.kernel.PACKED_FROM", packed_from)
+    assert_the_kernel_equals_torch(channels, num_streams)
+
+
+def assert_the_kernel_equals_torch(channels: int, num_streams: int) -> None:
     model = trained_like(BSRNNConfig(channels, 2))
     kernel = FrameKernel(fold(model), num_streams)
     states = kernel.initial_states()
