@@ -48,12 +48,13 @@ def test_the_last_samples_are_no_louder_than_the_others_whatever_the_length(name
 def test_a_signal_of_any_length_comes_back_whole_and_as_a_stream_alike(name: str):
     model = untrained(name)
     n_fft, hop = model.config.n_fft, model.config.hop_length
+    loudest = float(model(noise(9 * hop)).waveform.abs().max())  # a single sample may be next to nothing
     for num_samples in (1, n_fft // 2, n_fft // 2 + 1, 9 * hop - 1, 9 * hop, 9 * hop + 1):
         signal = noise(num_samples)
         whole = model(signal).waveform
         assert whole.shape == signal.shape
         difference = float((streamed(model, signal) - whole).abs().max())
-        assert difference <= 1e-5 * float(whole.abs().max()), num_samples
+        assert difference <= 1e-5 * loudest, num_samples
 
 
 @pytest.mark.parametrize("name", CONFIGS)
