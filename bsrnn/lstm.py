@@ -60,10 +60,16 @@ class LSTM(nn.LSTM):
         self, input: Float[Tensor, "first second input"], hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "first second output"], tuple[Tensor, Tensor]]:
         """(outputs, the last outputs and cells (direction, row, unit) each), going on from `hx`, or from zeros."""
-        if input.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
-            # Asked for bfloat16, torch gives cuDNN's LSTMs 16-bit floats, in which most of the gradients are 0.
-            with torch.autocast("cuda", enabled=False):
-                return super().forward(input.float(), None if hx is None else (hx[0].float(), hx[1].float()))
+        device = input.device.type
+        if (
+            device in ("cpu", "cuda")
+            and torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device) == torch.bfloat16
+        ):
+            # Asked for bfloat16, torch gives cuDNN's LSTMs 16-bit floats, in which most of the gradients are 0, and
+            # oneDNN has such LSTMs for processors with AVX-512 alone.
+            with torch.autocast(device, enabled=False):
+                return self.forward(input.float(), None if hx is None else (hx[0].float(), hx[1].float()))
         if self.obstacle(input, *(hx or ())) is not None:
             return super().forward(input, hx)
         if hx is None:

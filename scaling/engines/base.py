@@ -72,8 +72,7 @@ class Engine:
     def lstm(self) -> str:
         """What computes the LSTMs in training, which differ in rounding: "compiled", or torch and why."""
         (lstm, *_) = (module for module in self.model.modules() if isinstance(module, LSTM))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
-        obstacle = lstm.obstacle(torch.empty(1, 1, lstm.input_size, dtype=dtype, device=self.device))
+        obstacle = lstm.obstacle(torch.empty(1, 1, lstm.input_size, device=self.device))
         return "compiled" if obstacle is None else f"torch: {obstacle}"
 
     def evaluation_model(self) -> BSRNN:

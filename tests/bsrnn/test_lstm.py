@@ -41,6 +41,12 @@ def all_of(network: nn.LSTM, x: Tensor, states: tuple[Tensor, Tensor], weights: 
 def test_outputs_states_and_gradients_are_those_of_64_bits(
     inputs: int, hidden: int, steps: int, rows: int, bidirectional: bool, rows_first: bool
 ):
+    assert_those_of_64_bits(inputs, hidden, steps, rows, bidirectional, rows_first)
+
+
+def assert_those_of_64_bits(
+    inputs: int, hidden: int, steps: int, rows: int, bidirectional: bool, rows_first: bool
+) -> None:
     torch.manual_seed(0)
     ours = LSTM(inputs, hidden, bidirectional=bidirectional, batch_first=rows_first)
     directions = 1 + bidirectional
@@ -129,9 +135,8 @@ def test_what_it_does_not_take_goes_to_the_library():
     large = LSTM(4, LARGEST_HIDDEN + 1)
     assert str(LARGEST_HIDDEN) in str(large.obstacle(x))
     assert "32 bits" in str(LSTM(4, 8).double().obstacle(x.double()))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert "32 bits" in str(LSTM(4, 8).obstacle(x))
-        assert LSTM(4, 8)(x)[0].dtype == torch.bfloat16
     for network, given in ((large, x), (LSTM(4, 8).double(), x.double())):
         theirs = nn.LSTM(4, network.hidden_size).to(x.dtype if network is large else torch.float64)
         theirs.load_state_dict(network.state_dict())
@@ -190,6 +195,17 @@ def test_what_follows_torchs_operators_sees_them():
     torch.testing.assert_close(by_func, by_autograd, atol=1e-6, rtol=1e-4)
     with FakeTensorMode():
         assert BSRNN(BSRNNConfig(16, 2))(torch.randn(2, 8_000)).waveform.shape == (2, 8_000)
+
+
+def test_asked_for_bfloat16_it_runs_in_32_bits():
+    """torch has such LSTMs for processors with AVX-512 alone."""
+    torch.manual_seed(0)
+    ours, x, state = LSTM(4, 8), torch.randn(5, 3, 4), torch.randn(1, 3, 8)
+    for states in (None, (state, state)):
+        expected = ours(x.bfloat16().float(), states and tuple(part.bfloat16().float() for part in states))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ours(x.bfloat16(), states and tuple(part.bfloat16() for part in states))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_asked_for_bfloat16_on_a_gpu_it_runs_in_32_bits(monkeypatch: pytest.MonkeyPatch):
