@@ -16,8 +16,6 @@
 #include "vectors.h"
 
 #define WIDTH 16  // a width of the network is a multiple of it, and so are all outputs of a product
-#define ROWS 6                // of which a product holds the sums in registers,
-#define VECS (REGISTERS / 8)  // over so many vectors of outputs
 #define PANEL (VECS * LANES)
 #define APART (8 / VECS)      // sums of a single row are as many as hide how long one takes
 #define LINE 16               // floats of a cache line

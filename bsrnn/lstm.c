@@ -17,14 +17,6 @@
 #define BOUND 87.0f  // the gradient of a gate beyond it is none, and e^87 has a reciprocal
 #include "vectors.h"
 
-#if REGISTERS == 32
-#define CELL_ROWS 6
-#define VECS 4
-#else
-#define CELL_ROWS 3
-#define VECS 2
-#endif
-#define ROWS 6
 #define BLOCK 48  // rows that go through all steps together
 #define DEPTH 4   // steps whose gates' gradients go into those of the weights at once
 
@@ -88,23 +80,26 @@ typedef struct {
   long apart;
 } To;
 
-// sums (rows, 4, LANES) of LANES units in one step.
+// sums (rows, 4, LANES) of LANES units in one step, of VECS gates at once.
 INLINE void sum_tile(const int rows, const Shape *s, From x, From h, const float *panel, const float *bias, float *sums) {
-  vec sum[CELL_ROWS][4];
-  EACH(r, rows) EACH(g, 4) sum[r][g] = load(bias + g * LANES);
-#define ADD(x, in)                               \
-  for (int i = 0; i < in; i++, panel += CELL) {  \
-    vec w[4];                                    \
-    EACH(g, 4) w[g] = load(panel + g * LANES);   \
-    EACH(r, rows) {                              \
-      const vec xv = splat(x.at[r * x.apart + i]); \
-      EACH(g, 4) sum[r][g] += xv * w[g];         \
-    }                                            \
+#define ADD(x, in)                                              \
+  for (int i = 0; i < in; i++, w += CELL) {                     \
+    vec wv[VECS];                                               \
+    EACH(g, VECS) wv[g] = load(w + g * LANES);                  \
+    EACH(r, rows) {                                             \
+      const vec xv = splat(x.at[r * x.apart + i]);              \
+      EACH(g, VECS) sum[r][g] += xv * wv[g];                    \
+    }                                                           \
   }
-  ADD(x, s->inputs)
-  if (h.at) ADD(h, s->units)
+  for (int first = 0; first < 4; first += VECS, panel += VECS * LANES, bias += VECS * LANES, sums += VECS * LANES) {
+    const float *w = panel;
+    vec sum[ROWS][VECS];
+    EACH(r, rows) EACH(g, VECS) sum[r][g] = load(bias + g * LANES);
+    ADD(x, s->inputs)
+    if (h.at) ADD(h, s->units)
+    EACH(r, rows) EACH(g, VECS) store(sums + r * CELL + g * LANES, sum[r][g]);
+  }
 #undef ADD
-  EACH(r, rows) EACH(g, 4) store(sums + r * CELL + g * LANES, sum[r][g]);
 }
 
 // From a tile's sums to cells and outputs; before: the cells of the step before. By itself, since its constants would
@@ -153,14 +148,11 @@ void lstm_forward(const Shape *s, const Weights *weights, const float *x, const 
                 to_gates = (To){gates + ((now * D + d) * H + j) * 4, apart(s) * D * H * 4};
               }
               if (n) before = gates ? (From){cells + (then * D + d) * H + j, apart(s) * D * H} : (From){cell.at, H};
-              rows = stop - r < CELL_ROWS ? stop - r : CELL_ROWS;
-              float sums[CELL_ROWS * CELL];
+              rows = stop - r < ROWS ? stop - r : ROWS;
+              float sums[ROWS * CELL];
 #define CASE(R) case R: sum_tile(R, s, in, h, panel, bias, sums); break;
               switch (rows) {
-                CASE(1) CASE(2) CASE(3)
-#if CELL_ROWS > 3
-                CASE(4) CASE(5) CASE(6)
-#endif
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
               }
 #undef CASE
               update_cells(rows, sums, before, cell, out, to_gates);

@@ -9,10 +9,12 @@
 #else
 #define LANES 4
 #endif
-#if defined(__AVX512F__) || defined(__aarch64__)
-#define REGISTERS 32
+// Of a product, sums of ROWS rows over VECS vectors of outputs are what the registers hold beside their factors.
+#define ROWS 6
+#if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers, else 16
+#define VECS 4
 #else
-#define REGISTERS 16
+#define VECS 2
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
