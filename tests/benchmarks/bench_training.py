@@ -2,8 +2,8 @@
 
 The loop (tests/bsrnn/band_by_band.py) is the same model with the same weights, written from the equations
 with torch's own layers, one module for each band. On a CPU the model runs with torch's LSTM too, and freed memory stays
-in the process, as in training. The floor is three times the forward's multiply-accumulates at the measured rate of a
-large matrix product: the backward pass has two products for each of the forward's.
+in the process, as in training. The floor is three times the forward's multiply-accumulates at the measured rate of
+sums in registers: the backward pass has two products for each of the forward's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bsrnn.lstm import by_library, keep_out_of_graphs
 from bsrnn.rtf import SIZES
 from scaling.allocator import keep_freed_memory
 from scaling.device import set_arithmetic
-from tests.benchmarks.bench_streaming import macs_per_second
+from tests.benchmarks.machine import macs_per_second, vector_bits
 from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
 from tests.bsrnn.band_by_band import BandByBand
 
@@ -87,9 +87,10 @@ def test_a_pass_on_one_cpu_thread():
         del ours, loop, contenders
     lines += [
         "",
-        f"`{COMMAND}`; {measured_on('torch')}; one thread, CPU time, {mac_rate / 1e9:.0f} G MACs/s in a large product.",
+        f"`{COMMAND}`; {measured_on('torch')}; one thread, CPU time, {mac_rate / 1e9:.0f} G MACs/s in registers of "
+        f"{vector_bits()} bits.",
     ]
-    write_block(PERFORMANCE, "training-cpu", "\n".join(lines))
+    write_block(PERFORMANCE, f"training, {vector_bits()} bits", "\n".join(lines))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -125,7 +126,7 @@ def test_a_pass_on_a_gpu():
         cells = " | ".join(f"{milliseconds:.1f}" for milliseconds in taken)
         lines.append(f"| {name} | {cells} | {taken[0] / min(t for t in taken[1:] if t == t):.1f} |")
     lines += ["", f"`{COMMAND}`; {torch.cuda.get_device_name()}, {measured_on('torch')}; 16 crops of 2 s."]
-    write_block(PERFORMANCE, "training-gpu", "\n".join(lines))
+    write_block(PERFORMANCE, "training on a GPU", "\n".join(lines))
 
 
 def _gpu_milliseconds(step: Callable[[], object], num_steps: int = 10) -> float:
