@@ -29,7 +29,7 @@ int bsrnn_panel(void) { return PANEL; }
 typedef unsigned uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // `rows` x `vecs` outputs held in registers over the whole inner sum. `w` is one panel: (in, vecs · LANES).
-// Of weights that will be needed later, from `next` on, one vector an input is called for meanwhile, unless it is null.
+// Of weights that will be needed later, from `next` on, one line an input is called for meanwhile, unless it is null.
 INLINE void block(const int rows, const int vecs, const float *next, int in, const float *x, long xs, const float *w,
                   const float *init, long is, float *y, long ys) {
   vec sum[ROWS][VECS];
@@ -87,8 +87,8 @@ INLINE void single(const int ahead, int in, const float *x, const float *w, cons
 }
 
 // y[r] = init[r] + x[r] W over `rows` rows; strides xs, is, ys between rows (is = 0: one bias for all). y may be init.
-// W lies in panels of PANEL outputs, the last of what is left; `in` is even. A panel serves all rows while it is near;
-// each of the first blocks of rows calls for a line of every input's in the next panel.
+// W lies in panels of PANEL outputs, the last of what is left. A panel serves all rows while it is near; each of the
+// first blocks of rows calls for a line of every input's in the next panel, if they are whole lines.
 static void product(int rows, int in, int out, const float *x, long xs, const float *w, const float *init, long is,
                     float *y, long ys) {
   for (int j = 0; j < out; w += (long)in * PANEL, j += PANEL, init += PANEL, y += PANEL) {
@@ -144,7 +144,7 @@ INLINE void unpack(const unsigned *packed, vec *w) {
   w[3] = __builtin_convertvector((ivec)last, vec);
 }
 
-// `recur` for a packed matrix: three quarters of the bytes, for one that does not stay in a cache. Each output has a
+// `recur` for a packed matrix, `in` being even: three quarters of the bytes, for one that does not stay in a cache. Each output has a
 // scale, which makes weights of whole numbers.
 static void recur_packed(int rows, int in, int out, const float *h, long hs, const unsigned *packed,
                          const float *scale, float *gates, long gs, int backwards) {

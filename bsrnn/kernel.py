@@ -90,7 +90,7 @@ class FrameKernel:
         self.config, self.num_streams = config, num_streams
         loaded = _library()
         self._call_step, self._call_hops = loaded.bsrnn_step, loaded.bsrnn_hops
-        self._channels = whole_vectors(config.num_channels)
+        self._channels = whole_width(config.num_channels)
         packed = 4 * 4 * (2 * self._channels) ** 2 >= PACKED_FROM
         arrays = list(_weights_in_order(model, self._channels, packed))
         self._weights = _aligned(sum(array.size for array in arrays))  # one after another, as they are used
@@ -188,7 +188,7 @@ class FrameKernel:
         """As kernel.c divides its scratch memory."""
         config, streams, channels = self.config, self.num_streams, self._channels
         hidden, rows = 2 * channels, streams * config.num_bands
-        widest = whole_vectors(2 * max(config.band_widths))
+        widest = whole_width(2 * max(config.band_widths))
         over_blocks = rows * (channels + 8 * hidden + 2 * hidden) + 2 * streams * hidden
         return streams * 2 * config.num_bins + over_blocks + streams * (8 * channels + 4 * widest)
 
@@ -197,8 +197,8 @@ class FrameKernel:
         return self.num_streams * 2 * self.config.num_bins + 4 * self.config.n_fft
 
 
-def whole_vectors(num_channels: int) -> int:
-    """The channels that the kernel computes for so many: the next multiple of a vector's."""
+def whole_width(num_channels: int) -> int:
+    """The channels that the kernel computes for so many: the next multiple of WIDTH."""
     return -(-num_channels // WIDTH) * WIDTH
 
 
@@ -243,7 +243,7 @@ def _weights_in_order(model: BSRNN, channels: int, packed: bool) -> Iterator[np.
     expand_bias = _filled(decoder.expand.bias, -1, 4 * channels)
     for group, linear in zip(decoder.groups, decoder.outputs, strict=True):
         assert isinstance(linear, BandwiseLinear)
-        features = whole_vectors(2 * group.width)
+        features = whole_width(2 * group.width)
         weights = _filled(_filled(linear.weight, -1, features, num_parts=2), -2, 4 * channels)  # values, then gates
         biases = _filled(linear.bias, -1, features, num_parts=2)
         for k in range(group.num_bands):

@@ -1,8 +1,8 @@
 // An LSTM of one layer, forward and backward, on a CPU's threads. Called by bsrnn/lstm.py, which compiles this file.
 //
 // A library makes a matrix product of each step, stores the gates, and goes over them again and again. Here the
-// product ends in registers with the four gates of the same units, so that the cell follows at once; and a few rows
-// go through all steps before the next ones begin, so that what a step needs is still in a near cache. The backward
+// product of a few rows makes the four gates of the same units, in registers, and their cells follow at once; and some
+// rows go through all steps before the next ones begin, so that what a step needs is still in a near cache. The backward
 // pass adds to the gradients of the weights while the gates' are near, instead of storing those for a product at the end.
 //
 // Rows (the batch) are independent and are shared out to threads, `parts` of them. Within a part sums are in a fixed

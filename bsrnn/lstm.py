@@ -65,11 +65,13 @@ class LSTM(nn.LSTM):
             device in ("cpu", "cuda")
             and torch.is_autocast_enabled(device)
             and torch.get_autocast_dtype(device) == torch.bfloat16
+            and self.weight_ih_l0.dtype == torch.float32
         ):
             # Asked for bfloat16, torch gives cuDNN's LSTMs 16-bit floats, in which most of the gradients are 0, and
             # oneDNN has such LSTMs for processors with AVX-512 alone.
             with torch.autocast(device, enabled=False):
-                return self.forward(input.float(), None if hx is None else (hx[0].float(), hx[1].float()))
+                states = None if hx is None else (hx[0].float(), hx[1].float())
+                return LSTM.forward(self, input.float(), states)  # whatever wraps the instance's stays outside
         if self.obstacle(input, *(hx or ())) is not None:
             return super().forward(input, hx)
         if hx is None:
@@ -84,7 +86,10 @@ class LSTM(nn.LSTM):
         return outputs, (hidden, cell)
 
     def obstacle(self, *inputs: Any) -> str | None:
-        """Why the library's LSTM takes these inputs (x, or x and both states); None if the compiled one does."""
+        """Why the library's LSTM takes these inputs (x, or x and both states); None if the compiled one does.
+
+        Under autocast to bfloat16, for which `forward` makes 32 bits of them, it is to be asked outside.
+        """
         if _by_library:
             return "the library was asked for"
         if self.hidden_size > LARGEST_HIDDEN:

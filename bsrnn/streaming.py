@@ -25,7 +25,7 @@ from jaxtyping import Complex, Float, Shaped
 from torch import Tensor
 
 from bsrnn.folding import fold
-from bsrnn.kernel import FrameKernel, whole_vectors
+from bsrnn.kernel import FrameKernel, whole_width
 from bsrnn.model import BSRNN, BlockState
 from bsrnn.stft import compress, decompress, whole_hops
 
@@ -67,7 +67,7 @@ class Stream:
         self._window = self._model.stft.window
         self._step, self._kernel = step, None
         channels = self.config.num_channels
-        self._kernel_frames = max(KERNEL_FRAMES, KERNEL_WORK * channels // whole_vectors(channels) ** 3)
+        self._kernel_frames = max(KERNEL_FRAMES, KERNEL_WORK * channels // whole_width(channels) ** 3)
         if use_kernel is not False and step is None:
             reason = FrameKernel.obstacle(self._model)
             if reason is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bsrnn.compiled import FLAGS
+from bsrnn import compiled
 from bsrnn.kernel import SOURCE
 
 # Vectors as wide as the kernels'. Reads go in blocks of 4 KiB, forwards and then backwards, so that what fits a cache
@@ -28,7 +28,7 @@ int lanes(void) { return LANES; }
 
 long multiply(long times) {
   vec sum[SUMS];
-  const vec a = splat(0.999f), b = splat(sink);
+  const vec a = splat(0.999f), b = splat(0.001f);
   for (int i = 0; i < SUMS; i++) sum[i] = splat(i);
   for (long t = 0; t < times; t++)
 #pragma GCC unroll 32
@@ -67,7 +67,7 @@ def _limits() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "limits.c"), Path(folder, "limits.so")
         source.write_text(LIMITS)
-        subprocess.run(["cc", *FLAGS, "-I", SOURCE.parent, source, "-o", library], check=True)
+        subprocess.run([*compiled._command(()), "-I", SOURCE.parent, source, "-o", library], check=True)
         loaded = ctypes.CDLL(str(library))
     loaded.multiply.restype, loaded.multiply.argtypes = ctypes.c_long, (ctypes.c_long,)
     loaded.read_to_and_fro.restype, loaded.read_to_and_fro.argtypes = None, (ctypes.c_void_p, *(ctypes.c_long,) * 2)

@@ -208,6 +208,17 @@ def test_asked_for_bfloat16_it_runs_in_32_bits():
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_under_autocast_a_wrapped_lstm_and_one_in_64_bits_are_served():
+    torch.manual_seed(0)
+    ours, x = LSTM(4, 8), torch.randn(5, 3, 4)
+    expected = ours(x)[0]
+    wrapped = copy.deepcopy(ours)
+    wrapped.forward = torch.autocast("cpu", torch.bfloat16)(wrapped.forward)  # as Accelerate does
+    torch.testing.assert_close(wrapped(x)[0], expected, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.double()(x.double())[0].dtype == torch.float64
+
+
 def test_asked_for_bfloat16_on_a_gpu_it_runs_in_32_bits(monkeypatch: pytest.MonkeyPatch):
     """torch would give cuDNN 16-bit floats, whose range loses gradients. No GPU is needed to see what it is given."""
     given = []

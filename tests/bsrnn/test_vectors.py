@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from bsrnn import compiled, kernel, lstm
-from tests.bsrnn.test_lstm import assert_those_of_64_bits
+from tests.bsrnn import test_lstm
 from tests.bsrnn.test_streaming import assert_the_kernel_equals_torch
 
 SHORTER = {8: "-mno-avx512f", 4: "-mno-avx"}  # floats of a vector, and what keeps the compiler to them
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
+HAS_AVX = " avx " in f"{compiled._processor()} "  # else it has vectors of 4 alone
 
 
-@pytest.fixture(scope="module", params=SHORTER if IS_X86 else [4], ids="{} floats".format)
+@pytest.fixture(scope="module", params=SHORTER if HAS_AVX else [4], ids="{} floats".format)
 def lanes(request: pytest.FixtureRequest) -> Iterator[int]:
     """Code of vectors of so many floats in place of this processor's."""
     with pytest.MonkeyPatch.context() as patch:
-        if IS_X86:
+        if HAS_AVX:
             patch.setattr(compiled, "FLAGS", (*compiled.FLAGS, SHORTER[request.param]))
         for cache in (compiled.library, lstm._library):
             cache.cache_clear()
@@ -50,4 +49,10 @@ def test_the_kernel_equals_torch_frame_by_frame(
 def test_the_lstm_and_its_gradients_are_those_of_64_bits(
     lanes: int, inputs: int, hidden: int, steps: int, rows: int, bidirectional: bool
 ):
-    assert_those_of_64_bits(inputs, hidden, steps, rows, bidirectional, rows_first=bidirectional)
+    test_lstm.assert_those_of_64_bits(inputs, hidden, steps, rows, bidirectional, rows_first=bidirectional)
+
+
+def test_gates_saturate_and_what_is_no_number_stays_none(lanes: int):
+    for scale in (0.0, 1e3, 1e30):
+        test_lstm.test_gates_far_beyond_saturation_stay_finite_and_are_the_librarys(scale)
+    test_lstm.test_what_is_no_number_stays_none()
