@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.config import ClusterConfig
-from launch.queue import QueuedJob
 from launch.slurm import BeyondLimitError, ask, batch_script, sbatch, settings_of, try_shape
 from launch.snapshot import take_snapshot
-from launch.submission import Submission, submissions
+from launch.submission import Submission
 from scaling.errors import UserError
 from scaling.plan import RunPlan
 from scaling.records import StudyDirectory
@@ -135,20 +134,6 @@ def _submit(
         raise
     submission.record_job(job)
     return submission
-
-
-def reconcile(study: StudyDirectory, queue: Mapping[str, QueuedJob]) -> None:
-    """Complete what a killed sweep left half done; the caller holds the study's lock.
-
-    An array that SLURM took is put on record, one that it never saw is removed.
-    """
-    arrays = {job.comment: job.id.partition("_")[0] for job in queue.values()}
-    for submission in submissions(study):
-        if submission.job is None:
-            if submission.token in arrays:
-                submission.record_job(arrays[submission.token])
-            elif not list(submission.path.glob("*.log")):
-                shutil.rmtree(submission.path)
 
 
 def _arrays(plans: Sequence[RunPlan], cluster: ClusterConfig) -> list[tuple[ClusterConfig, list[RunPlan]]]:

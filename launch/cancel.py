@@ -18,11 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from launch.arrays import reconcile
 from launch.command import parsed
 from launch.queue import QueuedJob, read_queue
 from launch.status import newest_study
-from launch.submission import last_job, submissions
+from launch.submission import last_job, reconcile, submissions
 from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.locks import held_lock, holder

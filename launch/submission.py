@@ -9,7 +9,7 @@
 
 The token is the jobs' comment too. So a sweep that is killed after SLURM took its array and before
 it wrote that down leaves jobs that the next command recognises, and that record themselves
-when they start. This module uses no more than the records, because jobs' shells call it.
+when they start. This module uses no package, because jobs' shells call it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+from launch.queue import QueuedJob
 from scaling.records import Record, RunDirectory, StudyDirectory, newest_event, write_records, write_whole
 
 
@@ -109,6 +111,20 @@ def submissions(study: StudyDirectory) -> Iterator[Submission]:
     """Every array of a study, in the order submitted."""
     for path in sorted((study.path / "jobs").glob("*/runs.jsonl")):
         yield Submission(path.parent)
+
+
+def reconcile(study: StudyDirectory, queue: Mapping[str, QueuedJob]) -> None:
+    """Complete what a killed sweep left half done; the caller holds the study's lock.
+
+    An array that SLURM took is put on record, one that it never saw is removed.
+    """
+    arrays = {job.comment: job.id.partition("_")[0] for job in queue.values()}
+    for submission in submissions(study):
+        if submission.job is None:
+            if submission.token in arrays:
+                submission.record_job(arrays[submission.token])
+            elif not list(submission.path.glob("*.log")):
+                shutil.rmtree(submission.path)
 
 
 def rows_beyond(study: StudyDirectory, run_ids: Collection[str]) -> list[Record]:

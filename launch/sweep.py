@@ -30,7 +30,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from launch.arrays import Submitted, reconcile, submit_to_slurm
+from launch.arrays import Submitted, submit_to_slurm
 from launch.config import StudyConfig
 from launch.costs import Costs
 from launch.display import RunsDisplay
@@ -38,7 +38,7 @@ from launch.local import last_log, run_locally
 from launch.planning import load_study, plan_study, plan_table, why_none_can_start, write_plan
 from launch.queue import QueuedJob, read_queue
 from launch.slurm import require_slurm
-from launch.submission import last_job
+from launch.submission import last_job, reconcile
 from scaling.cli import CONFIG_FOLDER
 from scaling.command import run_main
 from scaling.errors import UserError

@@ -11,7 +11,6 @@ from importlib import metadata
 import numpy as np
 from jaxtyping import Float
 from pesq import PesqError, pesq
-from pystoi import stoi
 
 from scaling import composite, dnsmos
 from scaling.shards import SAMPLE_RATE
@@ -62,6 +61,8 @@ def extended_intelligibility(estimate: Waveform, clean: Waveform) -> float:
 
 
 def _stoi(estimate: Waveform, clean: Waveform, extended: bool) -> float:
+    from pystoi import stoi  # and with it scipy, which takes more than a second: of the processes that score alone
+
     if not clean.any():
         raise RefusedError("the clean signal is silent")
     with warnings.catch_warnings():

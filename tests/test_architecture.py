@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -78,6 +79,13 @@ def test_the_analysis_installs_with_what_it_imports_and_without_torch():
     used = {name.split(".")[0] for path in modules_of("analysis") for name in imports_of(path)}
     assert used - set(sys.stdlib_module_names) - {"analysis", "scaling"} == installed
     assert any(wanted.startswith("torch>") for wanted in project["optional-dependencies"]["train"])
+
+
+def test_commands_that_look_after_runs_start_without_torch():
+    """Seconds of each, on a login node that many share."""
+    looked = "import sys, launch.status, launch.cancel, launch.logs; print(sorted({'torch', 'hydra'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", looked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_module_is_named_after_nothing():
