@@ -15,13 +15,13 @@
 #include "fourier.h"
 #include "vectors.h"
 
-#define WIDTH 16  // a width of the network is a multiple of it, and so are all outputs of a product
+#define WIDTH 16          // channels are a multiple of it, and so are the outputs of a product
 #define PANEL (VECS * LANES)
-#define APART (8 / VECS)      // sums of a single row are as many as hide how long one takes
-#define LINE 16               // floats of a cache line
-#define NEAR (40 << 10)  // bytes: of a first-level cache
-#define AHEAD 4096       // floats: how far ahead weights are called for that come from afar
-#define AHEAD_PACKED 768 // words: the same, of packed weights
+#define APART (8 / VECS)  // of a single row: so many sums of an output that none waits for itself
+#define LINE 16           // floats of a cache line
+#define NEAR (40 << 10)   // bytes: of a first-level cache
+#define AHEAD 4096        // floats: how far ahead weights are called for that come from afar
+#define AHEAD_PACKED 768  // words: the same, of packed weights
 
 int bsrnn_lanes(void) { return LANES; }
 int bsrnn_panel(void) { return PANEL; }
@@ -102,7 +102,8 @@ static void product(int rows, int in, int out, const float *x, long xs, const fl
       case 3: BLOCKS(ROWS, 3) BLOCKS(1, 3) break;
 #endif
       case VECS:
-        for (const float *next = w + (long)in * PANEL; r + ROWS <= rows && r < PANEL / LINE * ROWS; r += ROWS, next += LINE)
+        for (const float *next = w + (long)in * PANEL; r + ROWS <= rows && r < PANEL / LINE * ROWS;
+             r += ROWS, next += LINE)
           block(ROWS, VECS, next, in, x + r * xs, xs, w, init + r * is, is, y + r * ys, ys);
         BLOCKS(ROWS, VECS)
         BLOCKS(2, VECS)
@@ -122,15 +123,16 @@ static void recur(int rows, int in, int out, const float *h, long hs, const floa
     const float *panel = w + (long)p * in * PANEL;
     float *g = gates + p * PANEL;
     int r = 0;
-    for (; r + ROWS <= rows; r += ROWS) block(ROWS, VECS, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
+    for (; r + ROWS <= rows; r += ROWS)
+      block(ROWS, VECS, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
     for (; r + 2 <= rows; r += 2) block(2, VECS, NULL, in, h + r * hs, hs, panel, g + r * gs, gs, g + r * gs, gs);
     for (; r < rows; r++) single(0, in, h + r * hs, panel, g + r * gs, g + r * gs);
   }
 }
 
-// The weights of one input to 4 vectors of outputs from their packed form, as whole numbers. Of 4 vectors of weights of 24
-// bits, 3 lie in the upper bytes of 3 vectors of words, and the bytes of the other in the lowest bytes: vector v of the
-// words holds the v-th byte. Those lowest bytes stay where they are, since whoever packed them has rounded the upper
+// The weights of one input to 4 vectors of outputs from their packed form, as whole numbers. Of 4 vectors of weights of
+// 24 bits, 3 lie in the upper bytes of 3 vectors of words, and the bytes of the other in the lowest bytes: vector v of
+// the words holds the v-th byte. Those lowest bytes stay where they are, since whoever packed them has rounded the upper
 // 24 bits to what is nearest with them.
 INLINE void unpack(const unsigned *packed, vec *w) {
   uvec last = {};
@@ -144,8 +146,8 @@ INLINE void unpack(const unsigned *packed, vec *w) {
   w[3] = __builtin_convertvector((ivec)last, vec);
 }
 
-// `recur` for a packed matrix, `in` being even: three quarters of the bytes, for one that does not stay in a cache. Each output has a
-// scale, which makes weights of whole numbers.
+// `recur` for a packed matrix, `in` being even: three quarters of the bytes, for one that does not stay in a cache. Each
+// output has a scale, which makes weights of whole numbers.
 static void recur_packed(int rows, int in, int out, const float *h, long hs, const unsigned *packed,
                          const float *scale, float *gates, long gs, int backwards) {
   const int panel = 4 * LANES, panels = out / panel, words = 3 * LANES;  // of an input
@@ -176,8 +178,7 @@ static void recur_packed(int rows, int in, int out, const float *h, long hs, con
 // The gates' nonlinearities and the cell's update: gates (4H) and cell (H) of one row to its output (H).
 // With a = e^-input, b = e^-2·candidate, d = e^-forget: c / (1 + d) + (1 - b) / ((1 + a)(1 + b)) over one
 // denominator, since a division takes as long as an exponential. The exponents' bound keeps that finite.
-// `gates` keeps what the second pass needs: on its way from one exponential to the next a unit's output takes longer
-// than the sums of many units.
+// The last exponential waits for the cell, and in a loop of its own many units wait at once; `gates` keeps what it needs.
 INLINE void cell_update(int hidden, float *gates, float *cell, float *output) {
   for (int j = 0; j < hidden; j += LANES) {
     const vec a = 1.0f + exp_of(-load(gates + j)), d = 1.0f + exp_of(-load(gates + hidden + j));
