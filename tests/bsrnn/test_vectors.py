@@ -33,8 +33,8 @@ def test_it_is_the_shorter_vectors_code(lanes: int):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("num_streams", [1, 2, 7])
-@pytest.mark.parametrize("channels", [8, 16, 24, 40, 64])
+@pytest.mark.parametrize("num_streams", [1, 9])  # rows by one, by six and by two
+@pytest.mark.parametrize("channels", [8, 24, 40])
 @pytest.mark.parametrize("packed_from", [kernel.PACKED_FROM, 0], ids=["as it is", "packed"])
 def test_the_kernel_equals_torch_frame_by_frame(
     lanes: int, channels: int, num_streams: int, packed_from: int, monkeypatch: pytest.MonkeyPatch
