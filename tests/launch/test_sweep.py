@@ -354,7 +354,9 @@ def test_speed_against_processes_is_a_sweep_whose_runs_differ_in_nothing_else(
 ):
     words = ["+sweep=processes", *(word for word in tiny_run if not word.startswith(("model=", "execution.threads=")))]
     words = [word for word in words if not word.startswith("train.global_batch")]
-    words += ["sweep.axes.train.global_batch=[4]", "train.budget.steps=8"]  # after some more, roundings have grown
+    words.append("sweep.axes.train.global_batch=[4]")
+    # The losses of compressed spectra are so steep where a bin is near 0 that within ten steps roundings grow to 1e-3.
+    words += [f"train.losses.{term}=0" for term in ("magnitude", "complex", "consistency")]
     done = command("launch.sweep", *words)
     assert done.returncode == 0, done.stderr
     study = StudyDirectory(tmp_path / "study")
@@ -375,7 +377,7 @@ def test_speed_against_processes_is_a_sweep_whose_runs_differ_in_nothing_else(
         losses[size] = [metrics["loss"] for metrics in rows]
         last = [metrics for metrics in rows if metrics["kind"] == "train"][-1]
         assert ("communication_seconds" in last) == (size == 2)
-    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
     # The run of one process alone is executed again as it was beside that of two, with as many threads.
     (alone,) = [study.run(row["run_id"]) for row in plan if row["axes"]["cluster.processes_per_node"] == 1]
     alone.clear()
