@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RefusalError as refusal:
         print(f"no advice: {refusal}", file=sys.stderr)
         return 1
-    Console(width=None if sys.stdout.isatty() else 140).print(to_terminal(advice, found))
+    Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False).print(to_terminal(advice, found))
     print(summary(advice, found))
     for remark in advice.remarks:
         print(f"note: {remark}")

@@ -64,7 +64,7 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
     if run.plan.exists():
         plan = run.read_plan()
         is_best_kept = _stops_early(plan)
-        provenance = flatten(plan.get("provenance") or {})
+        provenance = flatten(plan.get("provenance") or {}) | _resumed_by(events, plan.get("provenance") or {})
         if hardware := _hardware(events):
             provenance |= flatten({"hardware": hardware})
     outcome = {**_outcome(run, curve, steps), **_validation(curve, is_best_kept)}
@@ -73,6 +73,17 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
     single = {name: values if values.dtype == bool else values.astype(np.float32) for name, values in scores.items()}
     replaced = [tuple(row.get(key) for key in REPLACED) for row in run.read_quarantine()]
     return RunRecords(outcome, _thinned(curve, curve_points), about, single, refusals, replaced, provenance)
+
+
+def _resumed_by(events: Sequence[Record], planned: Record) -> dict[str, str]:
+    """Of a run that went on under other code than it was planned with, all that it was trained by, in order."""
+    changed = {}
+    for key in ("commit", "uncommitted_diff_sha256"):
+        values = [planned.get(key), *(event[key] for event in events if key in event)]
+        known = list(dict.fromkeys("none" if value is None else str(value) for value in values))
+        if len(known) > 1:
+            changed[key] = ", then ".join(known)
+    return changed
 
 
 # --- metrics -------------------------------------------------------------------------------

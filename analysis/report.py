@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listing = report.study.directory.report / "report.md"
         print(f"no run of the {len(report.study.runs)} planned has finished ({counts}): see {listing}", file=sys.stderr)
         return 1
-    console = Console() if sys.stdout.isatty() else Console(width=NO_TERMINAL_WIDTH)
+    width = None if sys.stdout.isatty() else NO_TERMINAL_WIDTH
+    console = Console(width=width, markup=False, emoji=False)
     console.print(to_terminal(report.table, console.width))
     for remark in report.remarks:
         print(f"note: {remark}")

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.config import ClusterConfig
-from launch.slurm import BeyondLimitError, ask, batch_script, sbatch, settings_of, try_shape
+from launch.queue import ask
+from launch.slurm import BeyondLimitError, batch_script, in_a_pattern, sbatch, settings_of, try_shape
 from launch.snapshot import take_snapshot
 from launch.submission import Submission
 from scaling.errors import UserError
@@ -122,8 +123,8 @@ def _submit(
 ) -> Submission:
     """Submit runs of one shape as an array, put on record; UserError if SLURM refuses it."""
     submission = Submission.create(study, [plan.to_record() for plan in plans], settings_of(shape))
-    options = {"array": f"0-{len(plans) - 1}%{cap}", "comment": submission.token, "job-name": study.path.name}
-    options |= {"output": f"{submission.path}/%a.log", "requeue": ""}
+    options = {"array": f"0-{len(plans) - 1}%{cap}", "comment": submission.token, "job-name": study.path.resolve().name}
+    options |= {"output": f"{in_a_pattern(submission.path)}/%a.log", "requeue": ""}
     if after:
         options["dependency"] = "afterany:" + ":".join(str(each.job) for each in after)
     submission.script.write_text(batch_script(shape, options, code, submission.path))

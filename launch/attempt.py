@@ -2,13 +2,14 @@
 
     python -m launch.attempt begin SUBMISSION < NODES       prints shell exports, or nothing: don't run
     python -m launch.attempt end SUBMISSION STATUS < JOB    prints "requeue", or nothing
+    python -m launch.attempt refused SUBMISSION < ANSWER    SLURM did not do that
     python -m launch.attempt meet SUBMISSION                of a preflight: prints where its processes meet
 
 `begin` puts the attempt on record; refuses what is settled, was submitted again elsewhere, or has
 failed too often without getting on; and names the address and a fresh port at which the processes meet.
 `end` tells from srun's status and the logs what happened (launch.failures), puts it on record with
 its evidence, and decides what follows. NODES is what sinfo says of the nodes, JOB what scontrol
-says of the job: the shell asks SLURM, since a container may not know its commands.
+says of the job, ANSWER what it said last: the shell asks SLURM, since a container may not know its commands.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.failures import TREATMENT, Failure, classify_attempt, classify_silence, read_tail
+from launch.queue import said
 from launch.state import last_train_rows
 from launch.submission import Settings, Submission
 from launch.throughput import record_run
@@ -48,6 +50,8 @@ def main(words: list[str]) -> int:
     if words[0] == "begin":
         for name, value in attempt.begin().items():
             print(f"export {name}={value}")
+    elif words[0] == "refused":
+        attempt.refused()
     elif attempt.end(int(words[2])):
         print("requeue")
     return 0
@@ -108,6 +112,7 @@ class Attempt:
             step=step,
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
             processes=self.settings.num_processes,
+            devices=self.settings.devices,
             log=str(self.submission.batch_log(self.index)),
             batch_log_bytes=_size(self.submission.batch_log(self.index)),
             meeting_at=f"{address}:{port}",
@@ -125,7 +130,7 @@ class Attempt:
         failure = classify_silence(read_tail(path, launched.get("batch_log_bytes", 0)))
         nodes = _nodes_of(str(launched.get("nodes")))
         bad = [line for line in self.said.splitlines() if re.search(r"down|not.?resp|fail|\*", line, re.IGNORECASE)]
-        lost = [line for line in bad if nodes is None or line.split()[0] in nodes]
+        lost = [line for line in bad if line.split()[0] in nodes]
         if lost:
             failure = Failure("node failure", f"of its nodes {launched.get('nodes')} SLURM says: {'; '.join(lost)}")
         failure = failure or Failure("preempted", "SLURM queued the job again; its processes left no word")
@@ -169,6 +174,16 @@ class Attempt:
             return False
         return self._treat(failure, is_going or is_over)
 
+    def refused(self) -> None:
+        """Put on record that SLURM did not queue the job again, after `end` had it that it would."""
+        last = newest_event(self.directory.event_lines(), "ended")
+        self.directory.log_event(
+            "failed",
+            failure=last.get("failure", "node failure"),
+            reason=f"{last.get('reason', 'no word')}; SLURM did not queue its job again: {said(self.said)}",
+            log=str(self.submission.batch_log(self.index)),
+        )
+
     def _treat(self, failure: Failure, is_going: bool) -> bool:
         """What follows from a failure; `is_going` unless SLURM has the job in the queue again by itself."""
         directory, treatment = self.directory, TREATMENT.get(failure.kind, "stop")
@@ -208,7 +223,7 @@ class Attempt:
             attempt=launched.get("attempt"),
             exit_status=status,
             seconds=seconds,
-            device_hours=seconds * self.settings.devices / 3600,
+            device_hours=seconds * launched.get("devices", self.settings.devices) / 3600,  # of its own submission
             **details,
         )
 
@@ -259,14 +274,14 @@ def fruitless_attempts(history: list[Record], step: int) -> int:
     return count
 
 
-def _nodes_of(nodes: str) -> set[str] | None:
-    """The names in a list as SLURM writes it, n[1-2]; None where SLURM cannot be asked."""
+def _nodes_of(nodes: str) -> set[str]:
+    """The names in a list as SLURM writes it, n[1-2]; none where SLURM cannot be asked, as in a container."""
     try:
         done = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return None
+        return set()
     return set(done.stdout.split())
 
 

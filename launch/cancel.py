@@ -1,7 +1,7 @@
 """Stop the runs of a study: those that wait and those that run.
 
     python -m launch.cancel study=DIR               all of them
-    python -m launch.cancel RUN RUN study=DIR       these; the beginning of a name is enough
+    python -m launch.cancel RUN RUN study=DIR       these; a name's beginning is enough
 
 A run that is stopped saves first, and goes on from there when the sweep is typed again. On this machine it has two
 minutes to; a sweep that is told a second time, by this command or Ctrl-C, ends its runs at once.
@@ -11,7 +11,6 @@ Exit status: 0; 2 for a study or run that is not there.
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ from pathlib import Path
 import psutil
 
 from launch.command import parsed
-from launch.queue import QueuedJob, read_queue
+from launch.queue import QueuedJob, ask, read_queue
 from launch.status import newest_study
-from launch.submission import last_job, reconcile, submissions
+from launch.submission import last_job, reconcile, require_own, submissions
 from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.locks import held_lock, holder
@@ -49,14 +48,19 @@ def named_runs(study: StudyDirectory, names: Sequence[str]) -> list[RunDirectory
     """The runs that the names begin, or all, earlier plans' too; UserError for a name that begins none."""
     planned = study.read_run_ids()
     run_ids = [*planned, *sorted({path.name for path in study.runs.glob("*")} - set(planned))]
+    named: set[str] = set() if names else set(run_ids)
     for name in names:
-        if not any(run_id.startswith(name) for run_id in run_ids):
+        whole = [run_id for run_id in run_ids if run_id == name or run_id.startswith(f"{name}-")]
+        begun = whole or [run_id for run_id in run_ids if run_id.startswith(name)]
+        if not begun:
             raise UserError(f"no run of {study.path} is called {name}: python -m launch.status study={study.path}")
-    return [study.run(run_id) for run_id in run_ids if not names or run_id.startswith(tuple(names))]
+        named.update(begun)
+    return [study.run(run_id) for run_id in run_ids if run_id in named]
 
 
 def _cancel_jobs(study: StudyDirectory, runs: Sequence[RunDirectory]) -> list[RunDirectory]:
     """Cancel the jobs of runs: those that had one in the queue."""
+    require_own(study)
     with held_lock(study.lock, f"study {study.path} is being swept"):
         queue = read_queue()  # no sweep submits meanwhile what it would not show
         reconcile(study, queue)  # a killed sweep may have left jobs that no run knows of yet
@@ -71,17 +75,11 @@ def _cancel_jobs(study: StudyDirectory, runs: Sequence[RunDirectory]) -> list[Ru
         elements[array].append(index)
     for array, indices in elements.items():
         for at in range(0, len(indices), MOST_ELEMENTS):
-            _scancel(f"{array}_[{','.join(indices[at : at + MOST_ELEMENTS])}]")
+            ask(["scancel", f"{array}_[{','.join(indices[at : at + MOST_ELEMENTS])}]"])
     for run, job in live:
         if job.state == "PENDING":  # one that runs says so itself when it has saved
             run.log_event("preempted", failure="preempted", reason="its job was cancelled", job=job.id)
     return [run for run, _ in live]
-
-
-def _scancel(job: str) -> None:
-    done = subprocess.run(["scancel", job], capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise UserError(f"scancel {job}: {' '.join(done.stderr.split())}")
 
 
 if __name__ == "__main__":

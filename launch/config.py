@@ -26,6 +26,18 @@ PER_SIZE = (
 )
 
 
+# Options of sbatch by which a sweep knows and orders its jobs, and where else to say what they are for.
+OWN_OPTIONS = {
+    "array": "cluster.max_parallel bounds how many runs there are at once",
+    "clusters": "type the sweep on a login node of that cluster, in a study of its own",
+    "comment": "jobs are known by their comment",
+    "dependency": "cluster.max_parallel orders the runs of a sweep",
+    "open-mode": "all attempts of a run write one log",
+    "output": "logs lie in STUDY/jobs",
+    "signal": "cluster.signal_seconds says when",
+}
+
+
 @dataclass
 class ClusterConfig:
     """A place to run (conf/cluster). Fields from `gpus_per_node` on are for SLURM: what the job of one run asks for."""
@@ -84,6 +96,8 @@ class ClusterConfig:
                 f"cluster.signal_seconds = {self.signal_seconds} is not shorter than cluster.timeout_min = "
                 f"{self.timeout_min}: the processes would be told to stop before they start"
             )
+        for name in set(self.additional_parameters) & set(OWN_OPTIONS):
+            raise UserError(f"cluster.additional_parameters has {name}, which is not a site's: {OWN_OPTIONS[name]}")
         for size, settings in self.sizes.items():
             wrong = set(settings) - set(PER_SIZE) if isinstance(settings, dict) else {str(settings)}
             if wrong:

@@ -24,7 +24,7 @@ class RunsDisplay:
 
     def __init__(self, plans: Sequence[RunPlan]) -> None:
         self.plans = plans
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False, emoji=False)
         self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
         self.last_states: dict[str, str] = {}
         self.last_lines = time.monotonic()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scaling.errors import NO_ANSWER
 from scaling.records import Record
 from scaling.statuses import LOST, PREEMPTED
 
@@ -43,7 +44,15 @@ SAID_BY_SLURM = (
     ("out of memory", re.compile(r"oom.?kill event|Out Of Memory|exceeded (?:job )?memory limit", re.IGNORECASE)),
     ("time limit", re.compile(r"DUE TO TIME LIMIT")),
     ("preempted", re.compile(r"DUE TO (?:PREEMPTION|JOB REQUEUE)")),
-    ("node failure", re.compile(r"DUE TO NODE FAILURE|Node failure on|Communication connection failure")),
+    (
+        "node failure",
+        re.compile(
+            r"DUE TO NODE FAILURE|Node failure on|Communication connection failure"
+            # while the processes of a job were being started
+            r"|Unable to (?:create step|confirm allocation)|Task launch for \S+ failed on node"
+            r"|Application launch failed"
+        ),
+    ),
 )
 TASK_ENDED = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
 
@@ -108,7 +117,8 @@ def classify_attempt(
     how = f"{where}: {ended['how']}" if ended else f"{where}: exit status {status}"
     # NCCL's own watch aborts a process whose peer has gone, if it notices first.
     is_left_alone = status == LOST or bool(reports) or (status == ABORTED and "ProcessGroupNCCL" in log)
-    return Failure("node failure" if is_left_alone else "code error", how, _last_lines(log))
+    is_of_the_node = is_left_alone or _has_no_answer(log)
+    return Failure("node failure" if is_of_the_node else "code error", how, _last_lines(log))
 
 
 def classify_silence(log: str) -> Failure | None:
@@ -143,6 +153,12 @@ def _reports(log: str) -> Iterator[Record]:
 def _is_broken(reason: str) -> bool:
     """Whether an error says no more than that another process is gone."""
     return bool(re.search(r"Connection (?:closed|reset) by peer|Broken pipe|Connection refused", reason))
+
+
+def _has_no_answer(log: str) -> bool:
+    """Whether a rank ended because its file system did not answer, before it could report: while it was importing."""
+    last = re.match(r"(?:\w+\.)*OSError: \[Errno (\d+)\]", log.strip().rpartition("\n")[2])
+    return last is not None and int(last[1]) in NO_ANSWER
 
 
 def _first_said(log: str) -> str | None:

@@ -12,14 +12,14 @@ Exit status: 0 all passed, 1 a check failed (which, and the evidence), 2 a mista
 
 from __future__ import annotations
 
-import subprocess
 import time
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
 from launch.config import ClusterConfig, StudyConfig
 from launch.failures import classify_attempt, read_tail
-from launch.queue import read_queue
+from launch.queue import ask, read_queue
 from launch.slurm import preflight_script, require_slurm, sbatch, settings_of, shape_record, try_shape
 from launch.snapshot import take_snapshot
 from launch.submission import Submission
@@ -27,12 +27,13 @@ from launch.throughput import add_measurement
 from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import RunConfig
+from scaling.errors import UserError
 from scaling.plan import RunPlan, plan_run, require_writable
 from scaling.prepare import open_shards
 from scaling.records import StudyDirectory, read_records
 
 CHECKS = ("rendezvous", "all-reduce", "training step", "checkpoint")
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS, SECONDS_AT_MOST = 1.0, 15.0  # longer the longer it has waited
 
 
 def main(words: list[str]) -> int:
@@ -90,15 +91,24 @@ def _run_on_slurm(folder: StudyDirectory, plan: RunPlan, shape: ClusterConfig) -
     submission.script.write_text(preflight_script(shape, code, submission))
     job = sbatch(submission.script)
     print(f"job {job}: waiting for it", flush=True)
-    said = ""
+    said, pause = "", SECONDS_BETWEEN_LOOKS
     try:
-        while (entry := read_queue().get(f"{job}_0")) is not None and entry.is_live:
-            if entry.state == "PENDING" and entry.reason not in ("None", said):
-                said = entry.reason
-                print(f"it waits for {said}", flush=True)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        while True:
+            try:
+                entry = read_queue().get(f"{job}_0")
+            except UserError as error:  # a controller that restarts costs no place in the queue
+                print(f"{error} Looking again.", flush=True)
+            else:
+                if entry is None or not entry.is_live:
+                    break
+                if entry.state == "PENDING" and entry.reason not in ("None", said):
+                    said = entry.reason
+                    print(f"it waits for {said}", flush=True)
+            time.sleep(pause)
+            pause = min(1.1 * pause, SECONDS_AT_MOST)
     except BaseException:
-        subprocess.run(["scancel", job], check=False, capture_output=True)
+        with suppress(UserError):
+            ask(["scancel", job])
         raise
     status = submission.path / "status"
     return submission, int(status.read_text()) if status.exists() else 1

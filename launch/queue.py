@@ -1,8 +1,10 @@
-"""What SLURM says of this user's jobs: one query, however many there are."""
+"""SLURM's commands, and what it says of this user's jobs: one query, however many there are."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scaling.errors import UserError
@@ -21,6 +23,12 @@ ENDED = (
     "PREEMPTED",
 )
 SECONDS_TO_ANSWER = 60
+
+# What a job around this process has set, and defaults of a user's own: sbatch would take them for options, its jobs for
+# their own, squeue for what to leave out. All commands have to look at the same cluster.
+NOT_HANDED_ON = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "SUBMITIT_", "LAUNCH_", "MASTER_")
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+HANDED_ON = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # where the controller is, and who asks
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,35 @@ class QueuedJob:
 
 def read_queue() -> dict[str, QueuedJob]:
     """This user's jobs that wait, run or ended a short while ago, by id, array elements one by one."""
-    command = ["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%k"]
+    answer = ask(["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%k"])
+    jobs = (QueuedJob(*line.split("|", 4)) for line in answer.splitlines() if line.count("|") >= 4)
+    return {job.id: job for job in jobs}
+
+
+def ask(command: Sequence[str]) -> str:
+    """What a command of SLURM answers; UserError if it does not, or is not there."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_ANSWER, check=True)
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=SECONDS_TO_ANSWER, check=False
+        )
     except FileNotFoundError:
-        raise UserError("squeue is not on the PATH: run this on a login node of the cluster") from None
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"squeue does not answer ({said(error.stderr)}): is the cluster's controller up?") from None
+        raise UserError(f"{command[0]} is not on the PATH: run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"squeue does not answer within {SECONDS_TO_ANSWER} s: is the cluster's controller up?"
+            f"{command[0]} does not answer within {SECONDS_TO_ANSWER} s: is the cluster's controller up?"
         ) from None
-    jobs = (QueuedJob(*line.split("|", 4)) for line in result.stdout.splitlines() if line.count("|") >= 4)
-    return {job.id: job for job in jobs}
+    if done.returncode:
+        raise UserError(f"{' '.join(command[:2])}: {said(done.stderr)}: is the cluster's controller up?")
+    return done.stdout
+
+
+def environment() -> dict[str, str]:
+    """Of this process, for SLURM's commands."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in HANDED_ON or (not name.startswith(NOT_HANDED_ON) and name not in OF_RANKS)
+    }
 
 
 def said(stderr: str) -> str:

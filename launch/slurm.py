@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.config import ClusterConfig
-from launch.queue import said
+from launch.queue import ask, environment, said
 from launch.submission import Settings, Submission
 from scaling.errors import UserError
 from scaling.records import Record, StudyDirectory
@@ -26,6 +25,7 @@ OURS = ("signal", "open-mode")  # options that are not a site's matter
 # them and they take longer than SLURM's MessageTimeout (10 s), slurmctld repeats its order about a minute later, and
 # it meets the step of the same number in the requeued job: seen on 22.05, a SIGTERM in each attempt that followed.
 # --wait=0: rank 0 scores the test set when the others have gone, for longer than a site's WaitTime may be.
+# --export=ALL: else the processes have what sbatch was told to hand on, which a site may want to be NONE.
 HEAD = """\
 #!/bin/bash
 {options}
@@ -42,8 +42,8 @@ export LAUNCH_NODE_ADDRESS
 """
 PROCESSES = """\
 eval "$where"
-srun --kill-on-bad-exit=0 --wait=0 --unbuffered --cpus-per-task={cpus} \\
-    --output={folder}/$SLURM_ARRAY_TASK_ID.$attempt.%t.log {srun_args} \\
+srun --kill-on-bad-exit=0 --wait=0 --unbuffered --export=ALL --cpus-per-task={cpus} \\
+    --output={logs}/$SLURM_ARRAY_TASK_ID.$attempt.%t.log {srun_args} \\
     {python} -u -m {module} {folder} &
 processes=$!
 wait $processes
@@ -60,7 +60,12 @@ where=$(sinfo --Node --noheader --states=down,fail,drain,no_respond --format='%N
 END = """\
 element="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 treatment=$(scontrol show job --oneliner "$element" | {python} -m launch.attempt end {folder} $status)
-[ "$treatment" != requeue ] || exec scontrol requeue "$element"
+[ "$treatment" = requeue ] || exit $status
+for pause in 0 2 5 10 20; do  # all of an array may meet their time limit at once
+    sleep $pause
+    said=$(scontrol requeue "$element" 2>&1) && exit 0
+done
+{python} -m launch.attempt refused {folder} <<< "$said"
 exit $status
 """
 MEET = """\
@@ -83,8 +88,14 @@ def batch_script(shape: ClusterConfig, options: Mapping[str, str], code: Path, f
 
 def preflight_script(shape: ClusterConfig, code: Path, submission: Submission) -> str:
     """The script of a job that checks a shape, and does not come back when it fails."""
-    options = {"array": "0-0", "output": str(submission.batch_log(0)), "job-name": "preflight", "no-requeue": ""}
+    log = f"{in_a_pattern(submission.path)}/0.log"
+    options = {"array": "0-0", "output": log, "job-name": "preflight", "no-requeue": ""}
     return _filled(HEAD + MEET + PROCESSES + TELL, "launch.preflight_rank", shape, options, code, submission.path)
+
+
+def in_a_pattern(folder: Path) -> str:
+    """A folder as part of the name of a log, in which SLURM replaces %a by the element, %t by the rank and so on."""
+    return str(folder).replace("%", "%%")
 
 
 def _filled(
@@ -100,6 +111,7 @@ def _filled(
         lines="\n".join(lines),
         code=shlex.quote(str(code)),
         folder=shlex.quote(str(folder)),
+        logs=shlex.quote(in_a_pattern(folder)),
         python=python,
         module=module,
         cpus=shape.cpus_per_task,
@@ -180,10 +192,15 @@ def _minutes(limit: str) -> int | None:
 
 def try_shape(study: StudyDirectory, shape: ClusterConfig, code: Path) -> None:
     """UserError in one line if SLURM would not take, or never run, a job of this shape."""
+    if ":" in str(code):
+        raise UserError(
+            f"study={study.path}: its jobs import the copy of the code in {code}, and a path with ':' is two paths to "
+            "Python: give the study another name or folder"
+        )
     _refuse_beyond_limits(shape)
     script = batch_script(shape, {"array": "0-0", "output": "/dev/null"}, code, study.path)
     done = subprocess.run(
-        ["sbatch", "--test-only"], input=script, env=_environment(), capture_output=True, text=True, check=False
+        ["sbatch", "--test-only"], input=script, env=environment(), capture_output=True, text=True, check=False
     )
     if done.returncode and not re.search(SUBMIT_LIMIT, done.stderr):  # whoever is at that limit may try nothing
         asked = ", ".join(f"{name}={value}" for name, value in _resources(shape).items() if name not in OURS)
@@ -195,7 +212,7 @@ def sbatch(script: Path, lock: int | None = None) -> str:
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)],
         stdin=subprocess.DEVNULL,
-        env=_environment(),
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -209,21 +226,3 @@ def sbatch(script: Path, lock: int | None = None) -> str:
             )
         raise UserError(f"sbatch refused {script} ({said(done.stderr)})")
     return done.stdout.strip().split(";")[0]
-
-
-def _environment() -> dict[str, str]:
-    """Without what a job around this process has set: sbatch would take it for options, its jobs for their own."""
-    inherited = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "LAUNCH_", "MASTER_")
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name == "SLURM_CONF" or (not name.startswith(inherited) and name not in ranks)
-    }
-
-
-def ask(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} does not answer ({said(done.stderr)}): is the cluster's controller up?")
-    return done.stdout

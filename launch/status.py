@@ -25,10 +25,10 @@ from rich.table import Table
 from launch.command import parsed
 from launch.queue import QueuedJob, read_queue
 from launch.state import STATES, RunState, look
-from launch.submission import rows_beyond, submissions
+from launch.submission import of_other_users, rows_beyond, submissions
 from scaling.command import run_main
 from scaling.errors import UserError
-from scaling.records import Record, StudyDirectory
+from scaling.records import Record, StudyDirectory, newest_event
 
 SECONDS_BETWEEN_LOOKS = 10.0
 NARROW = 120  # columns of a terminal, below which the table leaves some of its own out
@@ -42,40 +42,51 @@ def main(words: Sequence[str]) -> int:
     given = parsed(words, {"study": "the study's folder", "all": "true for every run"}, flags=("--watch",))
     study = StudyDirectory(Path(given["study"])) if "study" in given else newest_study()
     plan = study.read_plan()
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
     others = rows_beyond(study, [row["run_id"] for row in plan])
-    rows, states = study_states(study, plan, others)
+    rows, states, trouble = study_states(study, plan, others)
     is_narrow = console.width < NARROW
     if "--watch" in given:
         with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
-            live.update(status_table(study, rows, states, is_narrow), refresh=True)
+            live.update(Group(status_table(study, rows, states, is_narrow), trouble), refresh=True)
             while any(state.state in GOING for state in states):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-                trouble = ""
-                try:
-                    rows, states = study_states(study, plan, others)
-                except UserError as error:  # a controller that restarts ends no watch
-                    trouble = f"{error} Looking again."
+                rows, states, trouble = study_states(study, plan, others)
+                trouble += " Looking again." if trouble else ""
                 live.update(Group(status_table(study, rows, states, is_narrow), trouble), refresh=True)
     else:
         console.print(status_table(study, rows, states, is_narrow, given.get("all") == "true"))
+        if trouble:
+            print(trouble, file=sys.stderr)
     return 1 if any(state.state in ("failed", "lost") for state in states) else 0
 
 
 def study_states(
     study: StudyDirectory, plan: Sequence[Record], others: Sequence[Record] = ()
-) -> tuple[list[Record], list[RunState]]:
-    """The rows and states of all planned runs, and of those others that wait or run.
+) -> tuple[list[Record], list[RunState], str]:
+    """The rows and states of all planned runs, and of those others that wait or run; what they could not be told by.
 
-    SLURM is asked once, and only if the study was submitted to it.
+    SLURM is asked once, and only if the study was submitted to it. Where it does not answer, and of runs that another
+    user submitted, the states are what the runs' own records say.
     """
-    queue: dict[str, QueuedJob] | None = read_queue() if any(submissions(study)) else None
-    looked = [
-        (row, look(study.run(row["run_id"]), row["steps"], row["audio_hours_seen"] * 3600, queue))
-        for row in (*plan, *others)
-    ]
+    queue: dict[str, QueuedJob] | None = None
+    troubles = []
+    try:
+        queue = read_queue() if any(submissions(study)) else None
+    except UserError as error:
+        troubles.append(f"{error} These are the states on record.")
+    foreign = of_other_users(study)
+    if foreign:
+        users = ", ".join(sorted(set(foreign.values())))
+        troubles.append(f"Of jobs submitted by {users} these are the states on record.")
+    looked = []
+    for row in (*plan, *others):
+        run = study.run(row["run_id"])
+        is_ours = not foreign or newest_event(run.event_lines(), "submitted").get("submission") not in foreign
+        seconds = row["audio_hours_seen"] * 3600
+        looked.append((row, look(run, row["steps"], seconds, queue if is_ours else None)))
     shown = looked[: len(plan)] + [pair for pair in looked[len(plan) :] if pair[1].state in GOING]
-    return [row for row, _ in shown], [state for _, state in shown]
+    return [row for row, _ in shown], [state for _, state in shown], " ".join(troubles)
 
 
 def status_table(

@@ -15,6 +15,8 @@ when they start. This module uses no package, because jobs' shells call it.
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import re
 import secrets
 import shutil
@@ -25,6 +27,7 @@ from itertools import islice
 from pathlib import Path
 
 from launch.queue import QueuedJob
+from scaling.errors import UserError
 from scaling.records import Record, RunDirectory, StudyDirectory, newest_event, write_records, write_whole
 
 
@@ -125,6 +128,40 @@ def reconcile(study: StudyDirectory, queue: Mapping[str, QueuedJob]) -> None:
                 submission.record_job(arrays[submission.token])
             elif not list(submission.path.glob("*.log")):
                 shutil.rmtree(submission.path)
+
+
+def of_other_users(study: StudyDirectory) -> dict[str, str]:
+    """The tokens of what other users submitted, and by whom: their jobs are not among those that `read_queue` sees."""
+    found = {}
+    for submission in submissions(study):
+        try:
+            owner = submission.path.stat().st_uid
+        except FileNotFoundError:  # SLURM has just refused it
+            continue
+        if owner != os.getuid():
+            found[submission.token] = user_name(owner)
+    return found
+
+
+def require_own(study: StudyDirectory) -> None:
+    """UserError if runs of the study may wait or run as jobs of another user, and would be submitted twice."""
+    others = of_other_users(study)
+    for submission in submissions(study) if others else ():
+        for run in (study.run(run_id) for run_id in submission.run_ids() if submission.token in others):
+            last = newest_event(run.event_lines(), "submitted").get("submission")
+            if last == submission.token and run.state()[0] in ("submitted", "running"):
+                user = others[submission.token]
+                raise UserError(
+                    f"run {run.path} was submitted by {user}, whose jobs are not in your queue: let {user} sweep, or "
+                    "cancel, this study, or take a folder of your own with study=DIR"
+                )
+
+
+def user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def rows_beyond(study: StudyDirectory, run_ids: Collection[str]) -> list[Record]:

@@ -38,7 +38,7 @@ from launch.local import last_log, run_locally
 from launch.planning import load_study, plan_study, plan_table, why_none_can_start, write_plan
 from launch.queue import QueuedJob, read_queue
 from launch.slurm import require_slurm
-from launch.submission import last_job, reconcile
+from launch.submission import last_job, reconcile, require_own
 from scaling.cli import CONFIG_FOLDER
 from scaling.command import run_main
 from scaling.errors import UserError
@@ -57,10 +57,13 @@ def main(words: list[str]) -> int:
     config = load_study(words)
     study = StudyDirectory(Path(config.study))
     gc.disable()  # plans are no garbage: looking for some among thousands of them takes a quarter of the time
-    plans = plan_study(config, words)
-    gc.freeze()
-    gc.enable()
-    Console(width=None if sys.stdout.isatty() else 160).print(plan_table(plans, config.cluster))
+    try:
+        plans = plan_study(config, words)
+    finally:
+        gc.freeze()
+        gc.enable()
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+    console.print(plan_table(plans, config.cluster))
     if config.dry_run:
         return 0
     if told := why_none_can_start(plans):
@@ -124,6 +127,7 @@ def is_settled(state: str, event: Record) -> bool:
 def _submit(
     study: StudyDirectory, plans: Sequence[RunPlan], todo: Sequence[RunPlan], config: StudyConfig, lock: int
 ) -> int:
+    require_own(study)
     queue = read_queue()
     reconcile(study, queue)
     missing = [plan for plan in todo if not _is_live(plan, queue)]

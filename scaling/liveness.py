@@ -30,6 +30,25 @@ class LostRankError(Exception):
     """Another rank of the run has died, is frozen, or has failed."""
 
 
+class OwnTime:
+    """Seconds that this process has lived through: while it is stopped, as SLURM suspends jobs, hardly any pass.
+
+    To be asked more often than every LONGEST_PAUSE seconds, which is the most that counts between two answers.
+    """
+
+    LONGEST_PAUSE = 2 * SECONDS_BETWEEN_SIGNS
+
+    def __init__(self) -> None:
+        self._seconds, self._before, self._lock = 0.0, time.monotonic(), threading.Lock()
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            self._seconds += min(now - self._before, self.LONGEST_PAUSE)
+            self._before = now
+            return self._seconds
+
+
 class Watch(threading.Thread):
     """Signs of life: this rank's own, and a look at all others', over a connection of its own."""
 
@@ -45,7 +64,8 @@ class Watch(threading.Thread):
         self._is_closed = threading.Event()
         self._lock = threading.Lock()
         self._lost: str | None = None
-        self._last_look = time.monotonic()
+        self._now = OwnTime()
+        self._last_look = self._now()
         self._sign()
 
     def run(self) -> None:
@@ -53,7 +73,7 @@ class Watch(threading.Thread):
         threading.Thread(target=self._keep_looking, daemon=True, name="look").start()
         # A look hangs where rank 0, which keeps the store, is frozen: no timeout of the store's ends that.
         while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS / 2):
-            silent = time.monotonic() - self._last_look
+            silent = self._now() - self._last_look
             if self._lost is None and silent > self.silence_timeout:
                 self._lost = f"rank 0, which keeps the store of the run, has given no answer for {silent:.0f} s"
             if self._lost is not None and not self._is_closed.is_set():
@@ -67,7 +87,7 @@ class Watch(threading.Thread):
     def _keep_looking(self) -> None:
         while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS) and self._lost is None:
             self._lost = self._look(self.silence_timeout)
-            self._last_look = time.monotonic()
+            self._last_look = self._now()
 
     def tell(self, word: str) -> None:
         """Leave a last word, which the others take for what became of this rank."""
@@ -94,7 +114,7 @@ class Watch(threading.Thread):
         """Whether a rank beside this one lives and has not left."""
         with self._lock:
             self._look_at_signs()
-        now = time.monotonic()
+        now = self._now()
         return any(
             not sign.partition("\t")[2].startswith(("left", "failed ", "lost ")) and now - since < SECONDS_TO_BE_HEARD
             for sign, since in self._seen.values()
@@ -134,7 +154,7 @@ class Watch(threading.Thread):
                 self._look_at_signs()
             except RuntimeError as error:
                 return f"rank 0, which keeps the store of the run, is gone ({first_line(error)})"
-            now = time.monotonic()
+            now = self._now()
             for rank, (sign, since) in self._seen.items():
                 where, _, word = sign.partition("\t")
                 if word.startswith("failed "):
@@ -154,7 +174,7 @@ class Watch(threading.Thread):
             if rank != self.rank:
                 sign = self.store.get(str(rank)).decode()
                 if sign != self._seen.get(rank, ("", 0.0))[0]:
-                    self._seen[rank] = (sign, time.monotonic())
+                    self._seen[rank] = (sign, self._now())
 
 
 class Deadline:
@@ -167,6 +187,7 @@ class Deadline:
     def __init__(self, seconds: float, on_expiry: Callable[[str], None]) -> None:
         """on_expiry: told which child processes are frozen, before the process ends with LOST"""
         self.seconds, self.on_expiry = seconds, on_expiry
+        self._now = OwnTime()
         self._since: float | None = None
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="deadline")
@@ -174,7 +195,7 @@ class Deadline:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        self._since = time.monotonic()
+        self._since = self._now()
         try:
             yield
         finally:
@@ -187,8 +208,8 @@ class Deadline:
 
     def _watch(self) -> None:
         while not self._is_closed.wait(0.5):
-            since = self._since
-            if since is not None and time.monotonic() - since > self.seconds:
+            since, now = self._since, self._now()
+            if since is not None and now - since > self.seconds:
                 try:
                     children = psutil.Process().children(recursive=True)
                     frozen = [str(child.pid) for child in children if _is_stopped(child)]

@@ -43,8 +43,9 @@ def held_lock(lock: Path, taken: str) -> Iterator[int]:
         except BlockingIOError:
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
             raise HeldLockError(f"{taken} by process {holder}: wait for it, or stop it first") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        with suppress(OSError):  # as of a full disk: the number is for messages
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield descriptor
 
 

@@ -27,7 +27,10 @@ class ProgressDisplay:
         if shown and console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self.bar = Progress(
-                TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}"), console=console
+                TextColumn("{task.description}", markup=False),
+                *columns,
+                TextColumn("{task.fields[note]}"),
+                console=console,
             )
             self.task = self.bar.add_task(description, total=total, completed=done, note="")
 

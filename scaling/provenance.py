@@ -38,11 +38,23 @@ def provenance() -> Record:
     recorded = Path(__file__).parent.parent / CODE_PROVENANCE
     if recorded.exists():
         return dict(json.loads(recorded.read_text()))
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_diff_sha256": _uncommitted(),
+    return code() | {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def code() -> Record:
+    """The commit of this checkout and the hash of its uncommitted changes; None for each where it is no checkout."""
+    recorded = Path(__file__).parent.parent / CODE_PROVENANCE
+    if recorded.exists():
+        known = json.loads(recorded.read_text())
+        return {name: known.get(name) for name in ("commit", "uncommitted_diff_sha256")}
+    # An installed package may lie in an environment within another project's checkout.
+    is_checkout = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    return {
+        "commit": _git("rev-parse", "HEAD") if is_checkout else None,
+        "uncommitted_diff_sha256": _uncommitted() if is_checkout else None,
     }
 
 

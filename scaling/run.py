@@ -34,7 +34,7 @@ from scaling.locks import HeldLockError, held_lock
 from scaling.metrics import versions
 from scaling.plan import RunPlan
 from scaling.processes import Processes, join
-from scaling.provenance import hardware
+from scaling.provenance import code, hardware
 from scaling.records import RecordError, RunDirectory
 from scaling.shards import ShardIndex
 from scaling.statuses import LOST, PREEMPTED
@@ -191,6 +191,7 @@ def train(plan: RunPlan, directory: RunDirectory, processes: Processes, stop: St
         directory.log_event(
             "resumed" if trainer.step else "started",
             step=trainer.step,
+            **code(),
             hardware=hardware(execution.device) | {"lstm": trainer.engine.lstm()},
             world_size=processes.world_size,
             nodes=processes.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),

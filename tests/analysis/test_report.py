@@ -105,6 +105,7 @@ def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: 
     study = write_study(plan, scores={plan[0]["run_id"]: refused, plan[1]["run_id"]: [score_row(0)]})
     other = study.run(plan[1]["run_id"])
     write_whole(other.plan, to_json(plan[1] | {"provenance": {"commit": "0123abc", "packages": {"torch": "2.9.1"}}}))
+    other.log_event("resumed", step=20, commit="0123abd", uncommitted_diff_sha256=None)
     write_records(other.metrics, other.read_metrics()[:-11])
     study.run("stray").log_event("started")
     assert main([f"study={study.path}"]) == 0
@@ -116,7 +117,7 @@ def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: 
     assert f"{plan[1]['run_id']} finished, but its last validation is at step 30 of 40." in remarks
     assert "pesq_wb refused 1 utterance in 1 run, left out of its means in every run: no speech found (1)." in remarks
     assert "scored on 1 to 2 utterances" in remarks
-    assert "| commit | 6df9ffe (1 run), 0123abc (1 run) | mixed |" in report
+    assert "| commit | 6df9ffe (1 run), 0123abc, then 0123abd (1 run) | mixed |" in report
     assert "note: Provenance is mixed" in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ import pytest
 from launch.attempt import Attempt
 from launch.submission import Settings, Submission
 from scaling.records import Record, RunDirectory, StudyDirectory, append_record, write_whole
+from tests.launch.stand_ins import stand_in
 
 HOUR = 3600.0
 LAUNCHED = {"event": "launched", "pid": 31, "job": "7_0", "attempt": 0, "step": 0, "nodes": "n[1-2]", "processes": 4}
@@ -48,6 +49,8 @@ def test_an_attempt_that_died_without_a_word_ended_when_it_was_last_heard_of(
     for name, value in (("ARRAY_TASK_ID", "0"), ("ARRAY_JOB_ID", "7"), ("RESTART_COUNT", "1")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    stand_in(tmp_path, {"scontrol": "echo n1 n2"})
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     assert Attempt(submission, "n1 down*\n").begin()["MASTER_ADDR"] == "127.0.0.1"
     *_, ended, launched = run.read_events()
@@ -59,16 +62,23 @@ def test_an_attempt_that_died_without_a_word_ended_when_it_was_last_heard_of(
 
 
 @pytest.mark.parametrize(
-    ("said", "log", "failure", "reason"),
+    ("said", "log", "has_scontrol", "failure", "reason"),
     [
-        ("gpu077 down*\n", "", "preempted", "SLURM queued the job again; its processes left no word"),
-        ("gpu077 down*\nn2 down*\n", "", "node failure", "of its nodes n[1-2] SLURM says: n2 down*"),
-        ("", "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0\n", "out of memory", "oom_kill"),
+        ("gpu077 down*\n", "", True, "preempted", "SLURM queued the job again; its processes left no word"),
+        ("gpu077 down*\nn2 down*\n", "", True, "node failure", "of its nodes n[1-2] SLURM says: n2 down*"),
+        ("gpu077 down*\n", "", False, "preempted", "SLURM queued the job again; its processes left no word"),
+        ("", "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0\n", True, "out of memory", "oom_kill"),
     ],
-    ids=["another job's node", "its own node", "its own log"],
+    ids=["another job's node", "its own node", "in a container", "its own log"],
 )
 def test_an_attempt_that_a_new_submission_buries_keeps_its_job_its_nodes_and_its_log(
-    said: str, log: str, failure: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: str,
+    log: str,
+    has_scontrol: bool,
+    failure: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     row = {"run_id": "xt-seed0-3f2a9c1b"}
     study = StudyDirectory(tmp_path / "study")
@@ -83,10 +93,8 @@ def test_an_attempt_that_a_new_submission_buries_keeps_its_job_its_nodes_and_its
         run.events, LAUNCHED | {"time": begun, "job": "5_0", "batch_log_bytes": 0, "log": str(old.batch_log(0))}
     )
     append_record(run.events, {"event": "submitted", "time": begun + HOUR, "pid": 9, "job": "7_0", "executor": "slurm"})
-    scontrol = tmp_path / "bin" / "scontrol"  # SLURM's own needs a cluster
-    write_whole(scontrol, '#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && echo n1 n2\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    stand_in(tmp_path, {"scontrol": '[ "$*" = "show hostnames n[1-2]" ] && echo n1 n2' if has_scontrol else "exit 127"})
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name, value in (("ARRAY_TASK_ID", "0"), ("ARRAY_JOB_ID", "7"), ("RESTART_COUNT", "0")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -61,3 +61,23 @@ def test_a_rank_writes_its_report_and_the_end_of_the_line_at_once(tmp_path: Path
         rank.kill()
         rank.wait()
     assert written.endswith("}\n")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "srun: error: Unable to create step for job 5: Unable to contact slurm controller (connect failure)",
+        "srun: error: Unable to confirm allocation for job 5: Zero Bytes were transmitted or received",
+        "srun: error: Task launch for StepId=5.0 failed on node n2: Socket timed out on send/recv operation",
+    ],
+    ids=["no step", "no allocation", "no launch"],
+)
+def test_a_cluster_that_does_not_answer_while_a_run_is_started_is_no_fault_of_the_code(said: str):
+    failure = classify_attempt(1, [], said + "\n", lambda rank: "")
+    assert (failure.kind, failure.reason) == ("node failure", said)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(116, "node failure"), (2, "code error")])
+def test_a_file_system_that_does_not_answer_while_a_rank_imports_is_its_nodes(number: int, kind: str):
+    log = f"Traceback (most recent call last):\n  ...\nOSError: [Errno {number}] said by the system\n"
+    assert classify_attempt(1, [], "", lambda rank: log).kind == kind

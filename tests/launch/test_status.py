@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from launch.config import ClusterConfig
 from launch.queue import QueuedJob
 from launch.slurm import settings_of
 from launch.state import look
-from launch.submission import Submission
+from launch.submission import Submission, require_own
+from scaling.errors import UserError
 from scaling.records import RunDirectory, StudyDirectory, write_records
+from tests.launch.stand_ins import stand_in
 
 
 @pytest.fixture
@@ -80,3 +83,46 @@ def test_a_reader_of_the_table_that_has_gone_is_no_failure(study: StudyDirectory
     )
     os.close(writes)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_brackets_are_shown_as_they_are(study: StudyDirectory, capsys: pytest.CaptureFixture[str]):
+    """As in what gloo says of a lost connection."""
+    reason = "[/src/gloo/pair.cc:553] shapes [batch, time] differ :smile:"
+    study.run("xxt-seed3").log_event("failed", failure="node failure", reason=reason, job="6_0")
+    stand_in(study.path.parent, {"squeue": ""})
+    assert status.main([f"study={study.path}"]) == 1
+    assert reason in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_queue_that_cannot_be_asked_costs_no_table(study: StudyDirectory, capsys: pytest.CaptureFixture[str]):
+    stand_in(study.path.parent, {"squeue": "echo 'squeue: error: Unable to contact slurm controller' >&2; exit 1"})
+    assert status.main([f"study={study.path}"]) == 0
+    said = capsys.readouterr()
+    assert "4 runs: 4 queued" in " ".join(said.out.split())
+    assert said.err.startswith("squeue --me: Unable to contact slurm controller: is the cluster's controller up?")
+
+
+def test_what_another_user_submitted_is_neither_lost_nor_submitted_or_cancelled(
+    study: StudyDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    stand_in(study.path.parent, {"squeue": ""})
+    assert status.main([f"study={study.path}"]) == 0
+    said = capsys.readouterr()
+    assert "4 runs: 4 queued" in " ".join(said.out.split())
+    name = pwd.getpwuid(me).pw_name
+    assert said.err == f"Of jobs submitted by {name} these are the states on record.\n"
+    with pytest.raises(UserError, match=f"run .*xxt-seed. was submitted by {name}, whose jobs are not in your queue"):
+        cancel.main([f"study={study.path}"])
+    for seed in range(4):
+        study.run(f"xxt-seed{seed}").log_event("preempted", failure="preempted", reason="its job was cancelled")
+    require_own(study)
+
+
+def test_a_runs_name_is_not_the_beginning_of_anothers(tmp_path: Path):
+    study = StudyDirectory(tmp_path)
+    names = ("t-seed1-3f2a9c1b", "t-seed10-3f2a9c1c", "tiny-seed1-3f2a9c1d")
+    write_records(study.plan, [{"run_id": name} for name in names])
+    for asked, found in (("t", names[:2]), ("t-seed1", names[:1]), ("t-s", names[:2]), ("ti", names[2:])):
+        assert [run.run_id for run in cancel.named_runs(study, [asked])] == list(found)

@@ -279,6 +279,20 @@ def test_a_rank_that_dies_or_freezes_is_named_and_ends_the_run(
     assert f"rank {lost}" in event["reason"]
 
 
+def test_a_run_that_is_suspended_whole_goes_on_when_it_is_resumed(long_run: list[str], tmp_path: Path):
+    """As SLURM suspends jobs, for longer than silence is borne."""
+    ranks = start_and_meet(long_run, tmp_path, tmp_path / "study")
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in ranks:
+            os.kill(rank.pid, number)
+        if number == signal.SIGSTOP:
+            steps = len(rows_of(tmp_path / "study"))
+            time.sleep(8)
+    wait_for(lambda: len(rows_of(tmp_path / "study")) > steps + 5)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].said
+
+
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_loader_worker_that_dies_or_freezes_is_named_and_ends_the_run(
     long_run: list[str], tmp_path: Path, harm: signal.Signals
