@@ -3,7 +3,7 @@
     python -m analysis.advise study=DIR gpu_hours=H
 
 The answer rests on the study's L(N, D) with its bootstraps, on the speeds at which its sizes trained, and on
-nothing else: hours buy audio at the speed of the study's hardware (audio-seconds a second and process), and of the
+nothing else: hours buy audio at the speed of the study's hardware (audio-seconds per second and process), and of the
 sizes between the smallest and the largest trained the one with the least predicted loss is recommended. Speeds
 between sizes are interpolated; no size is extrapolated to. Where the law is not identified it is refused.
 
@@ -122,7 +122,7 @@ def advise(found: Claims, gpu_hours: float) -> Advice:
 
 
 def training_speeds(runs: pd.DataFrame) -> pd.DataFrame:
-    """Audio-seconds that one process trains on in a second, a row a size: N, size, speed, runs; by N."""
+    """Audio-seconds that one process trains on per second, a row a size: N, size, speed, runs; by N."""
     runs = runs[np.isfinite(runs["audio_seconds_per_second"])]
     if runs.empty:
         raise RefusalError("no run has its speed (audio_seconds_per_second) on record")

@@ -106,10 +106,9 @@ class Claims:
         reasons = [f"{told}: {RESULTS}" if told else "", f"{speakers}: their loss chooses nothing" if trained else ""]
         return "; ".join(filter(None, reasons))
 
-    def loss(self, name: str, measure: str | None = None) -> Claim | None:
+    def loss(self, name: str) -> Claim | None:
         """The claim of a law by its name ("L(N)"), with N as the settings have it."""
-        wanted = measure or self.settings.size
-        return next((c for c in self.losses if c.law.name == name and c.measure == wanted), None)
+        return next((c for c in self.losses if c.law.name == name and c.measure == self.settings.size), None)
 
 
 def claims(study: Study, settings: Settings) -> Claims:
@@ -308,7 +307,7 @@ def _claim(
     def usable_of(some: pd.DataFrame) -> pd.DataFrame:
         names = (quantity.key, *law.variables, *left_out.values())  # a plan of an earlier version may lack train_macs
         keep = np.isfinite(some[list(names)].to_numpy(dtype=float)).all(axis=1)
-        return some[keep & (some[quantity.key] > 0)] if law.is_log else some[keep]
+        return some[keep & (some[quantity.key] > 0)] if law.has_log_residuals else some[keep]
 
     usable = usable_of(runs)
     kept = usable[usable["excluded"] == ""]
@@ -382,7 +381,7 @@ def _held_out(
         x = {name: np.array([cell[name].astype(float).mean()]) for name in law.variables}
         observed, predicted = float(cell[quantity.key].mean()), float(trial.predict(x)[0])
         low, high = trial.prediction_interval(x, level, seeds=len(cell), seed=settings.seed)
-        unit = observed if law.is_log else 1.0
+        unit = observed if law.has_log_residuals else 1.0
         rows.append(
             {
                 "label": cell["label"].iloc[0],

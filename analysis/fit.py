@@ -167,7 +167,7 @@ class Fit:
         deviation, freedom = self.scatter(seeds)
         # the same for every x, so that a point has one interval whatever others are asked for with it
         noise = deviation * np.random.default_rng(seed).standard_t(freedom, (len(curves), 1))
-        return _quantiles(curves * np.exp(noise) if self.law.is_log else curves + noise, level)
+        return _quantiles(curves * np.exp(noise) if self.law.has_log_residuals else curves + noise, level)
 
     def scatter(self, seeds: int = 1) -> tuple[float, int]:
         """Standard deviation of a new cell's mean over so many seeds about the law, and its degrees of freedom."""
@@ -175,7 +175,7 @@ class Fit:
         estimates = [(float(np.sqrt(np.sum(self.residuals**2) / max(freedom, 1))), max(freedom, 1))]
         within = len(data.y) - data.num_cells
         if within > 0:
-            y = np.log(data.y) if self.law.is_log else data.y
+            y = np.log(data.y) if self.law.has_log_residuals else data.y
             means = np.bincount(data.codes, weights=y) / data.counts
             spread = float(np.sqrt(np.sum((y - means[data.codes]) ** 2) / within))
             estimates.append((spread / np.sqrt(seeds), within))
@@ -190,7 +190,7 @@ class Fit:
         n, k = self.data.num_cells, self.law.num_parameters + 1
         if not self.is_usable or n - k - 1 <= 0:
             return np.nan
-        again = fit(self.law, self.data.cell_means(self.law.is_log), huber=None)
+        again = fit(self.law, self.data.cell_means(self.law.has_log_residuals), huber=None)
         if not again.is_usable:
             return np.nan
         squares = float(np.sum(again.residuals**2))
@@ -235,17 +235,15 @@ def fit(
     *,
     huber: float | None = HUBER_DELTA,
     bootstraps: int = 0,
-    resample: str = "auto",
     seed: int = 0,
 ) -> Fit:
     """Fit a law to the means of cells, each with the weight of its seeds; see `Fit` for what comes back.
 
     huber: delta of the robust loss in units of the residual (log y; y for metrics), None for least squares
-    bootstraps: how many, for intervals
-    resample: "seeds" within each cell, "cells", or "auto": seeds where every cell has several and x is the same
-        for all of them, else cells
+    bootstraps: how many, for intervals: of the seeds within each cell where every cell has several and x is the same
+        for all of them, else of cells
     """
-    means = data.cell_means(law.is_log)
+    means = data.cell_means(law.has_log_residuals)
     why = unidentifiable(law, means)
     if why:
         return Fit(law, data, UNIDENTIFIABLE, why, huber=huber)
@@ -262,26 +260,23 @@ def fit(
     residuals = problem.residuals(point[None])[0]
     values = {name: float(value[0]) for name, value in problem.named(point[None]).items()}
     drawn: dict[str, Array] = {}
-    widening, unfinished = np.empty(0), 0.0
+    widening, unfinished, resampled = np.empty(0), 0.0, ""
     if bootstraps:
-        if resample == "auto":
-            resample = "seeds" if (data.counts > 1).all() and "L" not in law.variables else "cells"
+        resampled = "seeds" if (data.counts > 1).all() and "L" not in law.variables else "cells"
         rng = np.random.default_rng(seed)
-        if resample == "seeds":
-            draws, y = np.tile(weights, (bootstraps, 1)), draw_seeds(data, bootstraps, law.is_log, rng)
+        if resampled == "seeds":
+            draws, y = np.tile(weights, (bootstraps, 1)), draw_seeds(data, bootstraps, law.has_log_residuals, rng)
             # Seeds know nothing of what the law misses: where cells lie farther from it than seeds do, these count.
             ratio, freedom, _ = _lack_of_fit(law, data, residuals) or (0.0, 1, 0)
             widening = np.ones(bootstraps)
             if ratio > 1:
                 widening = np.sqrt(ratio * freedom / rng.chisquare(freedom, bootstraps))
-        elif resample == "cells":
+        else:
             chosen = rng.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), bootstraps)
             draws, y = chosen * weights, None
             # A resample of n cells scatters like the n - p of the residuals, whose own scatter is as chi-squared.
             freedom = len(weights) - law.num_parameters
             widening = np.sqrt(len(weights) / rng.chisquare(freedom, bootstraps))
-        else:
-            raise ValueError(f"resample = {resample!r}: expected seeds, cells or auto")
         # The runner-up valley too: another sample may prefer it.
         order = np.argsort(objectives)
         others = [points[i] for i in order[1:] if not np.allclose(points[i], point, rtol=1e-3, atol=1e-6)][:1]
@@ -297,7 +292,7 @@ def fit(
         huber,
         residuals,
         drawn,
-        resample if bootstraps else "",
+        resampled,
         widening,
         unfinished,
     )
@@ -308,7 +303,7 @@ def _lack_of_fit(law: Law, data: Data, residuals: Array) -> tuple[float, int, in
     between, within = data.num_cells - law.num_parameters, len(data.y) - data.num_cells
     if between < 1 or within < 1:
         return None
-    y = np.log(data.y) if law.is_log else np.asarray(data.y, dtype=float)
+    y = np.log(data.y) if law.has_log_residuals else np.asarray(data.y, dtype=float)
     means = np.bincount(data.codes, weights=y) / data.counts
     variance = float(np.sum((y - means[data.codes]) ** 2)) / within
     if variance <= 0:

@@ -140,7 +140,7 @@ def gather(directory: Path | str) -> Study:
     """Read a study folder; RecordError if it is none, or if its plan lacks what a table needs."""
     study = StudyDirectory(Path(directory))
     if not study.path.is_dir():
-        raise RecordError(f"no study at {study.path}: there is no such folder; name one that holds a plan.jsonl")
+        raise RecordError(f"no study at {study.path}: no such folder; name one that holds a plan.jsonl")
     plan = _checked_plan(study)
     run_ids = list(plan)
     axes = tuple(

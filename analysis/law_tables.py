@@ -143,7 +143,10 @@ def exclusions_effect_table(found: Claims) -> PaperTable:
             entry: dict[str, Any] = {"law": claim.law.name, "measure": claim.measure, "fit": way}
             entry |= {"status": fitted.status, "runs": len(fitted.data.y), **fitted.parameters}
             numbers.append(entry | {"run_ids": ids})
-    caption = "Exclusions and the loss function change a law; how much is shown by fitting the other way."
+    caption = (
+        "What exclusions and the loss function change: "
+        "each law of the loss refitted by least squares, and with the excluded runs."
+    )
     return table_of("fits_both_ways", "The same laws, fitted the other way", caption, rows, numbers)
 
 
@@ -152,7 +155,7 @@ def held_out_table(found: Claims) -> PaperTable:
     rows, numbers = [], []
     level = found.settings.level
     for claim in [*found.losses, *found.metrics]:
-        digits, is_relative = claim.quantity.digits, claim.law.is_log
+        digits, is_relative = claim.quantity.digits, claim.law.has_log_residuals
 
         def size_of(errors: pd.Series, digits: int = digits, is_relative: bool = is_relative) -> str:
             mean = float(errors.abs().mean())

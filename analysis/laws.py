@@ -60,14 +60,14 @@ EXPONENTS = (0.01, 3.0)  # a power outside of these is no scaling law that this 
 class Term:
     """coefficient * sign * link(sum_j shape_j * v_j(x)).
 
-    link: "one", "exp" or "logistic"; directions: of each shape that it depends on, v_j as
-    (variable, power): shape * power * (log variable - centre), or with the variable "1" just shape.
+    link: "one", "exp" or "logistic"; directions: (shape, variable, factor) of each shape that it depends on, for
+    v_j = factor * (log variable - centre), or v_j = factor where the variable is "1".
     """
 
     coefficient: str
     link: str = "one"
     sign: float = 1.0
-    directions: tuple[tuple[str, str, float], ...] = ()  # (shape, variable or "1", factor)
+    directions: tuple[tuple[str, str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Law:
     function: Callable[..., Array]
     parameters: tuple[str, ...]
     named: Callable[[Array, Array, Mapping[str, float]], dict[str, Array]]
-    is_log: bool = True  # whether x enters by its logarithm, and residuals are of log y
+    has_log_residuals: bool = True  # residuals are of log y
     offset: float = 0.0
     unbounded: tuple[str, ...] = ()  # coefficients that may be negative
 
@@ -174,7 +174,7 @@ def metric_law(variable: str, ceiling: float | None = None) -> Law:
         function=function,
         parameters=(*(("ceiling",) if ceiling is None else ()), "k", "gamma"),
         named=named,
-        is_log=False,
+        has_log_residuals=False,
         offset=ceiling or 0.0,
         unbounded=("ceiling",) if ceiling is None else (),
     )
@@ -210,7 +210,7 @@ def metric_sigmoid(variable: str, ceiling: float | None = None) -> Law:
         function=function,
         parameters=(*(("floor",) if ceiling is None else ()), "span", "slope", "midpoint"),
         named=named,
-        is_log=False,
+        has_log_residuals=False,
         offset=ceiling or 0.0,
         unbounded=("floor",) if ceiling is None else (),
     )
@@ -238,6 +238,6 @@ def metric_loss_law(spread: float) -> Law:
         function=metric_from_loss,
         parameters=("floor", "k", "gamma"),
         named=named,
-        is_log=False,
+        has_log_residuals=False,
         unbounded=("floor",),
     )

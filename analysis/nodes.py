@@ -1,7 +1,7 @@
 """How training scales over processes: speed, speedup, efficiency, and time in communication.
 
 Strong scaling: the same global batch on more processes. Weak scaling: the global batch grows with them. Efficiency is
-audio-seconds a second and process over those of the fewest processes (on the fewest nodes) of the same size, kind and
+audio-seconds per second and process over those of the fewest processes (on the fewest nodes) of the same size, kind and
 setting of all other axes. Of runs that finished.
 """
 
@@ -122,7 +122,7 @@ def nodes_figure(table: pd.DataFrame) -> Figure | None:
         left.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))  # one octave of powers of 2 has one tick
         left.yaxis.set_minor_locator(NullLocator())
         left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        left.set_ylabel("Audio-seconds a second")
+        left.set_ylabel("Audio-seconds per second")
         right.axhline(1, zorder=1, **style.REFERENCE)
         right.set_ylim(0, max(1.1, table["efficiency"].max() * 1.05))
         right.set_ylabel("Efficiency")

@@ -194,8 +194,8 @@ def efficiency_table(study: Study, found: Claims) -> PaperTable:
         first, ids = cell.iloc[0], _ids(cell)
         estimated, actual = float(cell["estimated_hours"].astype(float).mean()), float(cell["training_hours"].mean())
         speed = float(cell["audio_seconds_per_second"].median())
-        trained = float(3 * first["macs_per_second"] * speed)
         spent = {name: float(cell[name].mean()) for name in ("steps_taken", "hours_seen", "macs_spent")}
+        trained = spent["macs_spent"] / (spent["hours_seen"] * 3600) * speed
         loss = float(cell["validation_loss"].mean())
         gained = 1 - loss / float(cell["unprocessed_validation_loss"].mean())
         row = {

@@ -19,6 +19,7 @@ from analysis.laws import Array, Law
 
 STARTS = {1: 48, 2: 14}  # grid points a shape, by the number of shapes
 BEST_STARTS = 6
+REWEIGHTINGS = 4
 STEPS, TOLERANCE = 200, 1e-10  # of Newton's method; of the objective that another step would gain, relative
 BOOTSTRAP_STEPS, BOOTSTRAP_TOLERANCE = 300, 1e-6  # far below what samples differ by
 MOST_UNFINISHED = 0.05  # of the bootstraps: beyond, those that found no optimum make the intervals too narrow
@@ -37,8 +38,8 @@ class Problem:
         self.centres = {name: float(np.mean(values)) for name, values in coordinates.items()}
         columns = {name: values - self.centres[name] for name, values in coordinates.items()} | {"1": 1.0}
         self.y = np.asarray(y, dtype=float)
-        self.log_y = np.log(self.y) if law.is_log else self.y
-        self.scale = float(np.exp(np.mean(np.log(self.y)))) if law.is_log else 1.0
+        self.log_y = np.log(self.y) if law.has_log_residuals else self.y
+        self.scale = float(np.exp(np.mean(np.log(self.y)))) if law.has_log_residuals else 1.0
         self.n, self.K, self.T = len(self.y), len(law.terms), len(law.shapes)
         self.directions = np.zeros((self.K, self.T, self.n))
         for k, term in enumerate(law.terms):
@@ -79,7 +80,7 @@ class Problem:
 
     def _residual(self, predicted: Array, target: Array | None) -> Array:
         """target: y (B, n) of each point where it is not the data's, of its logarithm where residuals are."""
-        if not self.law.is_log:
+        if not self.law.has_log_residuals:
             return predicted - (self.y if target is None else target)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.log(predicted) - (self.log_y if target is None else target)
@@ -112,7 +113,7 @@ class Problem:
         jacobian = np.empty((B, K + T, self.n))
         jacobian[:, K:] = 0
         pull = weights * psi  # (B, n), of the objective by the residual
-        if self.law.is_log:
+        if self.law.has_log_residuals:
             inverse = 1 / predicted
             pull_predicted = pull * inverse
         else:
@@ -143,7 +144,7 @@ class Problem:
         size = np.maximum(np.abs(residual), 1e-300)
         robust = weights if self.huber is None else weights * np.minimum(1.0, self.huber / size)
         transposed = np.swapaxes(jacobian, 1, 2)
-        if self.law.is_log:
+        if self.law.has_log_residuals:
             curvature = curvature - pull
         hessian = (jacobian * curvature[:, None]) @ transposed + second
         gauss_newton = (jacobian * robust[:, None]) @ transposed
@@ -165,21 +166,21 @@ class Problem:
         objective = self.objective(points, np.broadcast_to(weights, (len(shapes), self.n)))
         return points[np.argsort(objective, kind="stable")[:BEST_STARTS]]
 
-    def projected(self, shapes: Array, weights: Array, rounds: int = 4) -> Array:
+    def projected(self, shapes: Array, weights: Array) -> Array:
         """The coefficients (B, K) for given shapes (B, T): reweighted non-negative least squares of relative residuals.
 
         With at most three coefficients all sets of them that may be 0 are tried, so it is exact.
         """
         basis = np.stack([np.broadcast_to(link[0], (len(shapes), self.n)) for link in self._links(shapes, 0)], axis=1)
-        size = self.y if self.law.is_log else np.ones(self.n)
+        size = self.y if self.law.has_log_residuals else np.ones(self.n)
         basis, target = basis / size, (self.y - self.law.offset) / size
         robust = weights
-        for _ in range(rounds if self.huber is not None else 1):
+        for _ in range(REWEIGHTINGS if self.huber is not None else 1):
             coefficients = self._nonnegative(basis, target, robust)
             residual = np.abs(np.einsum("bk,bkn->bn", coefficients, basis) - target)
             if self.huber is not None:
                 robust = weights * np.minimum(1.0, self.huber / np.maximum(residual, 1e-300))
-        if self.law.is_log:  # a law of all zeros has no logarithm
+        if self.law.has_log_residuals:  # a law of all zeros has no logarithm
             coefficients[:, 0] = np.where(coefficients.sum(axis=1) > 0, coefficients[:, 0], self.y.min() / 2)
         return coefficients
 
@@ -261,7 +262,7 @@ class Problem:
         weights (B, n); y (B, n) of each sample where it is not the data's. In threads, chunk by chunk; where far too
         many of the first chunk find none, only that.
         """
-        target = None if y is None else np.log(y) if self.law.is_log else y
+        target = None if y is None else np.log(y) if self.law.has_log_residuals else y
 
         def one(chunk: slice) -> tuple[Array, NDArray[np.bool_]]:
             sample = weights[chunk], None if target is None else target[chunk]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """A system: multiply-accumulates a second of audio, and its metrics by key."""
+    """A system: multiply-accumulates per second of audio, and its metrics by key."""
 
     name: str
     macs_per_second: float

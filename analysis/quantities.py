@@ -65,7 +65,7 @@ CHOSEN_METRICS = (
     Quantity("dnsmos_ovrl", "DNSMOS OVRL"),
 )
 
-# The SI-SDR gain on the noisiest quarter of the test utterances (see gather.noisiest_quarter).
+# The SI-SDR gain on the noisiest quarter of the test utterances (see reading.noisiest_quarter).
 NOISIEST_GAIN = Quantity("noisiest_si_sdr_gain", "SI-SDR gain, noisiest 25 %", digits=2, unit="dB")
 
 

@@ -15,7 +15,6 @@ docs/analysis.md says what each number means. Exit status: 0, also where some ru
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -132,7 +131,10 @@ def write_report(settings: Settings) -> Report:
         page = _html_page(study, table, said, found, iso, tables, figures)
         write_whole(report / "report.html", page)
     except OSError as error:
-        raise RecordError(f"cannot write the report to {report}: {os.strerror(error.errno or 0)}") from None
+        why = error.strerror or str(error)
+        raise RecordError(
+            f"cannot write the report to {report} ({why}): make it writable and free some space"
+        ) from None
     return Report(study, table, said, found, iso, sorted([*files, report / "report.html"]))
 
 
@@ -167,7 +169,7 @@ def _figures(
         ),
         "published": (
             published_figure(found, study.metrics, data),
-            "Metrics against multiply-accumulates a second, of each size the cell of its largest budget, "
+            "Metrics against multiply-accumulates per second, of each size the cell of its largest budget, "
             f"beside published systems on VoiceBank+DEMAND ({SOURCES}).{other}",
             "no finished run has scores on record",
         ),

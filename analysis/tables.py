@@ -257,9 +257,7 @@ def _rtf_note(cells: pd.DataFrame) -> str:
     labels = measured.groupby("rtf_step", sort=False)["label"].agg(", ".join)
     by = labels.index[0] if len(labels) == 1 else "; ".join(f"{step} ({of})" for step, of in labels.items())
     cpu = measured["rtf_cpu"].iloc[0]
-    return (
-        f" RTF: seconds of CPU time for a second of audio, streamed on one thread of {cpu}; frames enhanced by: {by}."
-    )
+    return f" RTF: seconds of CPU time per second of audio, streamed on one thread of {cpu}; frames enhanced by: {by}."
 
 
 def to_markdown(table: ScalingTable) -> str:

@@ -51,7 +51,7 @@ class Report:
         if self.num_clipped:
             said.append(f"{self.num_clipped} samples beyond full scale were clipped (peak {self.peak:.2f})")
         if self.num_invalid:
-            said.append(f"{self.num_invalid} samples that are no numbers counted as silence")
+            said.append(f"{self.num_invalid} NaN or infinite samples were replaced by silence")
         if self.cut_short:
             said.append(self.cut_short)
         return said
@@ -79,7 +79,7 @@ def open_audio(source: Path) -> soundfile.SoundFile:
     check_header(str(source), reading.samplerate, reading.channels)
     if not reading.frames and reading.format in ("WAV", "WAVEX") and source.stat().st_size > LARGEST_HEADER:
         raise ValueError(
-            f"{source}: its header tells of no samples, as a recorder leaves it that was cut off, and "
+            f"{source}: its header declares no samples, as after an interrupted recording, but "
             f"{source.stat().st_size} bytes are there: pipe it in, with - for INPUT and < {source}"
         )
     return reading
@@ -94,15 +94,17 @@ def blocks_of(reading: soundfile.SoundFile, seconds: int) -> Iterator[np.ndarray
 def check_header(name: str, sample_rate: int, num_channels: int) -> None:
     """ValueError for a rate or a number of channels that no recording has."""
     if not 1 <= sample_rate <= HIGHEST_RATE:
-        raise ValueError(f"{name}: its header tells of {sample_rate} Hz; expected 1 to {HIGHEST_RATE}: write it anew")
+        raise ValueError(
+            f"{name}: its header declares {sample_rate} Hz; expected 1 to {HIGHEST_RATE}: export the file again"
+        )
     if not 1 <= num_channels <= MOST_CHANNELS:
         raise ValueError(
-            f"{name}: its header tells of {num_channels} channels; expected 1 to {MOST_CHANNELS}: write it anew"
+            f"{name}: its header declares {num_channels} channels; expected 1 to {MOST_CHANNELS}: export the file again"
         )
 
 
 def cut_short(reading: soundfile.SoundFile) -> str:
-    """What a WAV file lacks of the samples that its header tells of, which libsndfile reads over; empty if nothing."""
+    """What a WAV file lacks of the samples that its header declares, which libsndfile ignores; empty if nothing."""
     found = re.search(r"^data : (\d+) \(should be (\d+)\)", reading.extra_info, re.MULTILINE)
     if found is None or int(found[1]) >= LENGTH_UNKNOWN:
         return ""
@@ -110,8 +112,8 @@ def cut_short(reading: soundfile.SoundFile) -> str:
 
 
 def lacking(num_held: int, num_told: int) -> str:
-    """How a recording is named that holds fewer bytes of samples than its header tells of."""
-    return f"cut short: it holds {num_held} of the {num_told} bytes of samples that its header tells of"
+    """How a recording is named that holds fewer bytes of samples than its header declares."""
+    return f"cut short: it holds {num_held} of the {num_told} bytes of samples that its header declares"
 
 
 def write_audio(
@@ -129,11 +131,15 @@ def write_audio(
     name = {"AIF": "AIFF", "OGA": "OGG", "OPUS": "OGG"}.get(ending, ending)
     if name not in soundfile.available_formats():
         known = ", ".join(sorted(soundfile.available_formats())).lower()
-        what = f"no audio format is called {target.suffix}" if ending else "no such folder, and no ending of a file"
+        what = (
+            f"no audio format is called {target.suffix}"
+            if ending
+            else "not an existing folder, and without a file extension"
+        )
         hint = "" if ending else f", or {os.sep} for a folder to be made"
         raise ValueError(f"{target}: {what}; expected one of {known}{hint}")
     if target.exists() and not target.is_file():
-        raise ValueError(f"{target} is no file that could be replaced: give another name")
+        raise ValueError(f"{target} exists and is not a regular file: give another name")
     subtype = like.subtype if soundfile.check_format(name, like.subtype) else soundfile.default_subtype(name)
     if ending == "OPUS":
         subtype = "OPUS"

@@ -23,7 +23,9 @@ def settings(
             try:
                 values[key] = known[key](text)
             except ValueError:
-                raise ValueError(f"{word}: not understood; expected {key}={known[key].__name__}") from None
+                raise ValueError(
+                    f"{word}: not understood; expected {key}={'NUMBER' if known[key] in (int, float) else 'TEXT'}"
+                ) from None
         elif equals and key.isidentifier() and len(places) == len(positional):
             raise ValueError(f"{word}: no such setting; expected one of {', '.join(known) or 'none'}")
         else:

@@ -72,7 +72,7 @@ def to_reference(model: BSRNN) -> State:
     ours, config = model.state_dict(), model.config
     if "mask_decoder.norm.running_mean" not in ours:
         raise ValueError(
-            "this model has no batch normalisation (it is folded, or a variant): there is none without there"
+            "this model has no batch normalisation (it is folded, or a variant), which the FastEnhancer format requires"
         )
     if not config.causal or config.compression != 0.3 or 2 * config.hop_length != config.n_fft:
         raise ValueError(

@@ -62,7 +62,7 @@ def load_model(path: Path | str) -> BSRNN:
     try:
         config = BSRNNConfig(**values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its configuration is none of a BSRNN ({error})") from None
+        raise ValueError(f"{path}: it is not a valid BSRNN configuration ({error})") from None
     if reason := _mismatch(config, content["state"]):
         raise ValueError(f"{path}: its weights do not fit its configuration ({reason})")
     model = BSRNN(config)
@@ -129,7 +129,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        refusal = OSError(f"{path}: cannot be written ({error.strerror or error}): give another place")
+        refusal = OSError(f"{path}: cannot be written ({error.strerror or error}): choose another path")
         refusal.errno = error.errno  # by which a full disk is told from other errors
         raise refusal from None
 

@@ -52,7 +52,7 @@ class BatchNorm(nn.Module):
         if self.group is not None and batch * self.group.size() == self.norm_batch:
             return self._normalise_together(x, self.group)
         if batch % self.norm_batch:
-            raise ValueError(f"a micro-batch of {batch} crops is no multiple of norm_batch = {self.norm_batch}")
+            raise ValueError(f"a micro-batch of {batch} crops is not a multiple of norm_batch = {self.norm_batch}")
         return torch.cat([self._normalise(group) for group in x.split(self.norm_batch, dim=1)], dim=1)
 
     def _normalise(self, x: Tensor) -> Tensor:

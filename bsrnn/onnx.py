@@ -46,11 +46,11 @@ def export(model: BSRNN, num_streams: int = 1) -> onnx.ModelProto:
 
 
 class Session:
-    """An exported step in onnxruntime, on `threads` threads, with its states."""
+    """An exported step in onnxruntime, on one thread, with its states."""
 
-    def __init__(self, exported: onnx.ModelProto, threads: int = 1) -> None:
+    def __init__(self, exported: onnx.ModelProto) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(
             exported.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -94,7 +94,7 @@ def _wav_format(body: bytes) -> PipeFormat:
     needed = 26 if is_extensible else 16  # bytes, up to the last that is read here
     if len(body) < needed:
         raise ValueError(
-            f"standard input: a WAV file whose format has {len(body)} bytes; expected at least {needed}: write it anew"
+            f"standard input: a WAV file with {len(body)} bytes of format; expected at least {needed}: export it again"
         )
     kind, channels, rate, _, _, bits = struct.unpack("<HHIIHH", body[:16])
     if is_extensible:  # the kind is in its identifier

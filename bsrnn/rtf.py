@@ -128,7 +128,7 @@ def _config_of(size: str) -> BSRNNConfig:
 
 
 def table_heading() -> str:
-    said = f"one stream, hop by hop; seconds of one thread of {_processor()} a second of audio"
+    said = f"one stream, hop by hop; seconds of one thread of {_processor()} per second of audio"
     return f"{said}\n{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio  step"
 
 

@@ -74,7 +74,7 @@ def submit_to_slurm(study: StudyDirectory, plans: Sequence[RunPlan], cluster: Cl
         except UserError as error:
             queued = sum(len(each.run_ids()) for each in done.arrays)
             raise UserError(
-                f"{error}: {queued} of {len(plans)} runs are queued, and the same command goes on with the other "
+                f"{error}: {queued} of {len(plans)} runs are queued, and the same command submits the other "
                 f"{len(plans) - queued}"
             ) from None
         lanes.append(pieces or before)

@@ -133,7 +133,7 @@ class Attempt:
         lost = [line for line in bad if line.split()[0] in nodes]
         if lost:
             failure = Failure("node failure", f"of its nodes {launched.get('nodes')} SLURM says: {'; '.join(lost)}")
-        failure = failure or Failure("preempted", "SLURM queued the job again; its processes left no word")
+        failure = failure or Failure("preempted", "SLURM queued the job again; its processes recorded no reason")
         self._record_end(launched, None, failure, _last_sign(self.directory, launched["time"]))
 
     def _wait_for_the_lock(self) -> None:

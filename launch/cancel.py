@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     count = len(cancelled) + len(here)
-    print(f"told {count} run{'' if count == 1 else 's'} to stop; the same sweep command goes on with them")
+    print(f"told {count} run{'' if count == 1 else 's'} to stop; the same sweep command resumes them")
     return 0
 
 

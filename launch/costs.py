@@ -79,7 +79,7 @@ class Costs:
         return "GPU" if self.cluster.gpus_per_node else "core" if self.cluster.executor == "slurm" else "core or GPU"
 
     def _speed(self, plan: RunPlan, shape: Record) -> float | None:
-        """Measured audio-seconds a second, looked up once for cells that share the parts which decide it."""
+        """Measured audio-seconds per second, looked up once for cells that share the parts which decide it."""
         parts = (plan.config.model, plan.config.train, plan.config.execution, shape)
         key = tuple(map(id, parts))
         if key not in self.speeds:  # kept with the parts, so that no others get their ids

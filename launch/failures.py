@@ -113,7 +113,9 @@ def classify_attempt(
         return Failure("node failure", str(failed[0].get("reason")), _last_lines(batch_log + log))
     if status in KILLED:
         name = signal.Signals(status - 128).name
-        return Failure("node failure", f"{where} was ended by {name} from outside, without a word", _last_lines(log))
+        return Failure(
+            "node failure", f"{where} was ended by {name} from outside, without recording a reason", _last_lines(log)
+        )
     how = f"{where}: {ended['how']}" if ended else f"{where}: exit status {status}"
     # NCCL's own watch aborts a process whose peer has gone, if it notices first.
     is_left_alone = status == LOST or bool(reports) or (status == ABORTED and "ProcessGroupNCCL" in log)

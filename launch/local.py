@@ -243,7 +243,7 @@ def _record_silent_end(job: LocalJob) -> None:
     directory.log_event(
         "failed",
         failure="node failure",
-        reason="its process ended without a word: killed from outside, or out of memory"
+        reason="its process ended without recording a reason: killed from outside, or out of memory"
         + (f"; its log ends: {last_line}" if last_line else ""),
         **({"log": str(job.log)} if job.log is not None else {}),
     )

@@ -180,7 +180,7 @@ def why_none_can_start(plans: Sequence[RunPlan]) -> str:
         _rule({axis: value for axis, value in plan.axes.items() if axis != "seed"}) for plan in futile
     )
     return (
-        f"the warm-up leaves nothing of the steps of {_first(names)}: lower train.optimiser.warmup_steps, raise "
+        f"the warm-up is as long as the whole run of {_first(names)}: lower train.optimiser.warmup_steps, raise "
         f"train.budget, or add {_first(list(rules))} to sweep.exclude"
     )
 

@@ -48,7 +48,7 @@ def main(words: list[str]) -> int:
     plan = plan_run(replace(run, study=f"{study}/{time.strftime('%y%m%d-%H%M%S')}"), open_shards(run.data))
     plan.check_steps()
     folder = StudyDirectory(Path(plan.config.study))
-    require_writable(folder.path)
+    require_writable(folder.path, "name another folder with study=DIR")
     print(
         f"{plan.config.model.name} on {shape.nodes} node{'s' if shape.nodes > 1 else ''}, "
         f"{shape.num_processes} process{'es' if shape.num_processes > 1 else ''}, in {folder.path}",

@@ -113,7 +113,7 @@ def _check(submission: Submission, plan: RunPlan, processes: Processes, stop: St
         return
     row = [row for row in directory.read_metrics() if row["kind"] == "train"][-1]
     speed = row["audio_seconds_per_second"]
-    said = f"{row['step_seconds']:.3g} s, {speed:.3g} seconds of audio a second, loss {row['loss']:.4f}"
+    said = f"{row['step_seconds']:.3g} s, {speed:.3g} seconds of audio per second, loss {row['loss']:.4f}"
     said += f", {row['memory_gib']:.2f} GiB"
     passed("training step", said, audio_seconds_per_second=speed, seconds=row["step_seconds"])
     saved = [event for event in directory.read_events() if event["event"] == "checkpointed"][-1]

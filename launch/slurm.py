@@ -175,12 +175,12 @@ def _refuse_beyond_limits(shape: ClusterConfig) -> None:
         if time_limit is not None and shape.timeout_min > time_limit:
             raise UserError(
                 f"cluster.timeout_min = {shape.timeout_min} is beyond partition {limits['PartitionName']}'s limit of "
-                f"{time_limit} minutes: the job would wait for ever; lower it or take another partition"
+                f"{time_limit} minutes: the job would never start; lower it or take another partition"
             )
         if most_nodes.isdigit() and shape.nodes > int(most_nodes):
             raise UserError(
                 f"cluster.nodes = {shape.nodes} is beyond partition {limits['PartitionName']}'s limit of {most_nodes}: "
-                "the job would wait for ever; lower it or take another partition"
+                "the job would never start; lower it or take another partition"
             )
 
 

@@ -60,7 +60,7 @@ class RunState:
     why: str = ""  # where that wants a reason
     step: int = 0
     loss: float | None = None
-    speed: float | None = None  # audio-seconds a second
+    speed: float | None = None  # audio-seconds per second
     seconds_left: float | None = None  # of training, while it trains
     job: str = ""
     nodes: str = ""
@@ -95,7 +95,7 @@ def look(
     elif submitted.get("executor") == "slurm" and queue is not None:
         state, why = _on_slurm(state, event, why, submitted, job, lines)
     elif submitted.get("executor") != "slurm" and state in ("running", "evaluating") and not is_locked(directory):
-        state, why = "lost", "no process of this machine executes it"
+        state, why = "lost", "no process on this machine is running it"
     rows = last_train_rows(directory.metrics) if state not in ("planned", "queued") else []
     row = rows[-1] if rows else {}
     step = int(row.get("step", 0))
@@ -144,7 +144,7 @@ def _on_slurm(
         if silence.reason == "its job was cancelled":
             return "cancelled", ""
         return "preempted" if silence.kind == "preempted" else "failed", f"{silence.kind}: {silence.reason}"
-    return "lost", f"job {submitted.get('job')} is gone without a word; its log is {submitted.get('log')}"
+    return "lost", f"job {submitted.get('job')} is gone without recording a reason; its log is {submitted.get('log')}"
 
 
 def last_train_rows(path: Path) -> list[Record]:

@@ -70,7 +70,7 @@ def main(words: list[str]) -> int:
         raise UserError(told)
     if config.cluster.executor == "slurm":
         require_slurm()
-    require_writable(study.path)
+    require_writable(study.path, "name another folder with study=DIR")
     with _lock_of(study, config) as lock:
         return _execute(study, plans, config, lock)
 
@@ -94,7 +94,7 @@ def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfi
     """Write the plan, bring what is not settled to its end (or submit it), report."""
     _tell_other_runs(study, plans)
     todo = [plan for plan in plans if not is_settled(*plan.directory.state())]
-    print(f"{len(plans) - len(todo)} of {len(plans)} runs are settled, {len(todo)} to execute")
+    print(f"{len(plans) - len(todo)} of {len(plans)} runs are complete (finished or diverged), {len(todo)} to run")
     if todo and config.cluster.executor == "slurm":
         return _submit(study, plans, todo, config, lock)
     Costs(config.cluster).require_within(todo, config.launch.max_gpu_hours)
@@ -141,11 +141,11 @@ def _submit(
         left_out -= count
         print(f"submitted {count} run{'s' if count > 1 else ''} as job array {submission.job}_[0-{count - 1}]")
     if len(missing) < len(todo):
-        print(f"{len(todo) - len(missing)} runs wait or run already")
-    print(f"how they are:    python -m launch.status study={study.path}   (--watch stays and looks again)")
-    print(f"what one says:   python -m launch.logs RUN study={study.path}")
-    print(f"to stop them:    python -m launch.cancel study={study.path}")
-    print("the same sweep command again submits what was lost, nothing twice, and when all is done makes the report")
+        print(f"{len(todo) - len(missing)} runs are already queued or running")
+    print(f"status:   python -m launch.status study={study.path}   (--watch refreshes it)")
+    print(f"logs:     python -m launch.logs RUN study={study.path}")
+    print(f"to stop:  python -m launch.cancel study={study.path}")
+    print("the same command again resubmits lost runs (none twice) and, once all are done, writes the report")
     if done.full:
         print(f"{left_out} of {len(plans)} runs are not queued: {done.full}", file=sys.stderr)
         return os.EX_TEMPFAIL

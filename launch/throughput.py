@@ -32,7 +32,7 @@ def record_run(directory: RunDirectory, row: Record, settings: Settings) -> None
 
 
 def add_measurement(path: Path, row: Record, shape: Record, speed: float, source: str) -> None:
-    """row: a run's plan; speed: audio-seconds a second; source: what measured it"""
+    """row: a run's plan; speed: audio-seconds per second; source: what measured it"""
     measured = _measured(row["science"], row["config"]["execution"], shape)
     append_record(path, {**measured, "audio_seconds_per_second": speed, "source": source, "time": time.time()})
 
@@ -48,7 +48,7 @@ class Throughput:
                 self.speeds.setdefault(key, []).append(record["audio_seconds_per_second"])
 
     def speed(self, science: Record, execution: Record, shape: Record) -> float | None:
-        """Audio-seconds a second of a run, the median of the newest measurements; None if it was never measured."""
+        """Audio-seconds per second of a run, the median of the newest measurements; None if it was never measured."""
         measured = _measured(science, execution, shape)
         speeds = self.speeds.get(json.dumps(list(measured.values()), sort_keys=True))
         return statistics.median(speeds[-NEWEST:]) if speeds else None

@@ -68,7 +68,7 @@ def choose_clips(data: DataConfig, index: ShardIndex) -> list[Clip]:
     for name in data.samples:
         if name not in clips:
             raise UserError(
-                f"data.samples: {name} is no test utterance of {index.root}; expected names like "
+                f"data.samples: {name} is not a test utterance of {index.root}; expected names like "
                 f"{', '.join(list(clips)[:2])}, or null for any {NUM_SAMPLES}"
             )
     return [clips[name] for name in data.samples]

@@ -298,7 +298,7 @@ def _look(folder: Path) -> tuple[Checkpoint | None, dict[Checkpoint, str]]:
 def _none_is_whole(folder: Path, damaged: dict[Checkpoint, str]) -> UserError:
     what = "; ".join(f"{checkpoint.path.name}: {damage}" for checkpoint, damage in damaged.items())
     return UserError(
-        f"no checkpoint in {folder} is whole ({what}): put back a copy, or begin the run anew with "
+        f"no checkpoint in {folder} is whole ({what}): put back a copy, or start the run again with "
         f"python -m scaling.train run={folder.parent} force=true"
     )
 
@@ -313,9 +313,9 @@ def _set_aside(path: Path) -> None:
     log.warning("%s is kept as %s", path, aside.name)
 
 
-def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Checkpoint, dict[str, Any]] | None:
+def load_newest(folder: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
     """The newest whole checkpoint and what its `state.pt` holds; None if there is none. Raises as `newest_whole`."""
     checkpoint = newest_whole(folder)
     if checkpoint is None:
         return None
-    return checkpoint, torch.load(checkpoint.state, map_location=device, weights_only=True)
+    return checkpoint, torch.load(checkpoint.state, map_location="cpu", weights_only=True)

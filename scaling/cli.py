@@ -32,7 +32,7 @@ Config = TypeVar("Config")
 # Settings that name a place, which may be called whatever a file system allows.
 PLACES = {"study", "run", "shards", "data.root", "data.shards", "data.cache", "noisy", "clean", "enhanced", "scores"}
 
-BOTH_AXES = "an axis and settings below it as axes do not go together so; write 'sweep.axes={{{}: [...], {}: {}}}'"
+BOTH_AXES = "an axis and one of its own settings cannot both be axes; write 'sweep.axes={{{}: [...], {}: {}}}'"
 
 
 @lru_cache
@@ -59,7 +59,7 @@ def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictCon
         raise UserError(f"{' '.join(overrides)}: not understood ({_first_line(error)})") from None
     except AssertionError:  # OmegaConf's answer to data.demo.hours=1 where data.demo is null
         dotted = " ".join(word for word in overrides if "." in word.split("=")[0])
-        raise UserError(f"{dotted}: one of these sets a part of something that is null here; leave it out") from None
+        raise UserError(f"{dotted}: one of these settings has a parent that is null; leave it out") from None
 
 
 def _quoted_place(word: str) -> str:

@@ -51,7 +51,7 @@ def require_metrics(setting: str, names: list[str]) -> None:
     """UserError for a name of no metric, or none at all."""
     for name in names:
         if name not in METRIC_NAMES:
-            raise UserError(f"{setting}: {name} is no metric; expected names among {', '.join(METRIC_NAMES)}")
+            raise UserError(f"{setting}: {name} is not a metric; expected names among {', '.join(METRIC_NAMES)}")
     if not names:
         raise UserError(f"{setting} = []: expected at least one of {', '.join(METRIC_NAMES)}")
 
@@ -292,7 +292,7 @@ class TrainConfig:
                 raise UserError(f"train.{name} = {getattr(self, name)}: expected at least 1 crop")
         if self.global_batch % self.norm_batch:
             raise UserError(
-                f"train.global_batch = {self.global_batch} is no multiple of train.norm_batch = {self.norm_batch}: "
+                f"train.global_batch = {self.global_batch} is not a multiple of train.norm_batch = {self.norm_batch}: "
                 "set norm_batch to a divisor of global_batch"
             )
         if not 0.1 <= self.crop_seconds <= 60:

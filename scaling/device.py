@@ -44,6 +44,6 @@ def require_gpu(device: str, gpus_per_node: int) -> None:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         raise UnreachableError(
             f"torch sees no GPU on {socket.gethostname()}, where the job has {gpus_per_node} a node: it is built "
-            f"{built}, CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}; look to the driver and the "
+            f"{built}, CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}; check the driver and the "
             "container (--nv), or take execution.device=cpu"
         )

@@ -36,5 +36,5 @@ def refused_write(what: str, errnos: Iterable[int | None], left: str) -> UserErr
     left: what is whole nevertheless
     """
     if any(number in NO_ANSWER for number in errnos):
-        return UnreachableError(f"{what}: look to the file system, and run the same command again; {left}")
+        return UnreachableError(f"{what}: check the file system and run the same command again; {left}")
     return UserError(f"{what}: make the disk writable and free some space, and run the same command again; {left}")

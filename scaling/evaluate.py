@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -70,9 +69,13 @@ class EvaluateConfig:
             raise UserError(f"processes = {self.processes}: expected at least 1, or null for all cores")
         if self.metrics is not None:
             require_metrics("metrics", self.metrics)
-        folders: list[Any] = [self.noisy, self.clean, self.enhanced, self.scores]
-        if (self.run is None) == (not all(folders)) and not (self.run is not None and not any(folders)):
-            raise UserError("evaluate needs run=DIR, or all of noisy=DIR clean=DIR enhanced=DIR scores=FILE")
+        names = ("run", "noisy", "clean", "enhanced", "scores")
+        given = [name for name in names if getattr(self, name) is not None]
+        if given not in (["run"], list(names[1:])):
+            raise UserError(
+                f"evaluate was given {', '.join(given) or 'nothing to score'}: expected run=DIR alone, or all of "
+                "noisy=DIR clean=DIR enhanced=DIR scores=FILE"
+            )
         if self.scores is not None and (not self.scores.endswith(".jsonl") or Path(self.scores).is_dir()):
             raise UserError(f"scores = {self.scores}: expected a file to write, named like scores.jsonl")
 
@@ -281,7 +284,7 @@ def main(words: list[str]) -> int:
         index = ShardIndex.load(replace(data, shards=config.shards or data.shards).shard_root)
         plan.check_index(index)
         metrics = config.metrics or plan.config.execution.metrics
-        require_writable(directory.path)  # before hours of scoring
+        require_writable(directory.path, "make it writable, or copy it and name the copy with run=DIR")  # before hours
         model = model.to(torch_device(plan.config.execution.device))  # as in the run
         rows = evaluate_run(plan, index, model, processes, metrics)
         target = directory.scores

@@ -44,7 +44,7 @@ def parameter_groups(config: OptimiserConfig, model: nn.Module) -> list[dict[str
             shown = ", ".join(name for name, _ in named[:4])
             raise UserError(
                 f"train.optimiser.groups: pattern {settings.pattern!r} is the first match of no parameter; the model's "
-                f"are {shown}, ...: mend the pattern or put it before a wider one"
+                f"are {shown}, ...: correct the pattern or put it before a wider one"
             )
     return [group for group in groups if group["params"]]
 

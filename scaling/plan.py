@@ -170,11 +170,11 @@ class RunPlan:
         return self.config.train.optimiser.warmup_steps >= self.steps and not self.config.train.test
 
     def check_steps(self) -> None:
-        """UserError if the warm-up leaves nothing of the steps."""
+        """UserError if the warm-up is as long as the whole run."""
         if self.is_all_warmup:
             raise UserError(
-                f"train.optimiser.warmup_steps = {self.config.train.optimiser.warmup_steps} leaves nothing of the "
-                f"{self.steps} steps of model {self.config.model.name}: lower it, or raise train.budget"
+                f"train.optimiser.warmup_steps = {self.config.train.optimiser.warmup_steps} is as long as the whole "
+                f"run of {self.steps} steps of model {self.config.model.name}: lower it, or raise train.budget"
             )
 
     def check_index(self, index: ShardIndex) -> None:
@@ -218,14 +218,14 @@ def _as_plain(value: Any) -> Any:
     return {name: _as_plain(entry) for name, entry in entries.items()}
 
 
-def require_writable(folder: Path) -> None:
-    """Make a folder; UserError if that cannot be."""
+def require_writable(folder: Path, remedy: str) -> None:
+    """Make a folder; UserError, with the remedy, if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): name another folder with study=DIR") from None
+        raise UserError(f"{folder} cannot be written ({error.strerror}): {remedy}") from None
 
 
 @dataclass(frozen=True)

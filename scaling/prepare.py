@@ -46,7 +46,7 @@ from scaling.remote import RemoteRoot
 from scaling.shard_writer import SHARD_BYTES, ShardWriter, clip_bytes
 from scaling.shards import ShardIndex
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ROW_BYTES = 300  # of the index, about
 HEADER_READERS = 16  # threads: on a network file system, opening a file is waiting
@@ -91,7 +91,7 @@ def prepare_shards(
                 return _write(shard_root, writer, shard_order(utterances), num_workers, show_progress)
     except OSError as error:  # a full disk, a folder that may not be written, a source that went away
         raise UserError(
-            f"shards cannot be made at {shard_root} ({error}): mend that or name another data.shards"
+            f"shards cannot be made at {shard_root} ({error}): fix that or name another data.shards"
         ) from error
     finally:
         close_zips()
@@ -216,7 +216,7 @@ def _warn_of_newer_sources(utterances: Sequence[Utterance], shard_root: Path) ->
     paths = {source.path for utterance in utterances for source in (utterance.clean, utterance.noisy)}
     newer = sorted(path for path in paths if path.stat().st_mtime > made)
     if newer:
-        logger.warning(
+        log.warning(
             "%d of %d source files are newer than the shards at %s, of the same names and sizes, first %s: if what "
             "they hold has changed, delete the shards to have them made again",
             len(newer),
@@ -234,7 +234,7 @@ def _remove_stale(shard_root: Path) -> None:
     """Remove what dead preparations left; called with the lock held, so none of it is in use."""
     for path in shard_root.parent.iterdir():
         if path.name.startswith(f".{shard_root.name}.") and path.name.endswith(".tmp") and path.is_dir():
-            logger.info("removing %s, left by an interrupted preparation", path)
+            log.info("removing %s, left by an interrupted preparation", path)
             shutil.rmtree(path)
 
 
@@ -262,9 +262,9 @@ def _write(
         shutil.rmtree(writer.root, ignore_errors=True)
     index = ShardIndex.load(shard_root)
     if num_clipped:
-        logger.warning("%d samples in %d clips exceeded 16 bits and were clipped", num_clipped, num_clipped_clips)
+        log.warning("%d samples in %d clips exceeded 16 bits and were clipped", num_clipped, num_clipped_clips)
     hours = ", ".join(f"{split} {index.hours(split):.2f} h" for split in index.rows)
-    logger.info("%s: %s, made in %.0f s", shard_root, hours, time.monotonic() - begun)
+    log.info("%s: %s, made in %.0f s", shard_root, hours, time.monotonic() - begun)
     return index
 
 
@@ -302,7 +302,7 @@ def open_shards(data: DataConfig) -> ShardIndex:
     if data.name == "demo":
         assert data.demo is not None
         if not is_made:
-            logger.info("data=demo: synthesising %g h of speech in noise at %s, once", data.demo.hours, data.root)
+            log.info("data=demo: synthesising %g h of speech in noise at %s, once", data.demo.hours, data.root)
         with ProgressDisplay("synthesising", 1) as progress:
             make_demo_corpus(Path(data.root), data.demo, num_workers, progress.show_of)
         num_workers = min(num_workers, round(1 + data.demo.hours))  # starting processes takes longer than half an hour

@@ -237,7 +237,7 @@ def _check_devices(processes: Processes, device: str) -> None:
     given = processes.gather((name_of(device), socket.gethostname()))
     blind = [f"rank {rank} on {host}" for rank, (gpu, host) in enumerate(given) if not gpu]
     if 0 < len(blind) < len(given):
-        raise MeetingError(f"{', '.join(blind)} sees no GPU and the other ranks do: look to that node's driver")
+        raise MeetingError(f"{', '.join(blind)} sees no GPU and the other ranks do: check that node's driver")
     for rank, (gpu, _) in enumerate(given):
         if gpu in owners:
             raise UserError(

@@ -312,7 +312,7 @@ class RunDirectory:
                 if not isinstance(row["step"], int) or not isinstance(row["kind"], str):
                     raise RecordError(
                         f"{self.metrics}: row {number} has kind {row['kind']!r} and step {row['step']!r}, not a word "
-                        "and a whole number; mend or delete the row"
+                        "and a whole number; correct or delete the row"
                     )
                 last[row["kind"], row["step"]] = row
         return [last[key] for key in sorted(last, key=lambda key: (key[1], key[0]))]

@@ -109,7 +109,8 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
                 directory.clear()
             if not directory.plan.exists() and (foreign := directory.held()):
                 raise UserError(
-                    f"{directory.path} holds {', '.join(foreign)} and no plan.json: it is no run's; name another folder"
+                    f"{directory.path} holds {', '.join(foreign)} and no plan.json, so it is not a run's folder: name "
+                    "another"
                 )
             if force:
                 take_up(directory.checkpoints, force=True)
@@ -139,7 +140,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     except StoppedError as stopped:
         if processes.is_first or not (stopped.by_all or directory.state()[0] == "preempted"):
             _log_event(directory, "preempted", reason=str(stopped))
-            log.warning("run %s stops for %s; the same command goes on from its checkpoint", directory.run_id, stopped)
+            log.warning("run %s stops for %s; the same command resumes from its checkpoint", directory.run_id, stopped)
         if not stopped.by_all:
             processes.tell_failure(f"preempted: {stopped}")
             return PREEMPTED
@@ -258,7 +259,7 @@ def _of_the_disk(error: Exception, directory: RunDirectory) -> UserError:
     return refused_write(
         f"run {directory.path}: {what or 'a file'} could not be written ({why or error})",
         [getattr(error, "errno", None)],
-        "it goes on from its newest checkpoint",
+        "it resumes from its newest checkpoint",
     )
 
 

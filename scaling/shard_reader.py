@@ -84,7 +84,7 @@ class ShardReader:
                     # says nothing of the data: the run should stop and go on from here when the file system is back
                     raise UnreachableError(
                         f"shard {self.root}/{clip.shard} cannot be read ({what}), in {len(READ_PAUSES) + 1} attempts: "
-                        "look to the file system, then run the same command again"
+                        "check the file system, then run the same command again"
                     ) from None
                 if pause is None:
                     message = f"clip {clip.id} in {self.root}/{clip.shard}: {what}; {remedy(self.root)}"

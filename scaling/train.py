@@ -46,7 +46,7 @@ class TrainCommandConfig(RunConfig):
 
 def main(words: list[str]) -> int:
     config, plan = _plan(words)
-    require_writable(plan.directory.path)
+    require_writable(plan.directory.path, f"name another folder with {'run' if config.run else 'study'}=DIR")
     print(f"run {plan.run_id}: {plan.steps} steps, in {plan.directory.path}", flush=True)
     return execute(plan, force=config.force)
 

@@ -41,6 +41,7 @@ from scaling.corpus import espeak
 from scaling.corpus.espeak import Voice
 from scaling.corpus.noises import NOISES, coloured, in_room
 from scaling.corpus.sentences import draw_text
+from scaling.corpus.vbd import VALIDATION_SPEAKERS
 from scaling.errors import UserError
 from scaling.locks import held_when_free
 from scaling.pool import spawned_pool
@@ -66,7 +67,6 @@ VALIDATION_SHARE = 1.5  # of a validation speaker, where a train speaker has 1
 MIN_HOURS, MAX_HOURS = 0.04, 1000.0
 
 # Speakers by VBD's names, in voices of ours. p287, a man in VBD, is a woman here: one of each sex a split.
-VALIDATION_SPEAKERS = ("p226", "p287")
 TEST_SPEAKERS = ("p232", "p257")
 WOMEN = {
     "p228": Voice("en-gb-x-rp", "f1", 45, 160),

@@ -29,7 +29,7 @@ from bsrnn.audio import walked
 from scaling.corpus.wav import WavSource, close_zips, open_zip
 from scaling.errors import UserError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_SPEAKERS = ("p226", "p287")
@@ -71,7 +71,7 @@ def find_utterances(root: Path) -> list[Utterance]:
     and a split that would be empty.
     """
     if not root.is_dir():
-        raise UserError(f"data root {root} is no folder: name the folder that holds VoiceBank+DEMAND")
+        raise UserError(f"data root {root} is not a folder: name the folder that holds VoiceBank+DEMAND")
     close_zips()
     sources, logs = _find_sets(root), _read_logs(root)
     utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
@@ -86,7 +86,7 @@ def find_utterances(root: Path) -> list[Utterance]:
             utterances[split].append(Utterance(utterance_id, split, speaker, noise, snr_db, *twins))
         if conditions and (unlogged := [utterance_id for utterance_id in clean if utterance_id not in conditions]):
             count = f"{len(unlogged)} of {len(clean)} utterances"
-            logger.warning("%s lacks %s, first %s: their noise and SNR stay unknown", log_name, count, min(unlogged))
+            log.warning("%s lacks %s, first %s: their noise and SNR stay unknown", log_name, count, min(unlogged))
     for split, found in utterances.items():
         if not found:
             held_out = " and ".join(VALIDATION_SPEAKERS)
@@ -114,7 +114,7 @@ def warn_of_unknown_downloads(utterances: Iterable[Utterance]) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
         if found != expected:
-            logger.warning(
+            log.warning(
                 "%s has MD5 %s, published is %s: if files turn out damaged, download it again", path, found, expected
             )
 
@@ -190,10 +190,10 @@ def _refuse_missing_twins(
 def _read_logs(root: Path) -> dict[str, Conditions]:
     """The conditions that each log tells, by the log's name; empty for a log that is not there."""
     found = {name: _find_log(root, name) for name in (TRAINSET[2], TESTSET[2])}
-    missing = [name for name, log in found.items() if log is None]
+    missing = [name for name, place in found.items() if place is None]
     if missing:
-        logger.warning("%s has no %s: noise and SNR stay unknown", root, " and no ".join(missing))
-    return {name: {} if log is None else _parse_log(*log) for name, log in found.items()}
+        log.warning("%s has no %s: noise and SNR stay unknown", root, " and no ".join(missing))
+    return {name: {} if place is None else _parse_log(*place) for name, place in found.items()}
 
 
 def _parse_log(place: str, text: str) -> Conditions:
@@ -210,10 +210,10 @@ def _parse_log(place: str, text: str) -> Conditions:
         if not math.isfinite(snr_db):
             raise UserError(
                 f"{place} line {number} is {line.strip()[:60]!r}, expected UTTERANCE NOISE SNR "
-                f"as in 'p236_002 cafeteria 5': mend the line, or remove the log to go on without it"
+                f"as in 'p236_002 cafeteria 5': correct the line, or remove the log to do without it"
             )
         if conditions.setdefault(utterance_id, (noise, snr_db)) != (noise, snr_db):
-            logger.warning("%s line %d contradicts an earlier line on %s, which holds", place, number, utterance_id)
+            log.warning("%s line %d contradicts an earlier line on %s, which holds", place, number, utterance_id)
     return conditions
 
 

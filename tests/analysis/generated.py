@@ -68,7 +68,7 @@ def write_run(
     run = study.run(plan["run_id"])
     run.path.mkdir(parents=True, exist_ok=True)
     macs, steps = plan["size"]["macs_per_second"], plan["steps"]
-    speed = 1e9 / (0.001 * macs + 4e5)  # audio-seconds a second
+    speed = 1e9 / (0.001 * macs + 4e5)  # audio-seconds per second
     began = 1.7e9
     seconds = plan["audio_hours_seen"] * 3600 / speed
     provenance = {"commit": "6df9ffe", "packages": {"torch": "2.13.0"}}

@@ -18,7 +18,7 @@ from tests.analysis.generated import lines, run_record, write_run
 def write_measured(
     study: StudyDirectory, plan: Record, processes: int, nodes: int, speed: float, rng: np.random.Generator
 ) -> None:
-    """A run of so many processes and audio-seconds a second."""
+    """A run of so many processes and audio-seconds per second."""
     write_run(study, plan, 0.04, rng)
     run = study.run(plan["run_id"])
     events = run.read_events()

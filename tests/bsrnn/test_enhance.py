@@ -315,7 +315,7 @@ def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
         (["{models}/model.pt", "{audio}", "{empty}/../fifo.wav"], "fifo.wav is no file that could be replaced"),
         (["{models}/model.pt", "-", "{empty}/new/"], "new/ is a folder: give a file"),
         (["{models}/model.pt", "{wide}.none", "{empty}/out.wav"], "no such file or folder"),
-        (["{models}/strange.pt", "{audio}", "out.wav"], "strange.pt: its configuration is none of a BSRNN"),
+        (["{models}/strange.pt", "{audio}", "out.wav"], "strange.pt: it is not a valid BSRNN configuration"),
         (["{models}/objects.pt", "{audio}", "out.wav"], "objects.pt holds more than plain data"),
     ],
 )

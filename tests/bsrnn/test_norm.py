@@ -102,5 +102,5 @@ def test_another_norm_batch_gives_another_result():
 
 
 def test_a_micro_batch_that_the_norm_batch_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="micro-batch of 3 crops is no multiple of norm_batch = 2"):
+    with pytest.raises(ValueError, match="micro-batch of 3 crops is not a multiple of norm_batch = 2"):
         BatchNorm(6, norm_batch=2)(torch.randn(5, 3, 6))

@@ -86,7 +86,7 @@ def test_a_wav_in_a_pipe_that_ends_before_its_header_says_is_enhanced_as_far_as_
     done = pipe(folder, tmp_path, "-", "out.wav", audio=wav(music(8_000, 16_000, 1))[: 44 + 2 * 5_000])
     assert done.returncode == 0
     assert done.stderr == (
-        b"standard input: cut short: it holds 10000 of the 16000 bytes of samples that its header tells of\n"
+        b"standard input: cut short: it holds 10000 of the 16000 bytes of samples that its header declares\n"
     )
     assert soundfile.info(tmp_path / "out.wav").frames == 5_000
 

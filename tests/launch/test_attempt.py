@@ -64,9 +64,9 @@ def test_an_attempt_that_died_without_a_word_ended_when_it_was_last_heard_of(
 @pytest.mark.parametrize(
     ("said", "log", "has_scontrol", "failure", "reason"),
     [
-        ("gpu077 down*\n", "", True, "preempted", "SLURM queued the job again; its processes left no word"),
+        ("gpu077 down*\n", "", True, "preempted", "SLURM queued the job again; its processes recorded no reason"),
         ("gpu077 down*\nn2 down*\n", "", True, "node failure", "of its nodes n[1-2] SLURM says: n2 down*"),
-        ("gpu077 down*\n", "", False, "preempted", "SLURM queued the job again; its processes left no word"),
+        ("gpu077 down*\n", "", False, "preempted", "SLURM queued the job again; its processes recorded no reason"),
         ("", "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0\n", True, "out of memory", "oom_kill"),
     ],
     ids=["another job's node", "its own node", "in a container", "its own log"],

@@ -141,7 +141,7 @@ def hours_at(speed: float, plan: RunPlan) -> float:
 
 
 def measure(config: StudyConfig, plan: RunPlan, speed: float) -> None:
-    """Put a speed on record as a preflight does, audio-seconds a second."""
+    """Put a speed on record as a preflight does, audio-seconds per second."""
     shape = shape_record(Costs(config.cluster).shape(plan))
     add_measurement(Path(config.cluster.throughput), plan.to_record(), shape, speed, "preflight")
 

@@ -235,12 +235,12 @@ def test_mistakes_in_a_sweep_are_one_line(sweep_words: list[str], tmp_path: Path
         ([*sweep_words, "sweep.axes.train.sede=[1,2]"], "error: train.sede: no such setting"),
         (
             [*sweep_words, "sweep.axes.model=[xxt]", "sweep.axes.model.norm=[batch]"],
-            "error: sweep.axes.model: an axis and settings below it as axes do not go together so; write "
+            "error: sweep.axes.model: an axis and one of its own settings cannot both be axes; write "
             "'sweep.axes={model: [...], model.norm: [batch]}'",
         ),
         (  # beside the axis of the sweep's file
             ["+sweep=sizes", "sweep.axes.model.num_channels=[8,16]"],
-            "error: sweep.axes.model: an axis and settings below it as axes do not go together so; write "
+            "error: sweep.axes.model: an axis and one of its own settings cannot both be axes; write "
             "'sweep.axes={model: [...], model.num_channels: [8,16]}'",
         ),
         ([*sweep_words, "sweep.axis=3"], "error: axis: no such setting; did you mean axes?"),
@@ -315,7 +315,7 @@ def test_a_cell_that_is_all_warm_up_is_shown_by_name_and_nothing_starts_before_i
     refused = command("launch.sweep", *words, f"study={tmp_path / 'study'}")
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
-    assert line.startswith("error: the warm-up leaves nothing of the steps of c48-seed0-")
+    assert line.startswith("error: the warm-up is as long as the whole run of steps of c48-seed0-")
     assert "(10 steps, warm-up of 20): lower train.optimiser.warmup_steps, raise train.budget, or add" in line
     assert not (tmp_path / "study").exists()
     rule = line.partition(" or add ")[2].removesuffix(" to sweep.exclude")

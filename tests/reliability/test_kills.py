@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the run that is gone on with is the run that nobody killed, bit for bit."""
+"""SIGKILL at random moments: the resumed run is the run that nobody killed, bit for bit."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_kills_at_random_moments_change_no_loss_and_no_weight(
     report(
         f"kills {world_size}",
         f"{kills.total()} SIGKILLs at random moments of {runs} runs on {world_size} process{'es' * (world_size > 1)} "
-        f"with two loader workers each ({places}), each run gone on with at once: 0 of {runs} differ from the run that "
+        f"with two loader workers each ({places}), each run resumed at once: 0 of {runs} differ from the run that "
         "nobody killed in a loss, a gradient norm or the hash of the final weights.",
     )
 

@@ -27,7 +27,7 @@ MISTAKES = {
     "train.budget.epochs=2": r"train.budget has steps=\d+, epochs=2.0: expected exactly one of steps, ",
     "train.budget.steps=null": r"train.budget has none: expected exactly one of",
     "train.budget.steps=0": r"train.budget.steps = 0: expected above 0",
-    "train.global_batch=12": r"train.global_batch = 12 is no multiple of train.norm_batch = 8",
+    "train.global_batch=12": r"train.global_batch = 12 is not a multiple of train.norm_batch = 8",
     "execution.micro_batch=3": r"execution.micro_batch = 3: expected a divisor of train.global_batch = 8 that is",
     "train.precision=int8": r"train.precision = int8: expected one of fp32, bf16, fp16",
     "train.losses.waveform=-1": r"train.losses.waveform = -1.0: expected a finite weight of at least 0",

@@ -260,15 +260,16 @@ def test_folders_of_wavs_are_scored_one_row_an_utterance(speech, tmp_path: Path,
     assert "clean/p1_002.wav: 48000 Hz, mono, 8000 samples; expected 16000 Hz" in done.stderr
     done = command("scaling.evaluate", *words[:4], "metrics=[mos]")
     assert done.returncode == 2
-    assert "metrics: mos is no metric; expected names among pesq_wb, stoi, " in done.stderr
+    assert "metrics: mos is not a metric; expected names among pesq_wb, stoi, " in done.stderr
     (tmp_path / "folder.jsonl").mkdir()
     for wrong in ("folder.jsonl", "enhanced/p1_001.wav"):
         done = command("scaling.evaluate", *words[:3], f"scores={wrong}")
         assert (done.returncode, done.stdout) == (2, ""), "before anything is scored"
         assert f"scores = {wrong}: expected a file to write, named like scores.jsonl" in done.stderr
-    done = command("scaling.evaluate", "noisy=noisy")
-    assert done.returncode == 2
-    assert "evaluate needs run=DIR, or all of" in done.stderr
+    for given in (["noisy"], ["run", "scores"]):
+        done = command("scaling.evaluate", *(f"{name}={name}.jsonl" for name in given))
+        assert done.returncode == 2
+        assert f"evaluate was given {', '.join(given)}: expected run=DIR alone, or all of noisy=DIR" in done.stderr
 
 
 def test_a_finished_run_can_be_scored_again_and_an_unfinished_one_says_so(tiny_run: list[str], tmp_path: Path, command):

@@ -75,7 +75,7 @@ def test_shards_other_than_the_planned_are_refused(plan_of, tiny_index: ShardInd
 def test_a_budget_beyond_the_data_and_a_warm_up_beyond_the_run_are_refused(plan_of):
     with pytest.raises(UserError, match=r"data.hours = 9 needs 9 h"):
         plan_of("data.hours=9")
-    with pytest.raises(UserError, match="warmup_steps = 500 leaves nothing of the 24 steps of model xxt"):
+    with pytest.raises(UserError, match="warmup_steps = 500 is as long as the whole run of 24 steps of model xxt"):
         plan_of("train.optimiser.warmup_steps=500").check_steps()
 
 

@@ -236,7 +236,7 @@ def not_a_number(root: Path) -> None:
 WAV = "clean_testset_wav/p257_001.wav"
 TWIN = "noisy_testset_wav/p257_001.wav"
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no root": (shutil.rmtree, "is no folder: name the folder that holds"),
+    "no root": (shutil.rmtree, "is not a folder: name the folder that holds"),
     "missing set": (
         lambda root: shutil.rmtree(root / "noisy_testset_wav"),
         "lacks noisy_testset_wav (looked for a folder or a .zip of that name): download",

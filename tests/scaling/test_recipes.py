@@ -31,7 +31,7 @@ MISTAKES = {
     "train.early_stopping={interval: 0, patience: 1}": r"train.early_stopping.interval = 0: expected at least 1",
     "train.early_stopping.patience=3": r"interval = None and patience = 3: give both or neither",
     "train.losses.pesq=-1": r"train.losses.pesq = -1.0: expected a finite weight",
-    "execution.metrics=[mos]": r"execution.metrics: mos is no metric; expected names among pesq_wb",
+    "execution.metrics=[mos]": r"execution.metrics: mos is not a metric; expected names among pesq_wb",
     "execution.metrics=[]": r"execution.metrics = \[\]: expected at least one of pesq_wb",
     "execution.samples_every=0": r"execution.samples_every = 0: expected at least 1, or null",
 }
@@ -232,7 +232,7 @@ def test_enhanced_utterances_and_spectrograms_go_to_tensorboard(tiny_run: list[s
 def test_a_sample_that_the_test_set_lacks_is_refused(tiny_run: list[str], command):
     done = command("scaling.train", *tiny_run, "data.samples=[p999_001]")
     assert done.returncode == 2
-    assert "data.samples: p999_001 is no test utterance of" in done.stderr
+    assert "data.samples: p999_001 is not a test utterance of" in done.stderr
 
 
 def test_a_validation_clip_too_short_for_a_term_of_the_loss_is_padded_and_ends_no_run(tmp_path: Path):

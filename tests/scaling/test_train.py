@@ -183,7 +183,7 @@ def test_a_folder_that_is_no_runs_is_left_as_it_is(tiny_run: list[str], tmp_path
     (tmp_path / "mine" / "model.pt").write_text("precious too")
     done = command("scaling.train", *tiny_run, f"run={tmp_path / 'mine'}", *more)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "mine holds checkpoints, model.pt and no plan.json: it is no run's; name another folder" in done.stderr
+    assert "mine holds checkpoints, model.pt and no plan.json, so it is not a run's folder: name another" in done.stderr
     assert foreign.read_text() == "precious"
 
 
@@ -216,7 +216,7 @@ def test_an_incomplete_environment_is_refused_before_anything_is_written(tiny_ru
 def test_a_users_mistakes_end_in_one_line_and_status_2(tiny_run: list[str], tmp_path: Path, command):
     for words, expected in (
         (["model=huge"], "error: model=huge: no such model"),
-        (["data=vbd"], "one of these sets a part of something that is null here; leave it out"),
+        (["data=vbd"], "one of these settings has a parent that is null; leave it out"),
         (["data.hours=5"], "error: data.hours = 5 needs 5 h"),
         (["execution.device=cuda"], "error: execution.device = cuda: torch finds no GPU here"),
     ):

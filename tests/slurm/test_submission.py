@@ -71,7 +71,7 @@ def test_cells_of_one_shape_share_arrays_within_the_sites_limit_and_the_cap(slur
     assert sum("Dependency=afterany" in show(each.job) for each in submissions) == 2
 
     again = launch("sweep", *words)
-    assert f"{2 * seeds} runs wait or run already" in again.stdout
+    assert f"{2 * seeds} runs are already queued or running" in again.stdout
     assert elements_of(study) == elements
 
 
@@ -80,7 +80,10 @@ def test_a_study_of_more_runs_than_a_user_may_submit_is_queued_as_far_as_the_lim
 ):
     seeds = ",".join(map(str, range(MOST_SUBMITTED + 3)))
     words = [*slurm_words, LATER, f"study={study}", f"sweep.axes.seed=[{seeds}]", "cluster.partition=few"]
-    for told in (f"submitted {MOST_SUBMITTED - 2} runs as job array", f"{MOST_SUBMITTED} runs wait or run already"):
+    for told in (
+        f"submitted {MOST_SUBMITTED - 2} runs as job array",
+        f"{MOST_SUBMITTED} runs are already queued or running",
+    ):
         done = launch("sweep", *words, check=False)  # the second time while none has ended
         assert done.returncode == 75
         assert told in done.stdout
@@ -125,7 +128,7 @@ def test_two_sweeps_started_at_once_submit_each_cell_once(slurm_words: list[str]
     said = [each.communicate(timeout=200)[0] for each in both]
     assert [each.returncode for each in both] == [0, 0]
     assert sum("submitted 5 runs" in text for text in said) == 1
-    assert sum("5 runs wait or run already" in text for text in said) == 1
+    assert sum("5 runs are already queued or running" in text for text in said) == 1
     assert len(elements_of(study)) == 5
     assert all(len(events_of(run, "submitted")) == 1 for run in runs_of(study))
 
@@ -150,7 +153,7 @@ def test_a_sweep_killed_between_submit_and_record_leaves_neither_orphan_nor_doub
     assert killed.returncode == -signal.SIGKILL
     assert not (study / "runs").exists(), "no run knows of its job"
     again = launch("sweep", *words)
-    assert "3 runs wait or run already" in again.stdout, again.stdout
+    assert "3 runs are already queued or running" in again.stdout, again.stdout
     elements = elements_of(study)
     assert len(elements) == len(set(elements.values())) == 3
     assert {job_of(run): run.run_id for run in runs_of(study)} == elements
