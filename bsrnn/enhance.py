@@ -21,8 +21,8 @@ A model that is not causal, or whose norm is over the whole recording, hears eac
 gives anything back, and holds it in memory.
 
 Samples beyond full scale are clipped where the output's format holds whole numbers, and counted; samples of
-the input that are no numbers (NaN, infinite) count as silence, and are counted too. A WAV file that holds less
-than its header tells of is enhanced as far as it goes, and named; what follows its samples is left out.
+the input that are NaN or infinite count as silence, and are counted too. A WAV file that holds less
+than its header declares is enhanced as far as it goes, and named; what follows its samples is left out.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def test_what_their_layout_cannot_say_is_refused(setting: dict[str, float]):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path):
     save_model(trained_like(BSRNNConfig(16, 1)), tmp_path / "ours.pt")
-    with pytest.raises(OSError, match=r"theirs.pth: cannot be written .*: give another place") as raised:
+    with pytest.raises(OSError, match=r"theirs.pth: cannot be written .*: choose another path") as raised:
         main([str(tmp_path / "ours.pt"), str(tmp_path / "ours.pt" / "theirs.pth")])
     assert raised.value.errno in (errno.ENOTDIR, errno.EEXIST), "by its number a full disk is known"
 

@@ -166,7 +166,7 @@ def test_samples_that_are_no_numbers_count_as_silence_and_do_no_harm_beyond(
     signal[100], signal[101] = np.nan, np.inf
     soundfile.write(tmp_path / "in.wav", signal, 16_000, subtype="FLOAT")
     run(folder / "model.pt", tmp_path / "in.wav", tmp_path / "out.wav")
-    assert "2 samples that are no numbers" in capsys.readouterr().err
+    assert "2 NaN or infinite samples" in capsys.readouterr().err
     assert np.isfinite(soundfile.read(tmp_path / "out.wav")[0]).all()
 
 
@@ -273,7 +273,7 @@ def test_a_wav_whose_recorder_was_cut_off_is_not_enhanced_to_nothing(
     content = bytearray((tmp_path / "in.wav").read_bytes())
     content[40:44] = bytes(4)  # how many bytes of samples there are
     (tmp_path / "in.wav").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tells of no samples, .* and 32044 bytes are there: pipe it in"):
+    with pytest.raises(ValueError, match=r"declares no samples, .* but 32044 bytes are there: pipe it in"):
         run(folder, tmp_path / "in.wav", tmp_path / "out.wav")
     assert not (tmp_path / "out.wav").exists()
 
@@ -306,13 +306,13 @@ def test_an_input_is_never_overwritten(folder: Path, tmp_path: Path):
         (["{models}/model.pt", "-", "-", "rate=4000000000"], "rate = 4000000000: expected from 1 to 768000"),
         (["{models}/model.pt", "-", "-", "channels=0"], "channels = 0: expected from 1 to 1024"),
         (["{models}/model.pt", "{empty}", "out"], "holds no audio files"),
-        (["{models}/model.pt", "{audio}", "{audio}/out.wav"], "out.wav: cannot be written .*: give another place"),
+        (["{models}/model.pt", "{audio}", "{audio}/out.wav"], "out.wav: cannot be written .*: choose another path"),
         (["{models}/model.pt", "{wide}", "{empty}/out.mp3"], "7 channels at 96000 Hz .* cannot be written as MP3"),
         (["{models}/model.pt", "{wide}", "{empty}/out.mp3"], "take .wav, which holds up to 1024 channels"),
         (["{models}/model.pt", "{wide}", "{empty}/out.opus"], "96000 Hz .* Opus only supports sample rates of 8000, "),
         (["{models}/model.pt", "{raw}", "{empty}/out.wav"], "in.raw: raw samples tell neither .*: pipe .* rate=HZ"),
-        (["{models}/model.pt", "{audio}", "{empty}/out"], "empty/out: no such folder, and no ending .*, or / for a"),
-        (["{models}/model.pt", "{audio}", "{empty}/../fifo.wav"], "fifo.wav is no file that could be replaced"),
+        (["{models}/model.pt", "{audio}", "{empty}/out"], "empty/out: not an existing folder, and without a file extension.*, or / for a"),
+        (["{models}/model.pt", "{audio}", "{empty}/../fifo.wav"], "fifo.wav exists and is not a regular file"),
         (["{models}/model.pt", "-", "{empty}/new/"], "new/ is a folder: give a file"),
         (["{models}/model.pt", "{wide}.none", "{empty}/out.wav"], "no such file or folder"),
         (["{models}/strange.pt", "{audio}", "out.wav"], "strange.pt: it is not a valid BSRNN configuration"),
@@ -338,5 +338,5 @@ def test_a_users_mistake_is_one_line(folder: Path, tmp_path: Path, words: list[s
 def test_a_file_whose_header_tells_of_an_impossible_rate_is_refused_by_name(folder: Path, tmp_path: Path):
     whole = wav(music(400, 16_000, 1))
     (tmp_path / "in.wav").write_bytes(whole[:24] + struct.pack("<I", 2_000_000_000) + whole[28:])
-    with pytest.raises(ValueError, match=r"in.wav: its header tells of 2000000000 Hz; expected 1 to 768000"):
+    with pytest.raises(ValueError, match=r"in.wav: its header declares 2000000000 Hz; expected 1 to 768000"):
         run(folder / "model.pt", tmp_path / "in.wav", tmp_path / "out.wav")

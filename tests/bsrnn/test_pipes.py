@@ -102,10 +102,10 @@ def wav_start(kind: int, channels: int, rate: int, bits: int, rest: bytes = b"")
         (b"RIFF1234WAVEfmt " + bytes(3), "ends in its header"),
         (wav_start(1, 1, 16_000, 24), "kind 1 with 24 bits"),
         (b"RIFF1234WAVEdata" + bytes(4), "before their format"),
-        (b"RIFF1234WAVEfmt \4\0\0\0\1\0\1\0", "format has 4 bytes; expected at least 16"),
-        (wav_start(0xFFFE, 1, 16_000, 16), "format has 16 bytes; expected at least 26"),
-        (wav_start(1, 1, 4_000_000_000, 16), "tells of 4000000000 Hz; expected 1 to 768000"),
-        (wav_start(1, 0, 16_000, 16), "tells of 0 channels; expected 1 to 1024"),
+        (b"RIFF1234WAVEfmt \4\0\0\0\1\0\1\0", "4 bytes of format; expected at least 16"),
+        (wav_start(0xFFFE, 1, 16_000, 16), "16 bytes of format; expected at least 26"),
+        (wav_start(1, 1, 4_000_000_000, 16), "declares 4000000000 Hz; expected 1 to 768000"),
+        (wav_start(1, 0, 16_000, 16), "declares 0 channels; expected 1 to 1024"),
     ],
 )
 def test_a_wav_that_a_pipe_cannot_have_is_refused_by_name(start: bytes, said: str):

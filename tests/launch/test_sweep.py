@@ -67,7 +67,7 @@ def test_a_sweep_trains_every_cell_once_and_ends_with_a_report(sweep_words: list
     begun = time.monotonic()
     again = command("launch.sweep", *sweep_words)
     assert again.returncode == 0, again.stderr
-    assert "4 of 4 runs are settled, 0 to execute" in again.stdout
+    assert "4 of 4 runs are complete (finished or diverged), 0 to run" in again.stdout
     assert started(study) == {row["run_id"]: 1 for row in plan}
     assert time.monotonic() - begun < 60
 
@@ -91,7 +91,7 @@ def test_a_failing_cell_leaves_the_others_and_is_named_with_its_log(sweep_words:
         "launch.sweep", *words, "sweep.axes.model=[xxt]", "sweep.axes.train.optimiser.learning_rate=[0.001,1e30]"
     )
     assert again.returncode == 1, "a diverged run is a result: not tried again, still told"
-    assert "2 of 2 runs are settled, 0 to execute" in again.stdout
+    assert "2 of 2 runs are complete (finished or diverged), 0 to run" in again.stdout
 
 
 def test_a_cell_whose_process_is_killed_is_told_and_goes_on_at_the_next_call(
@@ -113,7 +113,7 @@ def test_a_cell_whose_process_is_killed_is_told_and_goes_on_at_the_next_call(
 
     again = command("launch.sweep", *words)
     assert again.returncode == 0, again.stderr
-    assert "1 of 2 runs are settled, 1 to execute" in again.stdout
+    assert "1 of 2 runs are complete (finished or diverged), 1 to run" in again.stdout
     assert victim.state()[0] == "finished"
     assert started(study)[victim.run_id] == 2
     assert [row["step"] for row in victim.read_metrics() if row["kind"] == "train"] == list(range(1, 61))
@@ -382,7 +382,7 @@ def test_speed_against_processes_is_a_sweep_whose_runs_differ_in_nothing_else(
     (alone,) = [study.run(row["run_id"]) for row in plan if row["axes"]["cluster.processes_per_node"] == 1]
     alone.clear()
     done = command("launch.sweep", *words)
-    assert "1 of 2 runs are settled, 1 to execute" in done.stdout, done.stderr
+    assert "1 of 2 runs are complete (finished or diverged), 1 to run" in done.stdout, done.stderr
     assert alone.read_events()[1]["hardware"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
     assert [metrics["loss"] for metrics in alone.read_metrics()] == losses[1]
     table = (study.report / "tables" / "node_scaling.md").read_text()
