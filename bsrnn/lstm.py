@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from bsrnn.compiled import NotCompiledError, library
+from bsrnn.compiled import CompilerError, NotCompiledError, library
 
 SOURCE = Path(__file__).with_name("lstm.c")
 LARGEST_HIDDEN = 128  # at 256 the library's products of whole steps are as fast (measured: docs/performance.md)
@@ -226,6 +226,8 @@ def _library() -> Any:
             break
         except NotCompiledError as error:
             why = why or str(error)
+            if not isinstance(error, CompilerError):
+                break
     if loaded is None:
         return why
     loaded.has_threads = has_threads  # type: ignore[attr-defined]

@@ -18,7 +18,6 @@ from torch.nn.utils import parametrizations
 
 from bsrnn import BSRNN, BSRNNConfig, compiled
 from bsrnn import lstm as lstm_module
-from bsrnn.compiled import library
 from bsrnn.lstm import LARGEST_HIDDEN, LSTM, by_library
 
 PARTS = ["outputs", "last outputs", "last cells", "x", "h0", "c0", "ih", "hh", "bias ih", "bias hh"]
@@ -282,10 +281,10 @@ def test_a_second_derivative_is_refused():
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("CC", "no-such-compiler")
-    for cache in (library, lstm_module._library):
+    for cache in (compiled._made, lstm_module._library):
         cache.cache_clear()
     yield
-    for cache in (library, lstm_module._library):
+    for cache in (compiled._made, lstm_module._library):
         cache.cache_clear()
 
 
@@ -314,6 +313,19 @@ def test_a_compiler_without_openmp_makes_it_for_one_thread(
     torch.testing.assert_close(ours(x)[0], expected, atol=1e-6, rtol=1e-5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert "OpenMP" in str(ours.obstacle(x))  # torch's threads are faster
+
+
+def test_a_compiler_that_is_too_slow_is_not_tried_without_openmp(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_compiler: None
+):
+    compiler, calls = tmp_path / "cc", tmp_path / "calls"
+    compiler.write_text(f"#!/bin/sh\necho called >> {calls}\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("bsrnn.compiled.COMPILER_SECONDS", 1)
+    assert "took longer than 1 s" in str(LSTM(4, 8).obstacle(torch.randn(5, 3, 4)))
+    assert calls.read_text() == "called\n"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bsrnn import BSRNN, BSRNNConfig
-from bsrnn.compiled import library
+from bsrnn import BSRNN, BSRNNConfig, compiled
 from bsrnn.folding import fold
 from bsrnn.kernel import PACKED_FROM, FrameKernel
 from bsrnn.streaming import Stream
@@ -232,7 +231,7 @@ def test_without_a_c_compiler_a_stream_runs_through_torch(
     model: BSRNN, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ):
     monkeypatch.setenv("CC", "no-such-compiler")
-    library.cache_clear()
+    compiled._made.cache_clear()
     try:
         assert "no-such-compiler" in str(FrameKernel.obstacle(fold(model)))
         with pytest.raises(ValueError, match="no kernel for this model"):
@@ -242,7 +241,7 @@ def test_without_a_c_compiler_a_stream_runs_through_torch(
         parts = [stream.process(chunk) for chunk in signal.split(256, dim=1)]
         assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
     finally:
-        library.cache_clear()
+        compiled._made.cache_clear()
 
 
 def test_the_kernel_takes_no_model_that_it_does_not_know():
