@@ -11,8 +11,7 @@ Rows are the batch. Inputs are (step, row, input), outputs (step, row, direction
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,6 @@ from bsrnn.compiled import CompilerError, NotCompiledError, library
 
 SOURCE = Path(__file__).with_name("lstm.c")
 LARGEST_HIDDEN = 128  # at 256 the library's products of whole steps are as fast (measured: docs/performance.md)
-
-_by_library = False
-
-
-@contextmanager
-def by_library() -> Iterator[None]:
-    """Within it every LSTM of this process is the library's, to compare with."""
-    global _by_library
-    before, _by_library = _by_library, True
-    try:
-        yield
-    finally:
-        _by_library = before
 
 
 def keep_out_of_graphs() -> None:
@@ -90,8 +76,6 @@ class LSTM(nn.LSTM):
 
         Under autocast to bfloat16, for which `forward` makes 32 bits of them, it is to be asked outside.
         """
-        if _by_library:
-            return "the library was asked for"
         if self.hidden_size > LARGEST_HIDDEN:
             return f"its hidden size is above {LARGEST_HIDDEN}"
         # Tracers and modes of torch see calls of torch alone.

@@ -18,7 +18,8 @@ from torch.nn.utils import parametrizations
 
 from bsrnn import BSRNN, BSRNNConfig, compiled
 from bsrnn import lstm as lstm_module
-from bsrnn.lstm import LARGEST_HIDDEN, LSTM, by_library
+from bsrnn.lstm import LARGEST_HIDDEN, LSTM
+from tests.bsrnn.library_lstm import by_library
 
 PARTS = ["outputs", "last outputs", "last cells", "x", "h0", "c0", "ih", "hh", "bias ih", "bias hh"]
 
