@@ -177,7 +177,7 @@ def _as_wide(part: Tensor, hidden: int) -> Tensor:
     """Its last axis filled up with zeros, if it is shorter."""
     if part.shape[-1] == hidden:
         return part.contiguous()
-    return nn.functional.pad(part, (0, hidden - part.shape[-1]))
+    return nn.functional.pad(part, (0, hidden - part.shape[-1])).contiguous()  # padded channels last stay so
 
 
 def _units_of(part: Tensor, units: int) -> Tensor:

@@ -111,6 +111,31 @@ def test_what_is_no_number_stays_none():
     assert outputs[:, [0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("hidden", [16, 20])  # 20 are filled up to whole vectors
+def test_an_infinite_input_makes_only_its_own_weights_gradients_none(hidden: int):
+    torch.manual_seed(0)
+    ours, x = LSTM(4, hidden), torch.randn(5, 6, 4)
+    x[2, 1, 0] = torch.inf
+    zeros = torch.zeros(1, 6, hidden)
+    weights = [torch.ones(5, 6, hidden), *torch.ones(2, 1, 6, hidden)]
+    found = all_of(ours, x, (zeros, zeros), weights)
+    with by_library():
+        expected = all_of(ours, x, (zeros, zeros), weights)
+    for name, one, other in zip(PARTS, found, expected, strict=True):
+        assert not (one.isnan() & ~other.isnan()).any(), name
+
+
+@pytest.mark.parametrize("hidden", [16, 20])
+@pytest.mark.parametrize("rows_first", [False, True], ids=["steps first", "rows first"])
+def test_gradients_that_do_not_lie_in_order_are_those_that_do(hidden: int, rows_first: bool):
+    torch.manual_seed(0)
+    ours, x = LSTM(4, hidden, batch_first=rows_first), torch.randn(6, 5, 4, requires_grad=True)
+    outputs, gradient = ours(x)[0], torch.randn(6, hidden, 5).transpose(1, 2)
+    leaves = [x, *ours.parameters()]
+    found = torch.autograd.grad(outputs, leaves, gradient, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(outputs, leaves, gradient.contiguous()), rtol=0, atol=0)
+
+
 def test_a_model_trains_alike_with_either():
     torch.manual_seed(0)
     model = BSRNN(BSRNNConfig(24, 2)).train()
