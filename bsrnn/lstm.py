@@ -58,7 +58,7 @@ class LSTM(nn.LSTM):
             with torch.autocast(device, enabled=False):
                 states = None if hx is None else (hx[0].float(), hx[1].float())
                 return LSTM.forward(self, input.float(), states)  # whatever wraps the instance's stays outside
-        if self.obstacle(input, *(hx or ())) is not None:
+        if self.obstacle(input, *(hx or ())) is not None or not self._weights_fit():
             return super().forward(input, hx)
         if hx is None:
             self.check_input(input, None)
@@ -85,19 +85,21 @@ class LSTM(nn.LSTM):
             or _get_current_dispatch_mode() is not None
             or torch._C._functorch.maybe_current_level() is not None
         ):
-            return "torch follows its operators"
+            return "torch is tracing or transforming the operators"
         if not all(isinstance(part, Tensor) and part.dim() == 3 and part.numel() for part in inputs):
-            return "it is no batch of steps"
+            return "inputs are not non-empty 3-D tensors"
         tensors = (*inputs, *self._weights())
+        if any(type(part) not in (Tensor, nn.Parameter) for part in tensors):  # they may have no memory of their own
+            return "an input or a weight is of a subclass of torch.Tensor"
         if any(part.device.type != "cpu" for part in tensors):
-            return "it is not on the CPU"
+            return "an input or a weight is not on the CPU"
         if torch.is_autocast_enabled("cpu") or any(part.dtype != torch.float32 for part in tensors):
-            return "it is not in 32 bits"
+            return "it is not computed in 32 bits"
         kernel = _library()
         if isinstance(kernel, str):
             return kernel
         if not kernel.has_threads and torch.get_num_threads() > 1:
-            return f"the compiler has no OpenMP, and torch {torch.get_num_threads()} threads"
+            return f"compiled without OpenMP, torch uses {torch.get_num_threads()} threads"
         return None
 
     def _weights(self) -> list[Tensor]:
@@ -105,6 +107,12 @@ class LSTM(nn.LSTM):
         kinds = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
         ways = ("", "_reverse") if self.bidirectional else ("",)
         return [getattr(self, kind + way) for way in ways for kind in kinds]
+
+    def _weights_fit(self) -> bool:
+        """Whether they have the shapes that C reads; to be asked in `forward` alone, where ZeRO's are whole."""
+        gates = 4 * self.hidden_size
+        shapes = [(gates, self.input_size), (gates, self.hidden_size), (gates,), (gates,)] * (1 + self.bidirectional)
+        return all(weight.shape == shape for weight, shape in zip(self._weights(), shapes, strict=True))
 
 
 class _Shape(ctypes.Structure):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
+from torch.testing._internal.two_tensor import TwoTensor
 
 from bsrnn import BSRNN, BSRNNConfig, compiled
 from bsrnn import lstm as lstm_module
@@ -166,6 +167,44 @@ def test_what_it_does_not_take_goes_to_the_library():
         theirs = nn.LSTM(4, network.hidden_size).to(x.dtype if network is large else torch.float64)
         theirs.load_state_dict(network.state_dict())
         torch.testing.assert_close(network(given)[0], theirs(given)[0])
+
+
+def test_a_tensor_of_a_subclass_goes_to_the_library():
+    """It need not have memory that C could read."""
+    torch.manual_seed(0)
+    ours, x = LSTM(4, 8), torch.randn(5, 3, 4)
+    assert "subclass" in str(ours.obstacle(TwoTensor(x, x)))
+    assert "subclass" in str(ours.obstacle(x, *(TwoTensor(state, state) for state in torch.zeros(2, 1, 3, 8))))
+    both = ours(TwoTensor(x, 2 * x))[0]
+    torch.testing.assert_close(both.b, ours(2 * x)[0], atol=1e-6, rtol=1e-5)
+    ours.weight_hh_l0 = nn.Parameter(TwoTensor(ours.weight_hh_l0.detach(), ours.weight_hh_l0.detach()))
+    assert "subclass" in str(ours.obstacle(x))
+
+
+@pytest.mark.parametrize("kind", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("way", ["", "_reverse"])
+def test_weights_of_other_shapes_are_the_librarys_to_refuse(kind: str, way: str, monkeypatch: pytest.MonkeyPatch):
+    ours, x, given = LSTM(4, 8, bidirectional=True), torch.randn(5, 3, 4), []
+    weight = getattr(ours, kind + way)
+
+    def forward(self, input, hx):
+        given.append(input)
+        return input, (input, input)
+
+    monkeypatch.setattr(nn.LSTM, "forward", forward)
+    ours(x)
+    assert not given
+    weight.data = weight.data[:3]
+    ours(x)
+    assert given
+    assert ours.obstacle(x) is None  # DeepSpeed, asked before a pass, has them in parts
+
+
+def test_the_library_refuses_a_bias_of_another_shape():
+    ours = LSTM(4, 8)
+    ours.bias_ih_l0 = nn.Parameter(torch.randn(3))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        ours(torch.randn(5, 3, 4))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 6), (5, 3, 2)])
@@ -338,7 +377,7 @@ def test_a_compiler_without_openmp_makes_it_for_one_thread(
         expected = ours(x)[0]
     torch.testing.assert_close(ours(x)[0], expected, atol=1e-6, rtol=1e-5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert "OpenMP" in str(ours.obstacle(x))  # torch's threads are faster
+    assert ours.obstacle(x) == "compiled without OpenMP, torch uses 4 threads"  # which are faster
 
 
 def test_a_compiler_that_is_too_slow_is_not_tried_without_openmp(
