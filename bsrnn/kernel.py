@@ -16,7 +16,9 @@ that the sums stay what they were.
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ class _Step(ctypes.Structure):
 
 
 class FrameKernel:
-    """One model's frames for a fixed number of streams, from spectra to samples, or from spectrum to spectrum."""
+    """One model's frames for a fixed number of streams, from spectra to samples."""
 
     @staticmethod
     def obstacle(model: BSRNN) -> str | None:
@@ -88,8 +90,7 @@ class FrameKernel:
     def __init__(self, model: BSRNN, num_streams: int) -> None:
         config = model.config
         self.config, self.num_streams = config, num_streams
-        loaded = _library()
-        self._call_step, self._call_hops = loaded.bsrnn_step, loaded.bsrnn_hops
+        self._call_hops = _library().bsrnn_hops
         self._channels = whole_width(config.num_channels)
         packed = 4 * 4 * (2 * self._channels) ** 2 >= PACKED_FROM
         arrays = list(_weights_in_order(model, self._channels, packed))
@@ -120,23 +121,16 @@ class FrameKernel:
             self._roots.ctypes.data,
             self._hop_work.ctypes.data,
         )
-        self._pointers: tuple[list[BlockState], ctypes.Array, ctypes.Array] | None = None
+        self._num_bins, self._hop_length = config.num_bins, config.hop_length
+        # What was renewed last, and is therefore known to be right, with the addresses of the states.
+        self._overlap: Tensor | None = None
+        self._envelope: Tensor | None = None
+        self._pointers: tuple[list[BlockState], Any, Any] = [], None, None
 
     def initial_states(self) -> list[BlockState]:
         """Silence before the first frame."""
-        shape = (1, self.num_streams * self.config.num_bands, 2 * self.config.num_channels)
-        return [(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.config.num_layers)]
-
-    def step(self, spectrum: Complex[Tensor, "stream bin"], states: list[BlockState]) -> Complex[Tensor, "stream bin"]:
-        """Enhance one frame of uncompressed spectra; `states` are renewed in place.
-
-        At the first step with them they are put into memory of the kernel's width, of which they are a view.
-        """
-        spectrum = spectrum.contiguous()
-        enhanced = torch.empty_like(spectrum)
-        hidden, cell = self._pointers_of(states)
-        self._call_step(ctypes.byref(self._step), spectrum.data_ptr(), hidden, cell, enhanced.data_ptr())
-        return enhanced
+        zeros = partial(torch.zeros, self._state_shape(), dtype=torch.float32, device="cpu")
+        return [(zeros(), zeros()) for _ in range(self.config.num_layers)]
 
     def hops(
         self,
@@ -149,11 +143,17 @@ class FrameKernel:
 
         spectra: of windowed samples
         overlap, envelope: what the frames before add to the next n_fft - hop_length samples, contiguous, and the sum of
-            their squared windows there. As `states`, they are renewed in place.
+            their squared windows there. As `states`, they are renewed in place; at the first call with them, states
+            are put into memory of the kernel's width, of which they are a view.
+
+        ValueError for tensors of other shapes or kinds.
         """
-        spectra = spectra.contiguous()
-        num_frames = spectra.shape[1]
-        finished = torch.empty(self.num_streams, num_frames * self.config.hop_length)
+        num_frames = spectra.shape[1] if spectra.ndim == 3 else 1
+        _check("spectra", spectra, torch.complex64, (self.num_streams, num_frames, self._num_bins))
+        if overlap is not self._overlap or envelope is not self._envelope:
+            self._check_renewed(overlap, envelope)
+        spectra = spectra.resolve_conj().contiguous()
+        finished = overlap.new_empty(self.num_streams, num_frames * self._hop_length)
         hidden, cell = self._pointers_of(states)
         self._call_hops(
             ctypes.byref(self._step),
@@ -167,18 +167,32 @@ class FrameKernel:
         )
         return finished
 
+    def _check_renewed(self, overlap: Tensor, envelope: Tensor) -> None:
+        rest = self.config.n_fft - self.config.hop_length
+        _check("overlap", overlap, torch.float32, (self.num_streams, rest))
+        _check("envelope", envelope, torch.float32, (rest,))
+        if not (overlap.is_contiguous() and envelope.is_contiguous()):
+            raise ValueError("overlap and envelope are renewed in place: expected both to be contiguous")
+        self._overlap, self._envelope = overlap, envelope
+
     def _pointers_of(self, states: list[BlockState]) -> tuple[ctypes.Array, ctypes.Array]:
         """Of every layer's hidden state and cell, brought to the kernel's width if they were not before."""
-        if self._pointers is None or self._pointers[0] is not states:
+        known, hidden, cell = self._pointers
+        if len(states) != len(known) or not all(map(operator.is_, states, known)):
+            if len(states) != self.config.num_layers:
+                raise ValueError(f"states of {len(states)} layers: expected {self.config.num_layers}")
+            for part in (part for state in states for part in state):
+                _check("a state", part, torch.float32, self._state_shape())
             for index, state in enumerate(states):
                 states[index] = (self._widened(state[0]), self._widened(state[1]))
             kind = ctypes.c_void_p * len(states)
-            self._pointers = (
-                states,
-                kind(*(hidden.data_ptr() for hidden, _ in states)),
-                kind(*(cell.data_ptr() for _, cell in states)),
-            )
-        return self._pointers[1:]
+            hidden, cell = (kind(*(state[which].data_ptr() for state in states)) for which in (0, 1))
+            self._pointers = [*states], hidden, cell
+        return hidden, cell
+
+    def _state_shape(self) -> tuple[int, int, int]:
+        """Of a layer's hidden state or cell."""
+        return 1, self.num_streams * self.config.num_bands, 2 * self.config.num_channels
 
     def _widened(self, part: Tensor) -> Tensor:
         """A state's part (1, B·K, 2C) whose rows lie 2·`_channels` apart, zeros between them."""
@@ -195,6 +209,12 @@ class FrameKernel:
     def _hop_floats(self) -> int:
         """As kernel.c divides `hop_work`."""
         return self.num_streams * 2 * self.config.num_bins + 4 * self.config.n_fft
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
+        found = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name}: {found}: expected {shape} of {dtype} on cpu")
 
 
 def whole_width(num_channels: int) -> int:
@@ -300,8 +320,6 @@ def _aligned(num_floats: int) -> np.ndarray:
 def _library() -> ctypes.CDLL:
     """The compiled kernel; NotCompiledError where it cannot be had."""
     loaded = library(SOURCE)
-    loaded.bsrnn_step.restype = None
-    loaded.bsrnn_step.argtypes = (ctypes.c_void_p,) * 5
     loaded.bsrnn_hops.restype = None
     loaded.bsrnn_hops.argtypes = (ctypes.c_void_p, ctypes.c_int, *(ctypes.c_void_p,) * 6)
     return loaded

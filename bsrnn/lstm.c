@@ -305,6 +305,15 @@ INLINE void gates_gradient(const Shape *s, int rows, const float *gates, From y,
   }
 }
 
+// The gates' gradients of the units beyond the model's to 0: an infinite one times a weight of zero makes them NaN, and
+// they times weights of zero those of the model's units.
+static void clear_filling(const Shape *s, int rows, float *dg) {
+  const int filling = s->hidden - s->units;  // fewer than LANES
+  for (int r = 0; filling && r < rows; r++)
+    for (float *p = dg + (r + 1) * gates_of(s) - CELL, *end = p + CELL; p < end; p += LANES)
+      memset(p + LANES - filling, 0, sizeof(float) * filling);
+}
+
 // x to gates: as lstm_forward had and made them. dy: as y. dh, dc: (direction, row, hidden), of the last outputs and
 // cells before and of h0 and c0 after. dx: (position, padded inputs). gradients: of ih, hh and of either bias.
 void lstm_backward(const Shape *s, const Weights *weights, const float *x, const float *h0, const float *c0,
@@ -335,6 +344,7 @@ void lstm_backward(const Shape *s, const Weights *weights, const float *x, const
           float *dg = all + (long)slots * rows * G;
           gates_gradient(s, rows, gates + (now * D + d) * G, (From){y + (now * D + d) * H, stride},
                          (From){dy + (now * D + d) * H, stride}, before, dh + zero, dc + zero, dg, sum + inner(s) * G);
+          clear_filling(s, rows, dg);
           const To to_x = {dx + now * width, apart(s) * width};
           product(rows, G, width, (From){dg, G}, to_inputs, d, to_x);
           if (n || h0) product(rows, G, H, (From){dg, G}, to_hidden, 0, (To){dh + zero, H});

@@ -11,8 +11,7 @@ Rows are the batch. Inputs are (step, row, input), outputs (step, row, direction
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,23 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from bsrnn.compiled import NotCompiledError, library
+from bsrnn.compiled import CompilerError, NotCompiledError, library
 
 SOURCE = Path(__file__).with_name("lstm.c")
 LARGEST_HIDDEN = 128  # at 256 the library's products of whole steps are as fast (measured: docs/performance.md)
-
-_by_library = False
-
-
-@contextmanager
-def by_library() -> Iterator[None]:
-    """Within it every LSTM of this process is the library's, to compare with."""
-    global _by_library
-    before, _by_library = _by_library, True
-    try:
-        yield
-    finally:
-        _by_library = before
 
 
 def keep_out_of_graphs() -> None:
@@ -72,7 +58,7 @@ class LSTM(nn.LSTM):
             with torch.autocast(device, enabled=False):
                 states = None if hx is None else (hx[0].float(), hx[1].float())
                 return LSTM.forward(self, input.float(), states)  # whatever wraps the instance's stays outside
-        if self.obstacle(input, *(hx or ())) is not None:
+        if self.obstacle(input, *(hx or ())) is not None or not self._weights_fit():
             return super().forward(input, hx)
         if hx is None:
             self.check_input(input, None)
@@ -90,8 +76,6 @@ class LSTM(nn.LSTM):
 
         Under autocast to bfloat16, for which `forward` makes 32 bits of them, it is to be asked outside.
         """
-        if _by_library:
-            return "the library was asked for"
         if self.hidden_size > LARGEST_HIDDEN:
             return f"its hidden size is above {LARGEST_HIDDEN}"
         # Tracers and modes of torch see calls of torch alone.
@@ -101,19 +85,21 @@ class LSTM(nn.LSTM):
             or _get_current_dispatch_mode() is not None
             or torch._C._functorch.maybe_current_level() is not None
         ):
-            return "torch follows its operators"
+            return "torch is tracing or transforming the operators"
         if not all(isinstance(part, Tensor) and part.dim() == 3 and part.numel() for part in inputs):
-            return "it is no batch of steps"
+            return "inputs are not non-empty 3-D tensors"
         tensors = (*inputs, *self._weights())
+        if any(type(part) not in (Tensor, nn.Parameter) for part in tensors):  # they may have no memory of their own
+            return "an input or a weight is of a subclass of torch.Tensor"
         if any(part.device.type != "cpu" for part in tensors):
-            return "it is not on the CPU"
+            return "an input or a weight is not on the CPU"
         if torch.is_autocast_enabled("cpu") or any(part.dtype != torch.float32 for part in tensors):
-            return "it is not in 32 bits"
+            return "it is not computed in 32 bits"
         kernel = _library()
         if isinstance(kernel, str):
             return kernel
         if not kernel.has_threads and torch.get_num_threads() > 1:
-            return f"the compiler has no OpenMP, and torch {torch.get_num_threads()} threads"
+            return f"compiled without OpenMP, torch uses {torch.get_num_threads()} threads"
         return None
 
     def _weights(self) -> list[Tensor]:
@@ -121,6 +107,12 @@ class LSTM(nn.LSTM):
         kinds = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
         ways = ("", "_reverse") if self.bidirectional else ("",)
         return [getattr(self, kind + way) for way in ways for kind in kinds]
+
+    def _weights_fit(self) -> bool:
+        """Whether they have the shapes that C reads; to be asked in `forward` alone, where ZeRO's are whole."""
+        gates = 4 * self.hidden_size
+        shapes = [(gates, self.input_size), (gates, self.hidden_size), (gates,), (gates,)] * (1 + self.bidirectional)
+        return all(weight.shape == shape for weight, shape in zip(self._weights(), shapes, strict=True))
 
 
 class _Shape(ctypes.Structure):
@@ -193,7 +185,7 @@ def _as_wide(part: Tensor, hidden: int) -> Tensor:
     """Its last axis filled up with zeros, if it is shorter."""
     if part.shape[-1] == hidden:
         return part.contiguous()
-    return nn.functional.pad(part, (0, hidden - part.shape[-1]))
+    return nn.functional.pad(part, (0, hidden - part.shape[-1])).contiguous()  # padded channels last stay so
 
 
 def _units_of(part: Tensor, units: int) -> Tensor:
@@ -226,6 +218,8 @@ def _library() -> Any:
             break
         except NotCompiledError as error:
             why = why or str(error)
+            if not isinstance(error, CompilerError):
+                break
     if loaded is None:
         return why
     loaded.has_threads = has_threads  # type: ignore[attr-defined]

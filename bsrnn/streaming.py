@@ -65,16 +65,29 @@ class Stream:
         self._model = fold(model).requires_grad_(False)
         self.num_streams = num_streams
         self._window = self._model.stft.window
-        self._step, self._kernel = step, None
+        self._step, self._use_kernel = step, use_kernel
         channels = self.config.num_channels
         self._kernel_frames = max(KERNEL_FRAMES, KERNEL_WORK * channels // whole_width(channels) ** 3)
-        if use_kernel is not False and step is None:
-            reason = FrameKernel.obstacle(self._model)
-            if reason is None:
-                self._kernel = FrameKernel(self._model, num_streams)
-            elif use_kernel:
-                raise ValueError(f"no kernel for this model: {reason}")
+        self._kernel = self._kernel_here()
         self.reset()
+
+    def _kernel_here(self) -> FrameKernel | None:
+        if self._use_kernel is False or self._step is not None:
+            return None
+        reason = FrameKernel.obstacle(self._model)
+        if reason is None:
+            return FrameKernel(self._model, self.num_streams)
+        if self._use_kernel:
+            raise ValueError(f"no kernel for this model: {reason}")
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the kernel: a copy has one of its own, made on the machine where it is."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kernel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._kernel = self._kernel_here()
 
     def reset(self) -> None:
         """Forget everything: the next sample is the first of a new signal."""

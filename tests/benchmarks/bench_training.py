@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.convert import from_reference
 from bsrnn.counting import count_macs
-from bsrnn.lstm import by_library, keep_out_of_graphs
+from bsrnn.lstm import keep_out_of_graphs
 from bsrnn.rtf import SIZES
 from scaling.allocator import keep_freed_memory
 from scaling.device import set_arithmetic
 from tests.benchmarks.machine import macs_per_second, vector_bits
 from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
 from tests.bsrnn.band_by_band import BandByBand
+from tests.bsrnn.library_lstm import by_library
 
 COMMAND = "python -m pytest tests/benchmarks/bench_training.py -o python_files='bench_*.py'"
 CROPS = {"xxt": 8, "xt": 8, "t": 8, "s": 8, "m": 2, "l": 1, "xl": 1}  # on the CPU

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
+from torch.testing._internal.two_tensor import TwoTensor
 
 from bsrnn import BSRNN, BSRNNConfig, compiled
 from bsrnn import lstm as lstm_module
-from bsrnn.compiled import library
-from bsrnn.lstm import LARGEST_HIDDEN, LSTM, by_library
+from bsrnn.lstm import LARGEST_HIDDEN, LSTM
+from tests.bsrnn.library_lstm import by_library
 
 PARTS = ["outputs", "last outputs", "last cells", "x", "h0", "c0", "ih", "hh", "bias ih", "bias hh"]
 
@@ -111,6 +112,31 @@ def test_what_is_no_number_stays_none():
     assert outputs[:, [0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("hidden", [16, 20])  # 20 are filled up to whole vectors
+def test_an_infinite_input_makes_only_its_own_weights_gradients_none(hidden: int):
+    torch.manual_seed(0)
+    ours, x = LSTM(4, hidden), torch.randn(5, 6, 4)
+    x[2, 1, 0] = torch.inf
+    zeros = torch.zeros(1, 6, hidden)
+    weights = [torch.ones(5, 6, hidden), *torch.ones(2, 1, 6, hidden)]
+    found = all_of(ours, x, (zeros, zeros), weights)
+    with by_library():
+        expected = all_of(ours, x, (zeros, zeros), weights)
+    for name, one, other in zip(PARTS, found, expected, strict=True):
+        assert not (one.isnan() & ~other.isnan()).any(), name
+
+
+@pytest.mark.parametrize("hidden", [16, 20])
+@pytest.mark.parametrize("rows_first", [False, True], ids=["steps first", "rows first"])
+def test_gradients_that_do_not_lie_in_order_are_those_that_do(hidden: int, rows_first: bool):
+    torch.manual_seed(0)
+    ours, x = LSTM(4, hidden, batch_first=rows_first), torch.randn(6, 5, 4, requires_grad=True)
+    outputs, gradient = ours(x)[0], torch.randn(6, hidden, 5).transpose(1, 2)
+    leaves = [x, *ours.parameters()]
+    found = torch.autograd.grad(outputs, leaves, gradient, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(outputs, leaves, gradient.contiguous()), rtol=0, atol=0)
+
+
 def test_a_model_trains_alike_with_either():
     torch.manual_seed(0)
     model = BSRNN(BSRNNConfig(24, 2)).train()
@@ -141,6 +167,44 @@ def test_what_it_does_not_take_goes_to_the_library():
         theirs = nn.LSTM(4, network.hidden_size).to(x.dtype if network is large else torch.float64)
         theirs.load_state_dict(network.state_dict())
         torch.testing.assert_close(network(given)[0], theirs(given)[0])
+
+
+def test_a_tensor_of_a_subclass_goes_to_the_library():
+    """It need not have memory that C could read."""
+    torch.manual_seed(0)
+    ours, x = LSTM(4, 8), torch.randn(5, 3, 4)
+    assert "subclass" in str(ours.obstacle(TwoTensor(x, x)))
+    assert "subclass" in str(ours.obstacle(x, *(TwoTensor(state, state) for state in torch.zeros(2, 1, 3, 8))))
+    both = ours(TwoTensor(x, 2 * x))[0]
+    torch.testing.assert_close(both.b, ours(2 * x)[0], atol=1e-6, rtol=1e-5)
+    ours.weight_hh_l0 = nn.Parameter(TwoTensor(ours.weight_hh_l0.detach(), ours.weight_hh_l0.detach()))
+    assert "subclass" in str(ours.obstacle(x))
+
+
+@pytest.mark.parametrize("kind", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("way", ["", "_reverse"])
+def test_weights_of_other_shapes_are_the_librarys_to_refuse(kind: str, way: str, monkeypatch: pytest.MonkeyPatch):
+    ours, x, given = LSTM(4, 8, bidirectional=True), torch.randn(5, 3, 4), []
+    weight = getattr(ours, kind + way)
+
+    def forward(self, input, hx):
+        given.append(input)
+        return input, (input, input)
+
+    monkeypatch.setattr(nn.LSTM, "forward", forward)
+    ours(x)
+    assert not given
+    weight.data = weight.data[:3]
+    ours(x)
+    assert given
+    assert ours.obstacle(x) is None  # DeepSpeed, asked before a pass, has them in parts
+
+
+def test_the_library_refuses_a_bias_of_another_shape():
+    ours = LSTM(4, 8)
+    ours.bias_ih_l0 = nn.Parameter(torch.randn(3))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        ours(torch.randn(5, 3, 4))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 6), (5, 3, 2)])
@@ -282,10 +346,10 @@ def test_a_second_derivative_is_refused():
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("CC", "no-such-compiler")
-    for cache in (library, lstm_module._library):
+    for cache in (compiled._made, lstm_module._library):
         cache.cache_clear()
     yield
-    for cache in (library, lstm_module._library):
+    for cache in (compiled._made, lstm_module._library):
         cache.cache_clear()
 
 
@@ -313,7 +377,20 @@ def test_a_compiler_without_openmp_makes_it_for_one_thread(
         expected = ours(x)[0]
     torch.testing.assert_close(ours(x)[0], expected, atol=1e-6, rtol=1e-5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert "OpenMP" in str(ours.obstacle(x))  # torch's threads are faster
+    assert ours.obstacle(x) == "compiled without OpenMP, torch uses 4 threads"  # which are faster
+
+
+def test_a_compiler_that_is_too_slow_is_not_tried_without_openmp(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_compiler: None
+):
+    compiler, calls = tmp_path / "cc", tmp_path / "calls"
+    compiler.write_text(f"#!/bin/sh\necho called >> {calls}\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("bsrnn.compiled.COMPILER_SECONDS", 1)
+    assert "took longer than 1 s" in str(LSTM(4, 8).obstacle(torch.randn(5, 3, 4)))
+    assert calls.read_text() == "called\n"
 
 
 @pytest.mark.parametrize(

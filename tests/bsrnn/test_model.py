@@ -14,8 +14,8 @@ from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.bands import BAND_WIDTHS_16_KHZ, group_bands
 from bsrnn.counting import count_macs, count_parameters
 from bsrnn.folding import fold
-from bsrnn.lstm import by_library
 from bsrnn.norm import BatchNorm
+from tests.bsrnn.library_lstm import by_library
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 

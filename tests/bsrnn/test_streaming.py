@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bsrnn import BSRNN, BSRNNConfig
-from bsrnn.compiled import library
+from bsrnn import BSRNN, BSRNNConfig, compiled
 from bsrnn.folding import fold
 from bsrnn.kernel import PACKED_FROM, FrameKernel
 from bsrnn.streaming import Stream
+from tests.bsrnn.frame_step import enhance_frame
 from tests.bsrnn.test_model import trained_like
 
 KERNELS = pytest.mark.parametrize("use_kernel", [True, False], ids=["kernel", "torch"])
@@ -215,10 +217,112 @@ def assert_the_kernel_equals_torch(channels: int, num_streams: int) -> None:
     for scale in (1.0, 1e-3, 30.0, 0.0, 1.0, 1.0):  # silence too
         spectrum = scale * torch.randn(num_streams, 257, dtype=torch.complex64)
         expected = by_torch._enhance(spectrum.unsqueeze(1)).squeeze(1)
-        assert_equal(torch.view_as_real(kernel.step(spectrum, states)), torch.view_as_real(expected))
+        assert_equal(torch.view_as_real(enhance_frame(kernel, spectrum, states)), torch.view_as_real(expected))
     assert by_torch._states is not None
     for ours, theirs in zip(states, by_torch._states, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@KERNELS
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+@pytest.mark.parametrize("channels", [16, 24])
+def test_a_copy_of_a_stream_goes_on_by_itself(channels: int, copied: Callable[[Stream], Stream], use_kernel: bool):
+    model = trained_like(BSRNNConfig(channels, 2))
+    signal = noise(2, 3_000)
+    stream = Stream(model, 2, use_kernel)
+    first = stream.process(signal[:, :1_000])
+    other = copied(stream)
+    assert (other._kernel is not None) == use_kernel
+    for one in (stream, other):
+        parts = [one.process(chunk) for chunk in signal[:, 1_000:].split(300, dim=1)]
+        assert_equal(torch.cat([first, *parts, one.flush()], dim=1), whole_file(model, signal))
+
+
+def test_a_copy_runs_through_torch_where_there_is_no_compiler(model: BSRNN, monkeypatch: pytest.MonkeyPatch):
+    signal = noise(1, 2_000)
+    here, demanded = (pickle.dumps(Stream(model, use_kernel=use_kernel)) for use_kernel in (None, True))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    compiled._made.cache_clear()
+    try:
+        stream = pickle.loads(here)
+        parts = [stream.process(chunk) for chunk in signal.split(256, dim=1)]
+        assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
+        with pytest.raises(ValueError, match="no kernel for this model"):
+            pickle.loads(demanded)
+    finally:
+        compiled._made.cache_clear()
+
+
+@pytest.mark.parametrize("default", ["64 bits", "another device"])
+def test_a_stream_is_in_32_bits_on_the_cpu_whatever_torchs_defaults_are(model: BSRNN, default: str):
+    signal = noise(1, 2_000)
+    expected = whole_file(model, signal)
+    try:
+        if default == "64 bits":
+            torch.set_default_dtype(torch.float64)
+        else:
+            torch.set_default_device("meta")
+        stream = Stream(model, use_kernel=True)
+        assert stream._kernel is not None
+        states = [part for state in stream._kernel.initial_states() for part in state]
+        assert {(part.dtype, part.device.type) for part in states} == {(torch.float32, "cpu")}
+        enhanced = torch.cat([*map(stream.process, signal.split(256, dim=1)), stream.flush()], dim=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert enhanced.dtype == torch.float32
+    assert_equal(enhanced, expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("channels", [16, 24])
+def test_new_states_in_a_list_that_the_kernel_has_seen_are_the_ones_it_renews(channels: int):
+    kernel = FrameKernel(fold(BSRNN(BSRNNConfig(channels, 1))), 1)
+    spectrum, states = torch.randn(1, 257, dtype=torch.complex64), kernel.initial_states()
+    first, _ = enhance_frame(kernel, spectrum, states), enhance_frame(kernel, spectrum, states)
+    states[:] = kernel.initial_states()
+    assert torch.equal(enhance_frame(kernel, spectrum, states), first)
+    assert all(part.any() for part in states[0])
+
+
+@torch.inference_mode()
+def test_conjugate_spectra_are_enhanced_as_what_they_stand_for():
+    kernel = FrameKernel(fold(BSRNN(BSRNNConfig(16, 1))), 1)
+    spectra = torch.randn(1, 2, 257, dtype=torch.complex64).conj()
+    by_bit, by_value = (
+        kernel.hops(given, kernel.initial_states(), torch.zeros(1, 256), torch.ones(256))
+        for given in (spectra, spectra.resolve_conj())
+    )
+    assert torch.equal(by_bit, by_value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        # jaxtyping, which only tests have, sees that sizes of the same name differ
+        ("spectra", {"spectra": torch.zeros(2, 1, 257, dtype=torch.complex64), "overlap": torch.zeros(2, 256)}),
+        ("spectra", {"spectra": torch.zeros(1, 1, 256, dtype=torch.complex64)}),
+        ("spectra", {"spectra": torch.zeros(1, 1, 257, dtype=torch.complex128)}),
+        ("overlap", {"overlap": torch.zeros(1, 255), "envelope": torch.zeros(255)}),
+        ("overlap", {"overlap": torch.zeros(1, 256, dtype=torch.float64)}),
+        ("envelope", {"envelope": torch.zeros(256, dtype=torch.float64)}),
+        ("envelope", {"envelope": torch.zeros(512)[::2]}),
+        ("states", {"states": []}),
+        ("states", {"states": [(torch.zeros(1, 31, 32), torch.zeros(1, 30, 32))]}),
+        ("states", {"states": [(torch.zeros(1, 31, 32, dtype=torch.float64), torch.zeros(1, 31, 32))]}),
+    ],
+)
+def test_the_kernel_refuses_what_is_of_another_shape_or_kind(name: str, given: dict):
+    kernel = FrameKernel(fold(BSRNN(BSRNNConfig(16, 1))), 1)
+    whole = {
+        "spectra": torch.zeros(1, 1, 257, dtype=torch.complex64),
+        "states": kernel.initial_states(),
+        "overlap": torch.zeros(1, 256),
+        "envelope": torch.zeros(256),
+    }
+    assert kernel.hops(**whole).shape == (1, 256)
+    with pytest.raises(ValueError, match=rf"{name.rstrip('s')}.*: expected "):
+        kernel.hops(**whole | given)
 
 
 def test_what_is_no_stream_of_floats_is_refused(model: BSRNN):
@@ -232,7 +336,7 @@ def test_without_a_c_compiler_a_stream_runs_through_torch(
     model: BSRNN, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ):
     monkeypatch.setenv("CC", "no-such-compiler")
-    library.cache_clear()
+    compiled._made.cache_clear()
     try:
         assert "no-such-compiler" in str(FrameKernel.obstacle(fold(model)))
         with pytest.raises(ValueError, match="no kernel for this model"):
@@ -242,7 +346,7 @@ def test_without_a_c_compiler_a_stream_runs_through_torch(
         parts = [stream.process(chunk) for chunk in signal.split(256, dim=1)]
         assert_equal(torch.cat([*parts, stream.flush()], dim=1), whole_file(model, signal))
     finally:
-        library.cache_clear()
+        compiled._made.cache_clear()
 
 
 def test_the_kernel_takes_no_model_that_it_does_not_know():

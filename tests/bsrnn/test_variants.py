@@ -19,10 +19,10 @@ from bsrnn.counting import count_macs, count_parameters
 from bsrnn.folding import fold
 from bsrnn.front_end import FRONT_ENDS
 from bsrnn.losses import LossConfig, enhancement_loss, unprocessed
-from bsrnn.lstm import by_library
 from bsrnn.recording_norm import CumulativeNorm, GroupNorm
 from bsrnn.stft import CompressedSTFT, compress
 from scaling.corpus import espeak
+from tests.bsrnn.library_lstm import by_library
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 

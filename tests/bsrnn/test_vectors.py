@@ -21,10 +21,10 @@ def lanes(request: pytest.FixtureRequest) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         if HAS_AVX:
             patch.setattr(compiled, "FLAGS", (*compiled.FLAGS, SHORTER[request.param]))
-        for cache in (compiled.library, lstm._library):
+        for cache in (compiled._made, lstm._library):
             cache.cache_clear()
         yield request.param
-    for cache in (compiled.library, lstm._library):
+    for cache in (compiled._made, lstm._library):
         cache.cache_clear()
 
 
