@@ -62,6 +62,7 @@ class Attempt:
 
     def __init__(self, submission: Submission, said: str) -> None:
         self.submission, self.settings, self.said = submission, submission.settings, said
+        self._job_fields = dict(word.split("=", 1) for word in said.split() if "=" in word)
         self.index = int(os.environ["SLURM_ARRAY_TASK_ID"])
         self.job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{self.index}"
         self.number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -78,9 +79,8 @@ class Attempt:
 
             write_whole(directory.plan, to_json(self.row | {"provenance": provenance()}) + "\n")
         self.submission.record_element(directory, self.job.partition("_")[0], self.index)
-        state, event = directory.state()
-        if state == "finished" or (state == "failed" and event.get("failure") == "diverged"):
-            log.info("run %s is settled: %s", directory.run_id, state)
+        if directory.is_settled():
+            log.info("run %s is settled: %s", directory.run_id, directory.state()[0])
             return {}
         newest = newest_event(directory.event_lines(), "submitted").get("job")
         if newest != self.job:
@@ -88,7 +88,8 @@ class Attempt:
             return {}
         self._record_silent_end()
         history = since_submitted(directory)
-        step, fruitless = committed_step(directory), fruitless_attempts(history, committed_step(directory))
+        step = committed_step(directory)
+        fruitless = fruitless_attempts(history, step)
         if fruitless >= self.settings.max_fruitless_attempts:
             last = next((event for event in reversed(history) if event["event"] == "ended"), {})
             directory.log_event(
@@ -232,14 +233,13 @@ class Attempt:
 
     def _scheduler_view(self) -> tuple[bool, int]:
         """(whether SLURM lets the job go on, how often it has queued it again), by scontrol's words."""
-        fields = dict(word.split("=", 1) for word in self.said.split() if "=" in word)
+        fields = self._job_fields
         return fields.get("JobState", "RUNNING") == "RUNNING", int(fields.get("Restarts", self.number))
 
     def _seconds_left(self) -> float:
         """Until SLURM's signal before the time limit was due; below 0 if that is over."""
-        fields = dict(word.split("=", 1) for word in self.said.split() if "=" in word)
         try:
-            end = time.mktime(time.strptime(fields["EndTime"], "%Y-%m-%dT%H:%M:%S"))
+            end = time.mktime(time.strptime(self._job_fields["EndTime"], "%Y-%m-%dT%H:%M:%S"))
         except (KeyError, ValueError):
             return 0.0
         signal_seconds = float(self.settings.shape.get("signal_seconds", 0))

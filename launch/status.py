@@ -20,9 +20,9 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 
 from launch.command import parsed
+from launch.display import in_words, runs_table
 from launch.queue import QueuedJob, read_queue
 from launch.state import STATES, RunState, look
 from launch.submission import of_other_users, rows_beyond, submissions
@@ -34,7 +34,7 @@ SECONDS_BETWEEN_LOOKS = 10.0
 NARROW = 120  # columns of a terminal, below which the table leaves some of its own out
 LEFT_OUT = ("audio s/s", "nodes", "last event")
 MOST_ROWS = 100  # of a table for people
-STYLES = {"finished": "green", "failed": "red", "lost": "red", "running": "bold", "evaluating": "bold"}
+COLUMNS = ("run", "state", "step", "loss", "audio s/s", "left", "job", "nodes", "last event", "")
 GOING = ("queued", "requeued", "starting", "running", "evaluating", "ending")
 
 
@@ -99,31 +99,13 @@ def status_table(
     """One row a run; of many runs those about which there is something to know, and the counts of all."""
     counts = Counter(state.state for state in states)
     summary = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
-    table = Table(title=f"{study.path}: {len(states)} runs: {summary}", title_justify="left", box=None, pad_edge=False)
-    names = ("run", "state", "step", "loss", "audio s/s", "left", "job", "nodes", "last event", "")
-    for name in (name for name in names if not (is_narrow and name in LEFT_OUT)):
-        is_number = name in ("step", "loss", "audio s/s", "left")
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=name not in ("", "last event"))
     shown = list(zip(states, rows, strict=True))
     if len(shown) > MOST_ROWS and not is_whole:
         telling = [pair for pair in shown if pair[0].state not in ("planned", "queued", "finished")]
         shown = (telling or shown)[:MOST_ROWS]
-    now = time.time()
-    for state, row in shown:
-        said = {
-            "run": state.run_id,
-            "state": state.state,
-            "step": f"{state.step}/{row['steps']}" if state.step else "",
-            "loss": f"{state.loss:.4f}" if state.loss is not None else "",
-            "audio s/s": f"{state.speed:.0f}" if state.speed else "",
-            "left": duration(state.seconds_left) if state.seconds_left is not None else "",
-            "job": state.job,
-            "nodes": state.nodes,
-            "last event": f"{state.last_event}, {duration(now - state.last_time)} ago" if state.last_time else "",
-            "": " ".join(state.why.split())[:160],
-        }
-        style = STYLES.get(state.state, "dim" if state.state in ("planned", "queued") else "")
-        table.add_row(*(said[str(column.header)] for column in table.columns), style=style)
+    columns = [name for name in COLUMNS if not (is_narrow and name in LEFT_OUT)]
+    title = f"{study.path}: {len(states)} runs: {summary}"
+    table = runs_table([in_words(state, row["steps"]) for state, row in shown], columns, title)
     if len(shown) == len(states):
         return table
     return Group(table, f"{len(states) - len(shown)} more runs are not shown: all=true shows them")
@@ -135,14 +117,6 @@ def newest_study() -> StudyDirectory:
     if not plans:
         raise UserError("no study below studies/ here: name one with study=DIR")
     return StudyDirectory(plans[-1].parent)
-
-
-def duration(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    if seconds < 120:
-        return f"{seconds} s"
-    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
-    return f"{days} d {hours} h" if days else f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.locks import held_lock
 from scaling.plan import RunPlan, require_writable
-from scaling.records import Record, StudyDirectory
+from scaling.records import StudyDirectory
 
 SECONDS_TO_WAIT = 120.0  # for another sweep's submission to SLURM
 
@@ -93,7 +93,7 @@ def _lock_of(study: StudyDirectory, config: StudyConfig) -> Iterator[int]:
 def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfig, lock: int) -> int:
     """Write the plan, bring what is not settled to its end (or submit it), report."""
     _tell_other_runs(study, plans)
-    todo = [plan for plan in plans if not is_settled(*plan.directory.state())]
+    todo = [plan for plan in plans if not plan.directory.is_settled()]
     print(f"{len(plans) - len(todo)} of {len(plans)} runs are complete (finished or diverged), {len(todo)} to run")
     if todo and config.cluster.executor == "slurm":
         return _submit(study, plans, todo, config, lock)
@@ -117,11 +117,6 @@ def _spelt_for_hydra(word: str) -> str:
     if word.startswith(("sweep.", "cluster.sizes", "cluster.additional_parameters")):
         return f"++{word}"
     return f"+{word}" if word.startswith("sweep=") else word
-
-
-def is_settled(state: str, event: Record) -> bool:
-    """Whether executing a run again would change nothing: it finished, or diverged."""
-    return state == "finished" or (state == "failed" and event.get("failure") == "diverged")
 
 
 def _submit(

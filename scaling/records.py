@@ -335,6 +335,11 @@ class RunDirectory:
         """
         return state_of(self.event_lines())
 
+    def is_settled(self) -> bool:
+        """Whether executing the run again would change nothing: it finished, or diverged."""
+        state, event = self.state()
+        return state == "finished" or (state == "failed" and event.get("failure") == "diverged")
+
     def event_lines(self) -> list[bytes]:
         """The lines of the events' file, for `newest_event`; none if there is no such file."""
         try:
