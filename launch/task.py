@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, replace
 
 from scaling.cores import num_cores
+from scaling.ending import end_at_exit, is_one_of_many
 from scaling.plan import RunPlan
 from scaling.stopping import StopFlag, StoppedError
 
@@ -26,11 +27,16 @@ class RunTask:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {self.plan.run_id} %(levelname)s %(message)s")
         if stop is not None:
             return self._execute(stop)
+        status = None
         with StopFlag() as heard:  # before anything slow is loaded: submitit passes over what it hears until then
             try:
-                return self._execute(heard)
+                status = self._execute(heard)
             except StoppedError:  # before the run began
-                return 75
+                status = 75
+            finally:
+                if is_one_of_many():  # once submitit has put on file what this returns (a success to it) or raises
+                    end_at_exit(1 if status is None else 0)
+        return status
 
     def _execute(self, stop: StopFlag) -> int:
         execution = self.plan.config.execution
