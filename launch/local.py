@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from launch.config import ClusterConfig
 from launch.task import RunTask
 from scaling.cores import num_cores
 from scaling.errors import UserError
+from scaling.gpus import visible_gpus
 from scaling.locks import holder, is_locked
 from scaling.plan import RunPlan
 from scaling.ports import free_port
@@ -39,7 +39,6 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_SAVE = 120.0  # as cluster.signal_seconds on SLURM: for a step or a validation under way, and the checkpoint
 SECONDS_TO_DIE = 8.0
 SECONDS_OF_ECHO = 1.0
-DRIVERS_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
 
 
 @dataclass
@@ -261,17 +260,3 @@ def _last_line(path: Path) -> str:
     except OSError:
         return ""
     return lines[-1][-300:] if lines else ""
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs, named as in CUDA_VISIBLE_DEVICES; asked of the driver, since loading torch takes seconds."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        entries = [entry.strip() for entry in named.split(",")]
-        return list(itertools.takewhile(lambda entry: entry and entry != "-1", entries))  # as CUDA reads it
-    try:
-        result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
-        num_gpus = sum(line.startswith("GPU ") for line in result.stdout.splitlines())
-    except (OSError, subprocess.SubprocessError):
-        num_gpus = len(list(DRIVERS_GPUS.glob("*")))
-    return [str(index) for index in range(num_gpus)]

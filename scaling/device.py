@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 
 import torch
 
 from scaling.errors import UnreachableError
+from scaling.gpus import has_driver, visible_gpus
+
+log = logging.getLogger(__name__)
 
 
 def uses_gpu(device: str) -> bool:
@@ -41,9 +45,23 @@ def name_of(device: str) -> str:
 def require_gpu(device: str, gpus_per_node: int) -> None:
     """UnreachableError where a job has GPUs that torch does not see: it would train on the CPU all the while."""
     if gpus_per_node and device != "cpu" and not torch.cuda.is_available():
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         raise UnreachableError(
             f"torch sees no GPU on {socket.gethostname()}, where the job has {gpus_per_node} a node: it is built "
-            f"{built}, CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}; look to the driver and the "
-            "container (--nv), or take execution.device=cpu"
+            f"{_built_for()}, CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}; look to the driver "
+            "and the container (--nv), install a torch build for that driver, or take execution.device=cpu"
         )
+
+
+def warn_of_idle_gpu(device: str) -> None:
+    """Say in a line that a run takes the CPU beside a GPU that torch cannot use, where nobody has asked for that."""
+    is_hidden = "CUDA_VISIBLE_DEVICES" in os.environ and not visible_gpus()
+    if device == "auto" and not is_hidden and has_driver() and not torch.cuda.is_available():
+        log.warning(
+            "this machine has an NVIDIA GPU that torch, built %s, cannot use: training on the CPU; install a torch "
+            "build for your driver, or say execution.device=cpu",
+            _built_for(),
+        )
+
+
+def _built_for() -> str:
+    return f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from scaling import train
 from scaling.cli import load_config
 from scaling.config import RunConfig
-from scaling.device import require_gpu, set_arithmetic
+from scaling.device import require_gpu, set_arithmetic, warn_of_idle_gpu
 from scaling.engines import make_engine
 from scaling.engines.data_parallel import MOST_OVERFLOWS, DataParallel
 from scaling.errors import UnreachableError, UserError
@@ -71,3 +73,46 @@ def test_a_job_with_gpus_that_torch_does_not_see_does_not_train_on_the_cpu_inste
         assert classify(raised.value)[0] == "node failure"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     require_gpu("auto", 4)
+
+
+@pytest.mark.parametrize(
+    ("device", "named", "is_told"),
+    [("auto", None, True), ("auto", "0", True), ("auto", "", False), ("cpu", None, False)],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_in_a_line_unless_nobody_wants_it(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+    named: str | None,
+    is_told: bool,
+):
+    monkeypatch.setattr("scaling.gpus.DRIVERS_GPUS", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    warn_of_idle_gpu(device)
+    assert not caplog.records, "there is none"
+    (tmp_path / "0000:01:00.0").mkdir()
+    warn_of_idle_gpu(device)
+    assert [record.getMessage() for record in caplog.records] == is_told * [
+        "this machine has an NVIDIA GPU that torch, built for CUDA 13.0, cannot use: training on the CPU; install a "
+        "torch build for your driver, or say execution.device=cpu"
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    warn_of_idle_gpu(device)
+    assert len(caplog.records) == is_told
+
+
+def test_a_run_of_its_own_tells_of_the_gpu_that_it_cannot_use(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr("scaling.gpus.DRIVERS_GPUS", tmp_path / "gpus")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(train, "execute", lambda plan, force: 0)
+    for rank, times in (("0", 1), ("1", 1)):  # the first of several processes alone
+        monkeypatch.setenv("RANK", rank)
+        assert train.main(tiny_run) == 0
+        assert caplog.text.count("cannot use: training on the CPU") == times
