@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -24,7 +25,9 @@ import psutil
 import submitit
 
 from launch.config import ClusterConfig
+from launch.costs import Costs
 from launch.task import RunTask
+from launch.throughput import record_run
 from scaling.cores import num_cores
 from scaling.errors import UserError
 from scaling.gpus import visible_gpus
@@ -33,6 +36,8 @@ from scaling.plan import RunPlan
 from scaling.ports import free_port
 from scaling.records import newest_event
 from scaling.statuses import PREEMPTED
+
+log = logging.getLogger(__name__)
 
 NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -127,6 +132,8 @@ def run_locally(
                 "fewer processes, or execution.device=cpu for all runs"
             )
     num_slots = cluster.max_parallel or max(1, (len(gpus) or min(len(planned) * most, num_cores())) // most)
+    # Of runs that have their GPUs to themselves; others may be slower.
+    costs = Costs(cluster) if gpus and num_slots * most <= len(gpus) else None
     threads = max(1, num_cores() // (min(num_slots, len(planned)) * most))  # of each process, in all runs the same
     adopted = [plan for plan in todo if is_alive(plan)]
     waiting = deque(plan for plan in todo if plan not in adopted)
@@ -146,6 +153,8 @@ def run_locally(
             for job in [job for job in running if job.is_done()]:
                 running.remove(job)
                 _record_silent_end(job)
+                if costs is not None:
+                    _record_speed(job.plan, costs)
             show()
         if interrupts.count:
             _stop(running, interrupts)
@@ -246,6 +255,18 @@ def _record_silent_end(job: LocalJob) -> None:
         + (f"; its log ends: {last_line}" if last_line else ""),
         **({"log": str(job.log)} if job.log is not None else {}),
     )
+
+
+def _record_speed(plan: RunPlan, costs: Costs) -> None:
+    """Put on record how fast a run on GPUs went, once it has finished."""
+    shape = costs.filed_as(plan)
+    if shape is None or plan.directory.state()[0] != "finished":
+        return
+    path = Path(costs.cluster.throughput)
+    try:
+        record_run(path, plan.directory, plan.to_record(), shape)
+    except OSError as error:  # which is in no run's way
+        log.warning("%s: the speed of run %s could not be put on record (%s)", path, plan.run_id, error)
 
 
 def _stopped_before_it_began(job: LocalJob) -> bool:

@@ -26,6 +26,24 @@ def has_driver() -> bool:
     return any(DRIVERS_GPUS.glob("*"))
 
 
+def model_of(gpus: list[str]) -> str | None:
+    """What these are ("NVIDIA H100 80GB HBM3"), joined where they differ.
+
+    None if the driver does not say, or one is a part of a GPU (MIG), which has a speed of its own.
+    """
+    lines = _ask("--query-gpu=index,uuid,name,mig.mode.current", "--format=csv,noheader") or []
+    listed = [fields for line in lines if len(fields := [field.strip() for field in line.split(",")]) == 4]
+    models = set()
+    for gpu in gpus:
+        found = [
+            fields for fields in listed if gpu == fields[0] or (gpu.startswith("GPU-") and fields[1].startswith(gpu))
+        ]
+        if len(found) != 1 or found[0][3] == "Enabled":
+            return None
+        models.add(found[0][2])
+    return " and ".join(sorted(models)) or None
+
+
 def _ask(*words: str) -> list[str] | None:
     """The lines that nvidia-smi answers; None where it is not there or fails."""
     try:

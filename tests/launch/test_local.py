@@ -25,6 +25,7 @@ from scaling.cli import load_config
 from scaling.config import RunConfig
 from scaling.errors import UnreachableError, UserError
 from scaling.plan import RunPlan, plan_run
+from scaling.records import read_records
 from scaling.shards import ShardIndex
 
 
@@ -225,6 +226,28 @@ def test_a_run_whose_gpus_torch_cannot_use_fails_on_record_and_does_not_train_on
     with pytest.raises(UnreachableError):
         RunTask(plans[1], gpus=("0", "1"))()
     assert not plans[1].directory.read_events(), "rank 0 says it"
+
+
+def test_a_finished_run_on_a_gpu_puts_its_speed_on_record_unless_it_shared_the_gpu(
+    plans, started, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr("launch.costs.model_of", lambda gpus: "A100")
+    speeds = tmp_path / "throughput.jsonl"
+    for plan in plans[:3]:
+        for step in (1, 2, 3):
+            plan.write().log_metrics("train", step, audio_seconds_per_second=10.0 * step)
+        plan.directory.log_event("finished" if plan is not plans[2] else "preempted")
+    run_locally(plans[:3], plans[:3], ClusterConfig("local", max_parallel=3, throughput=str(speeds)), lambda: None)
+    assert not speeds.exists()
+    run_locally(plans[:3], plans[:3], ClusterConfig("local", throughput=str(speeds)), lambda: None)
+    rows = list(read_records(speeds))
+    assert [row["source"] for row in rows] == [f"run {plan.run_id}" for plan in plans[:2]]
+    assert {row["audio_seconds_per_second"] for row in rows} == {25.0}  # the first step warms up
+    assert rows[0]["shape"] == {"executor": "local", "gpus_per_node": 1, "gpu": "A100"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    run_locally(plans[:2], plans[:2], ClusterConfig("local", throughput=str(speeds)), lambda: None)
+    assert list(read_records(speeds)) == rows
 
 
 @pytest.mark.parametrize("fault", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, ValueError])

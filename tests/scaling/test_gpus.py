@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from scaling import gpus
-from scaling.gpus import visible_gpus
+from scaling.gpus import model_of, visible_gpus
+from tests.launch.stand_ins import stand_in
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,33 @@ def test_without_the_drivers_tool_its_folder_is_counted(monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus() == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("named", "model"),
+    [
+        (["0"], "A100 80GB"),
+        (["0", "GPU-2"], "A100 80GB and T4"),
+        (["2"], None),  # cut into parts
+        (["MIG-3a"], None),
+        (["7"], None),
+        ([], None),
+    ],
+)
+def test_a_gpus_model_is_the_drivers_word_and_a_part_of_one_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: list[str], model: str | None
+):
+    stand_in(
+        tmp_path,
+        {
+            "nvidia-smi": """[ "$1" = --query-gpu=index,uuid,name,mig.mode.current ] && /bin/cat <<'END'
+0, GPU-1a, A100 80GB, Disabled
+1, GPU-2b, T4, [N/A]
+2, GPU-3c, H100, Enabled
+END"""
+        },
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert model_of(named) == model
+    (tmp_path / "nvidia-smi").unlink()
+    assert model_of(named) is None
