@@ -42,11 +42,8 @@ def make_engine(config: RunConfig, processes: Processes) -> Engine:
             f"deepspeed takes the GPU of a machine that has one, whatever execution.device = {execution.device} says; "
             "hide it with CUDA_VISIBLE_DEVICES="
         )
-    if config.train.precision == "fp16":
-        if not on_gpu:
-            raise UserError("train.precision = fp16 needs a GPU and torch finds none: take bf16 or fp32")
-        if execution.audit or execution.zero_stage is not None:
-            raise UserError("train.precision = fp16 goes neither with execution.audit nor with deepspeed: take bf16")
+    if config.train.precision == "fp16" and not on_gpu:
+        raise UserError("train.precision = fp16 needs a GPU and torch finds none: take bf16 or fp32")
     if execution.zero_stage is not None:
         return ZeRO(config, processes)
     return FixedOrder(config, processes) if execution.audit else DataParallel(config, processes)

@@ -29,8 +29,6 @@ class ZeRO(Engine):
         super().__init__(config, processes)
         assert config.execution.zero_stage is not None
         self.stage = config.execution.zero_stage
-        if config.execution.compile:
-            raise UserError("execution.compile does not go with deepspeed: leave one of them out")
         _prepare_deepspeed(self.on_cpu)
         bound = config.train.optimiser.max_gradient_norm
         plugin = DeepSpeedPlugin(
