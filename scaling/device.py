@@ -8,7 +8,7 @@ import socket
 
 import torch
 
-from scaling.errors import UnreachableError
+from scaling.errors import UnreachableError, UserError
 from scaling.gpus import has_driver, visible_gpus
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,31 @@ def warn_of_idle_gpu(device: str) -> None:
             "build for your driver, or say execution.device=cpu",
             _built_for(),
         )
+
+
+def require_bf16() -> None:
+    """UserError where this process's GPU has no bf16 of its own: torch would compute it in 32 bits, slowly."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"train.precision = bf16: expected a GPU that has it (compute capability 8.0 or later), and this is a "
+            f"{torch.cuda.get_device_name()}: take fp32 or fp16"
+        )
+
+
+def shun_broken_links() -> None:
+    """Keep NCCL from links that these GPUs have with this driver in name alone; Accelerate refuses them otherwise.
+
+    Of the RTX 40 series with drivers before 550.40: peer to peer and InfiniBand.
+    """
+    names = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
+    if all(name in os.environ for name in names):
+        return
+    from accelerate.utils import check_cuda_p2p_ib_support
+
+    if not check_cuda_p2p_ib_support():
+        for name in names:
+            os.environ.setdefault(name, "1")
+        log.info("GPUs of the RTX 40 series with a driver before 550.40: %s are set to 1", " and ".join(names))
 
 
 def _built_for() -> str:
