@@ -152,7 +152,7 @@ class Attempt:
         launched = newest_event(directory.event_lines(), "launched")
         if directory.state()[0] == "finished":
             self._record_end(launched, status, None)
-            record_run(directory, self.row, self.settings)
+            record_run(Path(self.settings.throughput), directory, self.row, self.settings.shape)
             return False
         recorded = [
             event

@@ -1,18 +1,21 @@
 """What a sweep costs, before anything is queued.
 
 From measured speeds of the same model and recipe on the same shape of job (launch.throughput: preflights
-and earlier runs); where there is none, from the cluster's two figures of compute time.
+and earlier runs); where there is none, from the cluster's two figures of compute time. Those of this machine
+are of its CPU: of a run that takes GPUs here nothing is known until one of its kind has been measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from launch.config import ClusterConfig
 from launch.slurm import shape_record
-from launch.throughput import Throughput
+from launch.throughput import Throughput, local_shape
 from scaling.errors import UserError
+from scaling.gpus import model_of, visible_gpus
 from scaling.plan import RunPlan
 from scaling.records import Record
 
@@ -23,7 +26,8 @@ class Costs:
     def __init__(self, cluster: ClusterConfig) -> None:
         self.cluster = cluster
         self.measured = Throughput(Path(cluster.throughput))
-        self.shapes: dict[str, tuple[ClusterConfig, Record]] = {}  # by model size and axes of the cluster
+        # by model size and axes of the cluster, and whether the run takes GPUs of this machine
+        self.shapes: dict[tuple[str, bool], tuple[ClusterConfig, Record | None]] = {}
         self.speeds: dict[tuple[int, ...], tuple[float | None, object]] = {}  # by the parts they are of, and these
 
     def shape(self, plan: RunPlan) -> ClusterConfig:
@@ -37,10 +41,16 @@ class Costs:
         config, (shape, record) = plan.config, self._shape(plan)
         if shape.num_processes > 1:
             config.micro_batches(shape.num_processes)
-        if self.cluster.executor == "slurm" and (speed := self._speed(plan, record)):
+        if record is not None and (speed := self._speed(plan, record)):
             return plan.audio_seconds_seen / speed / 3600
+        if self._takes_gpus_here(plan):
+            return None
         alone = shape.training_hours(config.model.num_layers, plan.macs_per_second, plan.audio_seconds_seen)
         return None if alone is None else alone / shape.num_processes
+
+    def filed_as(self, plan: RunPlan) -> Record | None:
+        """The shape of job by which the run's speed is filed; None where none is: on this machine's CPU."""
+        return self._shape(plan)[1]
 
     def device_hours(self, plan: RunPlan) -> float | None:
         """Hours of GPUs that the run takes, or of cores where there are none."""
@@ -53,12 +63,12 @@ class Costs:
         if None not in hours:
             return f"about {in_hours(known)} of training in all, on one {self._device}"
         unknown = sorted({plan.config.model.name for plan, each in zip(plans, hours, strict=True) if each is None})
-        measure = (
-            "measure them with python -m launch.preflight, or set"
-            if self.cluster.executor == "slurm"
-            else "set, as measured,"
-        )
-        return f"time of {', '.join(unknown)} unknown: {measure} cluster.seconds_per_layer and cluster.seconds_per_gmac"
+        remedy = "set, as measured, cluster.seconds_per_layer and cluster.seconds_per_gmac"
+        if self.cluster.executor == "slurm":
+            remedy = f"measure them with python -m launch.preflight, or {remedy.replace(', as measured,', '')}"
+        elif any(self._takes_gpus_here(plan) for plan, each in zip(plans, hours, strict=True) if each is None):
+            remedy = "measure them with python -m launch.preflight"
+        return f"time of {', '.join(unknown)} unknown: {remedy}"
 
     def require_within(self, plans: Sequence[RunPlan], max_hours: float | None) -> None:
         """UserError if runs cost more than they may, or if what they cost is not known."""
@@ -86,11 +96,26 @@ class Costs:
             self.speeds[key] = self.measured.speed(plan.science, vars(plan.config.execution), shape), parts
         return self.speeds[key][0]
 
-    def _shape(self, plan: RunPlan) -> tuple[ClusterConfig, Record]:
-        key = self.cluster.key_of_run(plan.config.model.name, plan.axes)
+    @cached_property
+    def _gpus_here(self) -> list[str]:
+        return visible_gpus() if self.cluster.executor == "local" else []
+
+    @cached_property
+    def _model_here(self) -> str | None:
+        return model_of(self._gpus_here)
+
+    def _takes_gpus_here(self, plan: RunPlan) -> bool:
+        return plan.config.execution.device != "cpu" and bool(self._gpus_here)
+
+    def _shape(self, plan: RunPlan) -> tuple[ClusterConfig, Record | None]:
+        key = self.cluster.key_of_run(plan.config.model.name, plan.axes), self._takes_gpus_here(plan)
         if key not in self.shapes:
-            shape = self.cluster.for_run(plan.config.model.name, plan.axes)
-            self.shapes[key] = (shape, shape_record(shape))
+            shape, record = self.cluster.for_run(plan.config.model.name, plan.axes), None
+            if self.cluster.executor == "slurm":
+                record = shape_record(shape)
+            elif key[1] and self._model_here is not None:
+                record = local_shape(shape.num_processes, self._model_here)
+            self.shapes[key] = (shape, record)
         return self.shapes[key]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -25,21 +25,25 @@ import psutil
 import submitit
 
 from launch.config import ClusterConfig
+from launch.costs import Costs
 from launch.task import RunTask
+from launch.throughput import record_run
 from scaling.cores import num_cores
 from scaling.errors import UserError
+from scaling.gpus import visible_gpus
 from scaling.locks import holder, is_locked
 from scaling.plan import RunPlan
 from scaling.ports import free_port
 from scaling.records import newest_event
 from scaling.statuses import PREEMPTED
 
+log = logging.getLogger(__name__)
+
 NO_TIME_LIMIT_MINUTES = 366 * 24 * 60
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_SAVE = 120.0  # as cluster.signal_seconds on SLURM: for a step or a validation under way, and the checkpoint
 SECONDS_TO_DIE = 8.0
 SECONDS_OF_ECHO = 1.0
-DRIVERS_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
 
 
 @dataclass
@@ -128,6 +132,8 @@ def run_locally(
                 "fewer processes, or execution.device=cpu for all runs"
             )
     num_slots = cluster.max_parallel or max(1, (len(gpus) or min(len(planned) * most, num_cores())) // most)
+    # Of runs that have their GPUs to themselves; others may be slower.
+    costs = Costs(cluster) if gpus and num_slots * most <= len(gpus) else None
     threads = max(1, num_cores() // (min(num_slots, len(planned)) * most))  # of each process, in all runs the same
     adopted = [plan for plan in todo if is_alive(plan)]
     waiting = deque(plan for plan in todo if plan not in adopted)
@@ -147,6 +153,8 @@ def run_locally(
             for job in [job for job in running if job.is_done()]:
                 running.remove(job)
                 _record_silent_end(job)
+                if costs is not None:
+                    _record_speed(job.plan, costs)
             show()
         if interrupts.count:
             _stop(running, interrupts)
@@ -249,6 +257,18 @@ def _record_silent_end(job: LocalJob) -> None:
     )
 
 
+def _record_speed(plan: RunPlan, costs: Costs) -> None:
+    """Put on record how fast a run on GPUs went, once it has finished."""
+    shape = costs.filed_as(plan)
+    if shape is None or plan.directory.state()[0] != "finished":
+        return
+    path = Path(costs.cluster.throughput)
+    try:
+        record_run(path, plan.directory, plan.to_record(), shape)
+    except OSError as error:  # which is in no run's way
+        log.warning("%s: the speed of run %s could not be put on record (%s)", path, plan.run_id, error)
+
+
 def _stopped_before_it_began(job: LocalJob) -> bool:
     with contextlib.suppress(Exception):  # what submitit raises for a job without results
         return job.job is not None and PREEMPTED in job.job.results()
@@ -261,17 +281,3 @@ def _last_line(path: Path) -> str:
     except OSError:
         return ""
     return lines[-1][-300:] if lines else ""
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs, named as in CUDA_VISIBLE_DEVICES; asked of the driver, since loading torch takes seconds."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        entries = [entry.strip() for entry in named.split(",")]
-        return list(itertools.takewhile(lambda entry: entry and entry != "-1", entries))  # as CUDA reads it
-    try:
-        result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
-        num_gpus = sum(line.startswith("GPU ") for line in result.stdout.splitlines())
-    except (OSError, subprocess.SubprocessError):
-        num_gpus = len(list(DRIVERS_GPUS.glob("*")))
-    return [str(index) for index in range(num_gpus)]

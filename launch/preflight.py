@@ -18,9 +18,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from launch.config import ClusterConfig, StudyConfig
+from launch.costs import Costs
 from launch.failures import classify_attempt, read_tail
 from launch.queue import ask, read_queue
-from launch.slurm import preflight_script, require_slurm, sbatch, settings_of, shape_record, try_shape
+from launch.slurm import preflight_script, require_slurm, sbatch, settings_of, try_shape
 from launch.snapshot import take_snapshot
 from launch.submission import Submission
 from launch.throughput import add_measurement
@@ -28,6 +29,7 @@ from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import RunConfig
 from scaling.errors import UserError
+from scaling.gpus import visible_gpus
 from scaling.plan import RunPlan, plan_run, require_writable
 from scaling.prepare import open_shards
 from scaling.records import StudyDirectory, read_records
@@ -60,7 +62,9 @@ def main(words: list[str]) -> int:
         evidence = (read_tail(submission.batch_log(0)), lambda rank: read_tail(submission.rank_log(0, 0, rank)))
     else:
         from launch.preflight_rank import check
+        from scaling.device import require_gpu
 
+        require_gpu(run.execution.device, len(visible_gpus()))
         submission, status = Submission.create(folder, [plan.to_record()], settings_of(shape)), 0
         evidence = ("", lambda rank: "")
         check(submission, 0)
@@ -74,10 +78,11 @@ def main(words: list[str]) -> int:
             return 1
         print(f"passed  {name}: {results[name]['said']}")
     speed = results["training step"]["audio_seconds_per_second"]
-    if shape.executor == "slurm":
-        add_measurement(
-            Path(shape.throughput), plan.to_record(), shape_record(shape), speed, f"preflight {folder.path.name}"
-        )
+    filed_as = Costs(config.cluster).filed_as(plan)
+    if filed_as is not None and (
+        shape.executor == "slurm" or shape.num_processes == 1
+    ):  # here it is one, whatever is asked
+        add_measurement(Path(shape.throughput), plan.to_record(), filed_as, speed, f"preflight {folder.path.name}")
     hours = plan.audio_seconds_seen / speed / 3600
     print(f"pass: a run of {plan.steps:,} steps would train for about {hours:.3g} h on this shape")
     return 0

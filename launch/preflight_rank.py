@@ -20,6 +20,7 @@ from launch.failures import report_line
 from launch.rank import export_ranks
 from launch.submission import Submission
 from scaling.device import require_gpu, torch_device
+from scaling.ending import end_after
 from scaling.plan import RunPlan, from_record
 from scaling.processes import Processes, join
 from scaling.records import append_record
@@ -137,4 +138,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_after(lambda: main(sys.argv[1:]))

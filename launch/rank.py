@@ -7,11 +7,10 @@ and MASTER_PORT come from launch.attempt), then `scaling.run.execute`. Its statu
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
-from typing import NoReturn
 
+from scaling.ending import end_after
 from scaling.statuses import PREEMPTED
 from scaling.stopping import StopFlag, StoppedError, ignore_stop_signals
 
@@ -63,17 +62,5 @@ def export_ranks(threads: int) -> None:
     }
 
 
-def end(status: int) -> NoReturn:
-    """End this process as Python does, but for tearing down C++'s objects.
-
-    A process group whose other end has gone first keeps threads, and these abort a process that is torn down: its
-    status would be 134, whatever it had said.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    end(main(sys.argv[1:]))
+    end_after(lambda: main(sys.argv[1:]))

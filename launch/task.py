@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass, replace
 
 from scaling.cores import num_cores
+from scaling.ending import end_at_exit, is_one_of_many
+from scaling.errors import UnreachableError
 from scaling.plan import RunPlan
 from scaling.stopping import StopFlag, StoppedError
 
@@ -26,11 +28,16 @@ class RunTask:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {self.plan.run_id} %(levelname)s %(message)s")
         if stop is not None:
             return self._execute(stop)
+        status = None
         with StopFlag() as heard:  # before anything slow is loaded: submitit passes over what it hears until then
             try:
-                return self._execute(heard)
+                status = self._execute(heard)
             except StoppedError:  # before the run began
-                return 75
+                status = 75
+            finally:
+                if is_one_of_many():  # once submitit has put on file what this returns (a success to it) or raises
+                    end_at_exit(1 if status is None else 0)
+        return status
 
     def _execute(self, stop: StopFlag) -> int:
         execution = self.plan.config.execution
@@ -41,12 +48,27 @@ class RunTask:
         plan = replace(self.plan, config=replace(self.plan.config, execution=execution))
         if self.port is not None:
             export_local_ranks(self.port)
+        os.environ["OMP_NUM_THREADS"] = str(execution.threads or num_cores())
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
-        os.environ["OMP_NUM_THREADS"] = str(execution.threads or num_cores())
+            require_own_gpus(plan, len(self.gpus))
         from scaling.run import execute
 
         return execute(plan, stop)
+
+
+def require_own_gpus(plan: RunPlan, num_gpus: int) -> None:
+    """UnreachableError, on the run's record too, where torch does not see the GPUs that the run was given."""
+    from scaling.device import require_gpu
+    from scaling.run import classify
+
+    try:
+        require_gpu(plan.config.execution.device, num_gpus)
+    except UnreachableError as error:
+        if os.environ.get("RANK", "0") == "0":
+            failure, reason = classify(error)
+            plan.directory.log_event("failed", failure=failure, reason=reason)
+        raise
 
 
 def export_local_ranks(port: int) -> None:

@@ -2,7 +2,7 @@
 
 A file of records, one a measurement: the model, what of the recipe and of the execution decides how
 fast it is trained, the shape of the job, and seconds of audio trained on a second. Preflights and
-finished runs on SLURM add to it.
+finished runs on SLURM add to it, and on this machine those that took GPUs.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import statistics
 import time
 from pathlib import Path
 
-from launch.submission import Settings
 from scaling.records import Record, RunDirectory, append_record, read_records
 
 NEWEST = 5  # measurements that count
 # What decides a speed, beside the model and the shape of the job:
 OF_RECIPE = ("precision", "global_batch", "norm_batch", "crop_seconds", "losses")
-OF_EXECUTION = ("micro_batch", "compile", "zero_stage", "audit")
+OF_EXECUTION = ("micro_batch", "compile", "zero_stage", "audit", "device")
 
 
-def record_run(directory: RunDirectory, row: Record, settings: Settings) -> None:
+def local_shape(num_processes: int, model: str) -> Record:
+    """Of a run on this machine whose processes have a GPU each, of this model: what its speed is filed by."""
+    return {"executor": "local", "gpus_per_node": num_processes, "gpu": model}
+
+
+def record_run(path: Path, directory: RunDirectory, row: Record, shape: Record) -> None:
     """Add the speed of a finished run, the median over its training."""
     rows = [each for each in directory.read_metrics() if each.get("kind") == "train"][1:]  # the first warms up
     speeds = [each["audio_seconds_per_second"] for each in rows if each.get("audio_seconds_per_second")]
     if speeds:
-        add_measurement(
-            Path(settings.throughput), row, settings.shape, statistics.median(speeds), f"run {directory.run_id}"
-        )
+        add_measurement(path, row, shape, statistics.median(speeds), f"run {directory.run_id}")
 
 
 def add_measurement(path: Path, row: Record, shape: Record, speed: float, source: str) -> None:
@@ -44,7 +46,8 @@ class Throughput:
         self.speeds: dict[str, list[float]] = {}
         for record in read_records(path):
             if {"model", "recipe", "execution", "shape", "audio_seconds_per_second"} <= set(record):
-                key = json.dumps([record[name] for name in ("model", "recipe", "execution", "shape")], sort_keys=True)
+                execution = record["execution"] | {"device": _device(record["execution"], record["shape"])}
+                key = json.dumps([record["model"], record["recipe"], execution, record["shape"]], sort_keys=True)
                 self.speeds.setdefault(key, []).append(record["audio_seconds_per_second"])
 
     def speed(self, science: Record, execution: Record, shape: Record) -> float | None:
@@ -59,6 +62,14 @@ def _measured(science: Record, execution: Record, shape: Record) -> Record:
     return {
         "model": science["model"],
         "recipe": {name: science["train"][name] for name in OF_RECIPE},
-        "execution": {name: execution[name] for name in OF_EXECUTION},
+        "execution": {name: execution[name] for name in OF_EXECUTION} | {"device": _device(execution, shape)},
         "shape": {name: value for name, value in shape.items() if name != "signal_seconds"},
     }
+
+
+def _device(execution: Record, shape: Record) -> str:
+    """What a run of such a job computes on, cpu or cuda.
+
+    Lines of before do not say how execution.device was set: as by default, with which nearly all runs are.
+    """
+    return "cuda" if shape.get("gpus_per_node") and execution.get("device", "auto") != "cpu" else "cpu"

@@ -345,6 +345,9 @@ class ExecutionConfig:
             )
         if self.zero_stage is not None and self.audit:
             raise UserError("execution.audit does not go with execution.zero_stage: leave one of them out")
+        for name, is_on in (("execution.audit", self.audit), ("execution.zero_stage", self.zero_stage is not None)):
+            if self.compile and is_on:
+                raise UserError(f"execution.compile does not go with {name}: leave one of them out")
         for name in ("rendezvous_timeout", "silence_timeout", "step_timeout"):
             if not 5 <= getattr(self, name) < math.inf:
                 raise UserError(f"execution.{name} = {getattr(self, name)}: expected at least 5 seconds")
@@ -369,6 +372,10 @@ class RunConfig:
             self.micro_batches(world_size=1, norms_may_span=True)
         if self.execution.device == "cpu" and self.train.precision == "fp16":
             raise UserError("train.precision = fp16 needs a GPU: take bf16 or fp32 with execution.device=cpu")
+        if self.train.precision == "fp16" and (self.execution.audit or self.execution.zero_stage is not None):
+            raise UserError(
+                "train.precision = fp16 goes neither with execution.audit nor with execution.zero_stage: take bf16"
+            )
         if self.train.optimiser.name == "adamp" and self.execution.zero_stage:
             raise UserError(
                 f"train.optimiser.name = adamp does not go with execution.zero_stage = {self.execution.zero_stage}, "

@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-from scaling.device import name_of, uses_gpu
+from scaling.device import name_of, shun_broken_links, uses_gpu
 from scaling.errors import MeetingError, UserError
 from scaling.liveness import LostRankError, Watch, first_line
 from scaling.ports import free_port
@@ -208,6 +208,7 @@ def join(
     store = _meet(host, port, rank, world_size, rendezvous_timeout)
     on_gpu = uses_gpu(device)
     if on_gpu:
+        shun_broken_links()  # before NCCL makes any
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         # Where each process sees its own GPU alone; Accelerate and DeepSpeed take the variable for the GPU's number.
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())

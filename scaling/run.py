@@ -234,8 +234,14 @@ def classify(error: Exception) -> tuple[str, str]:
         return "bad config", str(error)
     if getattr(error, "errno", None) in DISK_ERRORS or is_failed_write(error):
         return "bad config", reason
-    # ALLOC_FAILED: of cuBLAS, cuDNN and cuFFT
-    out_of_memory = ("can't allocate memory", "out of memory", "Cannot allocate memory", "ALLOC_FAILED")
+    # ALLOC_FAILED: of cuBLAS, cuDNN and cuFFT; ALLOCATION_FAILED: of cuDNN from version 9 on
+    out_of_memory = (
+        "can't allocate memory",
+        "out of memory",
+        "Cannot allocate memory",
+        "ALLOC_FAILED",
+        "ALLOCATION_FAILED",
+    )
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in out_of_memory):
         return "out of memory", reason
     # A loader's worker that is killed may say so anywhere in the main process. A GPU that has failed, fallen off the

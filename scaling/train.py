@@ -18,6 +18,7 @@ run is lost; 130 interrupted, without saving.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from omegaconf import OmegaConf
 from scaling.cli import compose_config, load_config, to_object, with_values
 from scaling.command import run_main
 from scaling.config import RunConfig
+from scaling.device import warn_of_idle_gpu
+from scaling.ending import end_after, is_one_of_many
 from scaling.plan import RunPlan, plan_run, read_planned, require_writable
 from scaling.prepare import open_shards
 from scaling.records import RunDirectory
@@ -47,6 +50,8 @@ class TrainCommandConfig(RunConfig):
 def main(words: list[str]) -> int:
     config, plan = _plan(words)
     require_writable(plan.directory.path, f"name another folder with {'run' if config.run else 'study'}=DIR")
+    if os.environ.get("RANK", "0") == "0":
+        warn_of_idle_gpu(plan.config.execution.device)
     print(f"run {plan.run_id}: {plan.steps} steps, in {plan.directory.path}", flush=True)
     return execute(plan, force=config.force)
 
@@ -82,4 +87,6 @@ def _may_change(word: str) -> bool:
 
 
 if __name__ == "__main__":
+    if is_one_of_many():
+        end_after(lambda: run_main(main, __doc__ or ""))
     run_main(main, __doc__ or "")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from scaling.config import RunConfig
-from scaling.device import uses_gpu
+from scaling.device import require_bf16, shun_broken_links, uses_gpu
 from scaling.engines.base import Engine
 from scaling.engines.data_parallel import DataParallel
 from scaling.engines.fixed_order import FixedOrder
@@ -42,11 +42,12 @@ def make_engine(config: RunConfig, processes: Processes) -> Engine:
             f"deepspeed takes the GPU of a machine that has one, whatever execution.device = {execution.device} says; "
             "hide it with CUDA_VISIBLE_DEVICES="
         )
-    if config.train.precision == "fp16":
-        if not on_gpu:
-            raise UserError("train.precision = fp16 needs a GPU and torch finds none: take bf16 or fp32")
-        if execution.audit or execution.zero_stage is not None:
-            raise UserError("train.precision = fp16 goes neither with execution.audit nor with deepspeed: take bf16")
+    if config.train.precision == "fp16" and not on_gpu:
+        raise UserError("train.precision = fp16 needs a GPU and torch finds none: take bf16 or fp32")
+    if on_gpu:
+        if config.train.precision == "bf16":
+            require_bf16()
+        shun_broken_links()
     if execution.zero_stage is not None:
         return ZeRO(config, processes)
     return FixedOrder(config, processes) if execution.audit else DataParallel(config, processes)

@@ -38,6 +38,7 @@ class DataParallel(Engine):
             mixed_precision=precision,
             # Else a variable of the environment would divide the gradients once more.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",  # else another would compile the model, and let 32-bit products be rounded (TF32)
             cpu=self.on_cpu,
             kwargs_handlers=[keywords],
         )

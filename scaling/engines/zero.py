@@ -29,8 +29,6 @@ class ZeRO(Engine):
         super().__init__(config, processes)
         assert config.execution.zero_stage is not None
         self.stage = config.execution.zero_stage
-        if config.execution.compile:
-            raise UserError("execution.compile does not go with deepspeed: leave one of them out")
         _prepare_deepspeed(self.on_cpu)
         bound = config.train.optimiser.max_gradient_norm
         plugin = DeepSpeedPlugin(
@@ -41,13 +39,16 @@ class ZeRO(Engine):
                 "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
+                "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at both ends of every step
             }
         )
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         # Without the backend named, Accelerate on CPU makes W groups of one, and says nothing.
         backend = InitProcessGroupKwargs(backend="gloo" if self.on_cpu else "nccl")
-        # In words, since a variable of the environment would else have its say.
-        self.accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[backend])
+        # In words, since variables of the environment would else have their say.
+        self.accelerator = Accelerator(
+            mixed_precision="no", dynamo_backend="no", deepspeed_plugin=plugin, kwargs_handlers=[backend]
+        )
         self._check_group(DistributedType.DEEPSPEED)
         self._set_precision(self.model)
         self.network, self.optimiser = self.accelerator.prepare(self.model, self.optimiser)

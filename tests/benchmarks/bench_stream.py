@@ -189,7 +189,9 @@ def test_what_checksums_ledger_and_checkpoints_cost_of_training(corpus: ShardInd
     torch.set_num_threads(1)
     keep_freed_memory()
     words = ["model=xxt", f"data.shards={corpus.root}", f"data.root={corpus.root.parent / 'corpus'}"]
-    config = load_config(RunConfig, "run", [*words, "data.demo.hours=0.15", f"study={tmp_path}"])
+    config = load_config(
+        RunConfig, "run", [*words, "data.demo.hours=0.15", "execution.device=cpu", f"study={tmp_path}"]
+    )
     plan = plan_run(config, corpus)
     train, clips = config.train, corpus.clips("train")
     crop = round(train.crop_seconds * SAMPLE_RATE)

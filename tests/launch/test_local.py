@@ -19,12 +19,13 @@ import pytest
 from launch import display, local
 from launch.config import ClusterConfig
 from launch.display import RunsDisplay
-from launch.local import Interrupts, LocalJob, run_locally, visible_gpus
+from launch.local import Interrupts, LocalJob, run_locally
 from launch.task import RunTask
 from scaling.cli import load_config
 from scaling.config import RunConfig
-from scaling.errors import UserError
+from scaling.errors import UnreachableError, UserError
 from scaling.plan import RunPlan, plan_run
+from scaling.records import read_records
 from scaling.shards import ShardIndex
 
 
@@ -50,55 +51,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, tuple[str, 
     monkeypatch.setattr(local, "_record_silent_end", lambda job: None)
     monkeypatch.setattr(local, "SECONDS_BETWEEN_LOOKS", 0)
     return calls
-
-
-@pytest.mark.parametrize(
-    ("named", "gpus"),
-    [
-        ("", []),
-        ("-1", []),
-        ("0,1", ["0", "1"]),
-        ("3, 1", ["3", "1"]),
-        ("1,-1,2", ["1"]),  # CUDA reads no further
-        ("GPU-8932f937,MIG-1a2b", ["GPU-8932f937", "MIG-1a2b"]),
-    ],
-)
-def test_the_gpus_that_the_environment_names_are_taken_as_they_are(
-    monkeypatch: pytest.MonkeyPatch, named: str, gpus: list[str]
-):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert visible_gpus() == gpus
-
-
-@pytest.mark.parametrize(
-    ("said", "gpus"),
-    [
-        ("GPU 0: A100 (UUID: GPU-1)\nGPU 1: A100 (UUID: GPU-2)\n", ["0", "1"]),
-        (
-            "GPU 0: A100 (UUID: GPU-1)\n  MIG 1g.10gb Device 0: (UUID: MIG-1)\n  MIG 1g.10gb Device 1: (UUID: M)\n",
-            ["0"],
-        ),
-        ("No devices found.\n", []),
-    ],
-)
-def test_the_drivers_list_counts_its_gpus_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, gpus: list[str]
-):
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert visible_gpus() == gpus
-
-
-def test_without_the_drivers_tool_its_folder_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    for name in ("0000:01:00.0", "0000:02:00.0"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr(local, "DRIVERS_GPUS", tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert visible_gpus() == ["0", "1"]
 
 
 def test_every_run_has_a_gpu_of_its_own(plans, started, monkeypatch: pytest.MonkeyPatch):
@@ -251,9 +203,51 @@ def test_a_run_shows_its_processes_the_gpus_that_are_its_own(plans, monkeypatch:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit leaves it
     seen = []
     monkeypatch.setattr("scaling.run.execute", lambda plan, stop: seen.append(local.os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     RunTask(plans[0])()
     RunTask(plans[0], gpus=("GPU-a", "GPU-b"))()
     assert seen == ["", "GPU-a,GPU-b"]
+
+
+def test_a_run_whose_gpus_torch_cannot_use_fails_on_record_and_does_not_train_on_the_cpu(
+    plans, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("scaling.run.execute", lambda plan, stop: pytest.fail("it trains"))
+    with pytest.raises(UnreachableError, match=r"torch sees no GPU on \S+, where the job has 1 a node: it is built"):
+        RunTask(plans[0], gpus=("0",))()
+    (failed,) = plans[0].directory.read_events()
+    assert (failed["event"], failed["failure"]) == ("failed", "node failure")
+    assert "look to the driver and the container (--nv), install a torch build for that driver" in failed["reason"]
+    assert "\n" not in failed["reason"]
+    local._record_silent_end(LocalJob(plans[0], 0, None))
+    assert len(plans[0].directory.read_events()) == 1, "the reason stays the last word"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UnreachableError):
+        RunTask(plans[1], gpus=("0", "1"))()
+    assert not plans[1].directory.read_events(), "rank 0 says it"
+
+
+def test_a_finished_run_on_a_gpu_puts_its_speed_on_record_unless_it_shared_the_gpu(
+    plans, started, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr("launch.costs.model_of", lambda gpus: "A100")
+    speeds = tmp_path / "throughput.jsonl"
+    for plan in plans[:3]:
+        for step in (1, 2, 3):
+            plan.write().log_metrics("train", step, audio_seconds_per_second=10.0 * step)
+        plan.directory.log_event("finished" if plan is not plans[2] else "preempted")
+    run_locally(plans[:3], plans[:3], ClusterConfig("local", max_parallel=3, throughput=str(speeds)), lambda: None)
+    assert not speeds.exists()
+    run_locally(plans[:3], plans[:3], ClusterConfig("local", throughput=str(speeds)), lambda: None)
+    rows = list(read_records(speeds))
+    assert [row["source"] for row in rows] == [f"run {plan.run_id}" for plan in plans[:2]]
+    assert {row["audio_seconds_per_second"] for row in rows} == {25.0}  # the first step warms up
+    assert rows[0]["shape"] == {"executor": "local", "gpus_per_node": 1, "gpu": "A100"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    run_locally(plans[:2], plans[:2], ClusterConfig("local", throughput=str(speeds)), lambda: None)
+    assert list(read_records(speeds)) == rows
 
 
 @pytest.mark.parametrize("fault", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, ValueError])

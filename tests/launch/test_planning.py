@@ -17,7 +17,7 @@ from launch.sweep import _spelt_for_hydra
 from launch.throughput import add_measurement
 from scaling.errors import UserError
 from scaling.plan import RunPlan
-from scaling.records import append_record
+from scaling.records import append_record, read_records
 
 RATES = "sweep.axes={model: [xxt,xt], train.optimiser.learning_rate: [0.001,0.003], seed: [1]}"
 
@@ -133,6 +133,7 @@ OTHERS = (
     "execution.compile=true",
     "deepspeed=zero2",
     "cluster.gpus_per_node=2",
+    "execution.device=cpu",
 )
 
 
@@ -174,3 +175,46 @@ def test_a_measurement_that_does_not_say_of_which_recipe_it_is_counts_for_none(p
     old = {"model": plan.science["model"], "precision": "fp32", "audio_seconds_per_second": 100.0}
     append_record(Path(config.cluster.throughput), old | {"shape": shape_record(config.cluster)})
     assert planned(*MEASURED)[1][0].estimated_hours is None
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (0, "cpu")])
+def test_a_speed_from_before_the_device_was_filed_is_of_what_the_job_had(planned, gpus: int, device: str):
+    words = (*MEASURED, f"cluster.gpus_per_node={gpus}", "cluster.processes_per_node=1")
+    config, (plan,) = planned(*words)
+    measure(config, plan, 100.0)
+    (record,) = read_records(Path(config.cluster.throughput))
+    assert record["execution"].pop("device") == device
+    Path(config.cluster.throughput).unlink()
+    append_record(Path(config.cluster.throughput), record)
+    assert planned(*words)[1][0].estimated_hours == hours_at(100.0, plan)
+    expected = None if gpus else hours_at(100.0, plan)
+    assert planned(*words, "execution.device=cpu")[1][0].estimated_hours == expected
+
+
+def test_runs_on_this_machines_gpus_cost_what_was_measured_there_and_not_what_a_cpu_takes(
+    planned, monkeypatch: pytest.MonkeyPatch
+):
+    words = ("sweep.axes={model: [xt], seed: [0]}",)
+    _, (on_cpu,) = planned(*words)
+    assert on_cpu.estimated_hours is not None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("launch.costs.model_of", lambda gpus: "A100" if gpus == ["0"] else None)
+    config, (plan,) = planned(*words)
+    assert plan.estimated_hours is None
+    costs = Costs(config.cluster)
+    assert costs.in_words([plan]) == "time of xt unknown: measure them with python -m launch.preflight"
+    costs.require_within([plan], None)
+    with pytest.raises(
+        UserError, match=r"launch.max_gpu_hours = 1, and time of xt unknown: measure them with python -m"
+    ):
+        costs.require_within([plan], 1.0)
+    _, (again,) = planned(*words, "execution.device=cpu")
+    assert again.estimated_hours == on_cpu.estimated_hours
+    shape = costs.filed_as(plan)
+    assert shape is not None
+    add_measurement(Path(config.cluster.throughput), plan.to_record(), shape, 100.0, "run")
+    assert planned(*words)[1][0].estimated_hours == hours_at(100.0, plan)
+    assert planned(*words, "cluster.processes_per_node=2")[1][0].estimated_hours is None
+    for other in ("T4", None):
+        monkeypatch.setattr("launch.costs.model_of", lambda gpus, other=other: other)
+        assert planned(*words)[1][0].estimated_hours is None

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from launch import preflight
 from launch.submission import Settings, Submission
 from scaling.cli import load_config
 from scaling.config import RunConfig
+from scaling.errors import UnreachableError
 from scaling.plan import plan_run
 from scaling.records import StudyDirectory, read_records
 from scaling.shards import ShardIndex
@@ -49,3 +53,11 @@ def test_a_preflight_computes_with_the_threads_and_the_arithmetic_of_the_run(
     assert json.loads(rank.stdout) == [2, False, True]  # torch's own choice is TF32 in cuDNN
     checks = [row["check"] for row in read_records(submission.path / "checks.jsonl")]
     assert checks == ["rendezvous", "all-reduce", "training step", "checkpoint"]
+
+
+def test_a_preflight_of_this_machine_says_that_torch_cannot_use_its_gpu(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UnreachableError, match="install a torch build for that driver"):
+        preflight.main([*tiny_run, f"cluster.throughput={tmp_path / 'speeds'}"])

@@ -55,6 +55,10 @@ MISTAKES = {
     "model.num_channels=100000": r"^model.num_channels = 100000: expected at most 4096$",
     "model.num_layers=257": r"^model.num_layers = 257: expected at most 256$",
     "execution.threads=9999999": r"^execution.threads = 9999999: expected at most 1024$",
+    "execution.compile=true execution.audit=true": r"^execution.compile does not go with execution.audit: leave one",
+    "execution.compile=true deepspeed=zero0": r"^execution.compile does not go with execution.zero_stage: leave one of",
+    "train.precision=fp16 execution.audit=true": r"^train.precision = fp16 goes neither with execution.audit nor with",
+    "train.precision=fp16 deepspeed=zero2": r"^train.precision = fp16 goes neither with .* execution.zero_stage: take",
     "execution.num_workers=1025": r"^execution.num_workers = 1025: expected at most 1024$",
 }
 

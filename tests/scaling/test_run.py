@@ -38,6 +38,7 @@ def test_a_lost_terminal_asks_a_run_to_stop_unless_it_was_started_to_outlive_it(
     [
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "node failure"),
         (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "node failure"),
