@@ -10,6 +10,7 @@ from scaling.cores import num_cores
 from scaling.ending import end_at_exit, is_one_of_many
 from scaling.errors import UnreachableError
 from scaling.plan import RunPlan
+from scaling.statuses import PREEMPTED
 from scaling.stopping import StopFlag, StoppedError
 
 
@@ -33,7 +34,7 @@ class RunTask:
             try:
                 status = self._execute(heard)
             except StoppedError:  # before the run began
-                status = 75
+                status = PREEMPTED
             finally:
                 if is_one_of_many():  # once submitit has put on file what this returns (a success to it) or raises
                     end_at_exit(1 if status is None else 0)

@@ -218,7 +218,7 @@ def test_a_run_whose_gpus_torch_cannot_use_fails_on_record_and_does_not_train_on
         RunTask(plans[0], gpus=("0",))()
     (failed,) = plans[0].directory.read_events()
     assert (failed["event"], failed["failure"]) == ("failed", "node failure")
-    assert "look to the driver and the container (--nv), install a torch build for that driver" in failed["reason"]
+    assert "check the driver and the container (--nv), install a torch build for that driver" in failed["reason"]
     assert "\n" not in failed["reason"]
     local._record_silent_end(LocalJob(plans[0], 0, None))
     assert len(plans[0].directory.read_events()) == 1, "the reason stays the last word"
