@@ -86,6 +86,7 @@ class Fit:
         of the bootstraps as drawn.
     residuals: (cells,) of the cells' means, of log y or y.
     unfinished: share of the bootstraps that found no optimum.
+    at_bounds: names of the parameters that stopped at the end of their range.
     lack_of_fit: F of the cells' distance from the law over the scatter of seeds within them, about 1 where the law
         holds, and the degrees of freedom of both; None where no cell has several seeds.
     """
@@ -102,6 +103,7 @@ class Fit:
     resampled: str = ""
     widening: Array = field(default_factory=lambda: np.empty(0))
     unfinished: float = 0.0
+    at_bounds: tuple[str, ...] = ()
 
     @property
     def freedom(self) -> int:
@@ -126,6 +128,11 @@ class Fit:
     def is_usable(self) -> bool:
         """Whether the curve means something (a parameter at its bound may not)."""
         return self.status in (CONVERGED, BOUND)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the cells show all of the law, but for a floor that a power law need not have (E = 0)."""
+        return self.status == CONVERGED or (self.status == BOUND and self.at_bounds == ("E",))
 
     @cached_property
     def lack_of_fit(self) -> tuple[float, int, int] | None:
@@ -295,6 +302,7 @@ def fit(
         resampled,
         widening,
         unfinished,
+        tuple(problem.at_bounds(point)),
     )
 
 

@@ -182,6 +182,7 @@ def held_out_table(found: Claims) -> PaperTable:
                     "Interval": f"{last['low']:.{digits}f} to {last['high']:.{digits}f}",
                     "Covered": f"{int(cells['is_covered'].sum())} of {len(cells)}",
                     "Mean error": size_of(cells["error"]),
+                    "Interval ±": size_of(cells["half_width"]),
                     "Naive error": size_of(cells["naive_error"]),
                 }
                 about = {"quantity": claim.quantity.key, "law": claim.law.name, "measure": claim.measure}
@@ -195,8 +196,10 @@ def held_out_table(found: Claims) -> PaperTable:
             rows.append({heading: (text, sources.get(heading, everything)) for heading, text in row.items()})
     caption = (
         f"Each law is fitted without these cells and predicts their mean. Pass: all lie in their {level:.0%} "
-        "prediction intervals (taken together), and the mean error is smaller than the naive one, of expecting no more "
-        "than the best cell that was seen. Observed, predicted and interval are of the last cell; the CSV has all."
+        "prediction intervals (taken together), the mean error is smaller than the naive one, of expecting what the "
+        "nearest cell that was seen has (the next level down of what is left out, there the nearest size), and the "
+        "law is converged, or at a bound in its floor E alone, with these cells and without. Interval ±: half its "
+        "width, a mean over cells. Observed, predicted and interval are of the last cell; the CSV has all."
     )
     return table_of("held_out", "Prediction of what the fit did not see", caption, rows, numbers)
 

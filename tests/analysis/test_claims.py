@@ -140,6 +140,41 @@ def test_a_prediction_without_an_interval_is_no_test(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("draw", [0, 1, 4])
+def test_sizes_that_do_not_differ_pass_no_test(tmp_path: Path, draw: int):
+    """The mean of all is nearer to the largest size than the best of all is: a flat curve is no law for that."""
+    study, plans = StudyDirectory(tmp_path / "study"), []
+    losses = 0.03 * np.exp(np.random.default_rng(draw).normal(0, 0.004, (len(FAMILY), 3)))
+    for size, of_seeds in zip(FAMILY, losses, strict=True):
+        for seed, loss in enumerate(of_seeds):
+            plans.append(run_record(size, 100.0, seed))
+            write_run(study, plans[-1], float(loss), np.random.default_rng(0), utterances=0)
+    study.plan.write_text(lines(plans))
+    claim = claims(gather(study.path), Settings(study.path, bootstraps=200)).loss("L(N)")
+    assert claim is not None
+    (test,) = claim.held_out
+    assert test.verdict != "pass"
+    assert test.reason
+
+
+def test_the_naive_prediction_is_the_nearest_cell_of_the_next_level_down(found: Claims):
+    runs = found.runs.set_index("run_id")
+    claim = found.loss("L(N, D)")
+    assert claim is not None
+    for test, column in zip(claim.held_out, ("N", "D", "C"), strict=True):
+        for _, cell in test.cells.iterrows():
+            nearest = runs.loc[cell["naive_run_ids"].split()]
+            assert nearest["validation_loss"].mean() == pytest.approx(cell["naive"], rel=1e-12)
+            assert len(nearest) == 3
+            if column == "N":  # the next smaller size, of its four budgets the one whose audio is nearest
+                assert set(nearest["size"]) == {"c48"}
+                away = np.abs(np.log(runs.loc[runs["size"] == "c48", "D"] / cell["D"]))
+                assert abs(np.log(nearest["D"].iloc[0] / cell["D"])) == pytest.approx(away.min())
+            if column == "C":
+                assert set(nearest["axes.train.budget.train_pmacs"]) == {1.0}
+                assert cell["label"].partition(",")[0] in set(nearest["size"]), "the same size on less audio"
+
+
 def test_an_interval_of_a_metric_ends_where_the_metric_does(tmp_path: Path):
     study = sizes_study(tmp_path / "study")
     rng = np.random.default_rng(3)
