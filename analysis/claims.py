@@ -121,6 +121,7 @@ def claims(study: Study, settings: Settings) -> Claims:
     data = varying_data(study.runs) if settings.data == "auto" else settings.data
     everything, exclusions = prepared(study, settings, data)
     everything, axes = with_families(everything, study)
+    everything["cell"] = cell_numbers(everything, axes)
     is_chosen, other_axes = one_setting(everything, axes, study.science)
     runs = everything[is_chosen]
     losses: list[Claim] = []

@@ -100,7 +100,7 @@ def test_help_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: pytest.CaptureFixture[str]) -> None:
     plan = [plan_row(seed=0), plan_row(seed=1)]
-    plan[1]["science"]["train"]["learning_rate"] = 0.001
+    plan[1]["science"]["data"] = {"hours": 0.37001}
     refused = [score_row(0, pesq_wb=None, refused={"pesq_wb": "no speech found"}), score_row(1)]
     study = write_study(plan, scores={plan[0]["run_id"]: refused, plan[1]["run_id"]: [score_row(0)]})
     other = study.run(plan[1]["run_id"])
@@ -113,7 +113,7 @@ def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: 
     remarks = report.partition("## Remarks")[2].partition("##")[0]
     assert "1 folder below runs/ that the plan does not name (not in any table): stray" in remarks
     assert "Provenance is mixed in commit" in remarks
-    assert "Row xt pools runs that differ in more than the seed: train.learning_rate." in remarks
+    assert "Row xt pools runs that differ in more than the seed: data.hours." in remarks
     assert f"{plan[1]['run_id']} finished, but its last validation is at step 30 of 40." in remarks
     assert "pesq_wb refused 1 utterance in 1 run, left out of its means in every run: no speech found (1)." in remarks
     assert "scored on 1 to 2 utterances" in remarks
