@@ -66,8 +66,9 @@ class HeldOut:
 class Claim:
     """A law of one quantity, fitted to some of the cells.
 
-    fitted: without the runs that a rule excludes; with_excluded: with those of them that have a value, or None
-    where no rule excludes any. Of losses `squares` is the least-squares fit to set beside the robust one.
+    fitted: without the runs that a rule excludes; with_excluded: with those of them that have a value at the end of
+    their training, or None where there are none. Of losses `squares` is the least-squares fit to set beside the
+    robust one.
     """
 
     quantity: Quantity
@@ -84,12 +85,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """All that is claimed of a study. exclusions: run_id, rule, detail, has_value (a loss on record nonetheless)."""
+    """All that is claimed of a study.
+
+    exclusions: run_id, rule, detail, has_value (a loss at the end of its training nonetheless).
+    """
 
     settings: Settings
     data: str  # what D is: a key of DATA
-    # the study's runs with N, D, C, cell, label, excluded (the rule, or "") and is_chosen; hours_seen and macs_spent as
-    # planned where they have not finished
+    # the study's runs with N, D, C, cell, label, excluded (the rule, or ""), is_trained (has a loss at the end of its
+    # training), hardware.gpu, hardware.cpu and is_chosen; hours_seen and macs_spent as planned where they have not
+    # finished
     runs: pd.DataFrame
     exclusions: pd.DataFrame
     losses: list[Claim]
@@ -183,9 +188,12 @@ def prepared(study: Study, settings: Settings, data: str) -> tuple[pd.DataFrame,
         rules.append(rule)
         details.append(detail)
     runs["excluded"] = rules
-    table = runs[["run_id", "label"]].assign(
-        rule=rules, detail=details, has_value=np.isfinite(runs["validation_loss"].astype(float))
-    )
+    # A loss on the way is none of the steps that were planned.
+    runs["is_trained"] = runs["last_validation_step"] >= runs["steps_taken"].fillna(runs["steps"].astype(float))
+    runs["is_trained"] &= np.isfinite(runs["validation_loss"].astype(float))
+    for part in ("hardware.gpu", "hardware.cpu"):
+        runs[part] = runs["run_id"].map(study.provenance[part]) if part in study.provenance else None
+    table = runs[["run_id", "label"]].assign(rule=rules, detail=details, has_value=runs["is_trained"])
     return runs, table[table["rule"] != ""].reset_index(drop=True)
 
 
@@ -232,7 +240,7 @@ def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Cla
 
 
 def _loss_against_compute(runs: pd.DataFrame, settings: Settings) -> Claim:
-    kept = runs[runs["excluded"] == ""]
+    kept = runs[(runs["excluded"] == "") & np.isfinite(runs["C"]) & (runs["C"] > 0)]  # earlier plans lack it
     means = kept.groupby("cell").agg(C=("C", "first"), loss=("validation_loss", "mean")).sort_values("C")
     means["level"] = np.searchsorted(levels_of(means["C"]), means["C"], side="right")
     best = means.sort_values(["level", "loss"]).drop_duplicates("level")  # a cell a level
@@ -317,6 +325,7 @@ def _claim(
 
     usable = usable_of(runs)
     kept = usable[usable["excluded"] == ""]
+    both = usable[(usable["excluded"] == "") | usable["is_trained"]]
     if is_loss := quantity is VALIDATION_LOSS:
         quantity = loss_of(runs["train_on_validation"])
     told = stopped_early(kept)
@@ -344,10 +353,10 @@ def _claim(
         measure,
         whole,
         squares,
-        fitted(usable, 0) if len(usable) > len(kept) else None,
+        fitted(both, 0) if len(both) > len(kept) else None,
         tests,
         tuple(kept["run_id"]),
-        tuple(usable.loc[usable["excluded"] != "", "run_id"]),
+        tuple(both.loc[both["excluded"] != "", "run_id"]),
     )
 
 
@@ -416,6 +425,8 @@ def _held_out(
             }
         )
     cells = pd.DataFrame(rows)
+    if not np.isfinite(cells[["low", "high"]].to_numpy(dtype=float)).all():
+        return HeldOut(f"{what} ({name})", "not possible", "without it: an interval without an end", empty)
     covered = bool(cells["is_covered"].all())
     beats = bool(cells["error"].abs().mean() < cells["naive_error"].abs().mean())
     failures = [] if covered else [f"{(~cells['is_covered']).sum()} of {len(cells)} cells outside the interval"]
