@@ -139,7 +139,10 @@ class Fit:
         return _lack_of_fit(self.law, self.data, self.residuals) if len(self.residuals) else None
 
     def standard_errors(self) -> dict[str, float]:
-        return {name: float(np.std(values, ddof=1)) for name, values in self.bootstrap.items()}
+        """Of each parameter; NaN where the bootstraps reach beyond what a number can hold."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = {name: float(np.std(values, ddof=1)) for name, values in self.bootstrap.items()}
+        return {name: value if np.isfinite(value) else np.nan for name, value in found.items()}
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """Of a parameter; NaN where there are too few degrees of freedom."""
@@ -232,7 +235,10 @@ def _widened(optimum: float | Array, drawn: Array, widening: Array) -> Array:
 
 
 def _quantiles(values: Array, level: float) -> tuple[Array, Array]:
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    """Over the bootstraps; NaN where they reach beyond what a number can hold."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        ends = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.where(np.isfinite(ends), ends, np.nan)
     return low, high
 
 
