@@ -163,6 +163,7 @@ def _options(found: Claims, runs: pd.DataFrame, law: Fit, speeds: pd.DataFrame, 
 def _remarks(found: Claims, runs: pd.DataFrame, claim: Claim, hours: float, size: float, edge: bool) -> list[str]:
     """runs: those of the law."""
     said = [found.other_axes.remark] if found.other_axes.chosen else []
+    said += _mixed_hardware(runs)
     if edge:
         at = "largest" if size >= runs["N"].max() * 0.99 else "smallest"
         said.append(f"The best is the {at} size trained: the true optimum may lie beyond it. Train beyond it to know.")
@@ -187,6 +188,18 @@ def _remarks(found: Claims, runs: pd.DataFrame, claim: Claim, hours: float, size
     tests = [test for test in claim.held_out if test.verdict != "not possible"]
     verdicts = "; ".join(f"without {test.left_out}: {test.verdict}" for test in tests)
     said.append(f"The law's own test on cells it did not see: {verdicts or 'not possible in this study'}.")
+    return said
+
+
+def _mixed_hardware(runs: pd.DataFrame) -> list[str]:
+    """A remark for each part of the machines that differs between these runs: hours of one are not those of another."""
+    said = []
+    for part, what in (("hardware.gpu", "GPUs"), ("hardware.cpu", "CPUs")):
+        kinds = runs.loc[runs[part].notna(), ["size", "N", part]].sort_values("N", kind="stable")
+        sizes = kinds.groupby(part, sort=False)["size"].agg(lambda of: ", ".join(dict.fromkeys(of)))
+        if len(sizes) > 1:
+            on = "; ".join(f"{sizes[kind]} on {kind}" for kind in sizes.index)
+            said.append(f"The runs trained on {len(sizes)} kinds of {what} ({on}): the hours are of no one kind.")
     return said
 
 

@@ -57,9 +57,11 @@ def at_one_budget(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def of_equal_compute(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """Runs by budget: as planned where compute is an axis, else those whose compute is nearly the same.
 
-    Those of a budget have one amount of distinct audio, that which the most sizes have, of several the most; but where
-    compute was planned and each size has its own.
+    Runs whose compute is not known, as plans of an earlier version have them, are of none. Those of a budget have one
+    amount of distinct audio, that which the most sizes have, of several the most; but where compute was planned and
+    each size has its own.
     """
+    runs = runs[np.isfinite(runs["C"].astype(float)) & (runs["C"] > 0)]
     axis = "axes.train.budget.train_pmacs"
     if axis in runs and runs[axis].notna().any():
         planned = [budget for _, budget in runs.groupby(axis)]

@@ -40,9 +40,10 @@ class HeldOut:
     """A prediction of cells that the fit did not see.
 
     cells: one row a cell left out: label, N, D, C, seeds, run_ids, observed, predicted, low, high, error (predicted -
-        observed; relative for losses), naive_error (of predicting the best cell that was seen), is_covered.
-    verdict: "pass" if every cell lies in its interval and the errors are smaller than the naive ones; "fail";
-        or "not possible", with the reason.
+        observed; relative for losses), half_width (of the interval, in the unit of the error), naive (the nearest cell
+        that was seen), naive_run_ids, naive_error, is_covered.
+    verdict: "pass" if every cell lies in its interval and the errors are smaller than the naive ones, and the cells
+        show all of the law, with those left out and without; "fail"; or "not possible", with the reason.
     fitted_run_ids: of the fit that predicts.
     """
 
@@ -56,13 +57,18 @@ class HeldOut:
     def error(self) -> float:
         return float(np.abs(self.cells["error"]).mean()) if len(self.cells) else np.nan
 
+    @property
+    def half_width(self) -> float:
+        return float(self.cells["half_width"].mean()) if len(self.cells) else np.nan
+
 
 @dataclass(frozen=True)
 class Claim:
     """A law of one quantity, fitted to some of the cells.
 
-    fitted: without the runs that a rule excludes; with_excluded: with those of them that have a value, or None
-    where no rule excludes any. Of losses `squares` is the least-squares fit to set beside the robust one.
+    fitted: without the runs that a rule excludes; with_excluded: with those of them that have a value at the end of
+    their training, or None where there are none. Of losses `squares` is the least-squares fit to set beside the
+    robust one.
     """
 
     quantity: Quantity
@@ -79,12 +85,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """All that is claimed of a study. exclusions: run_id, rule, detail, has_value (a loss on record nonetheless)."""
+    """All that is claimed of a study.
+
+    exclusions: run_id, rule, detail, has_value (a loss at the end of its training nonetheless).
+    """
 
     settings: Settings
     data: str  # what D is: a key of DATA
-    # the study's runs with N, D, C, cell, label, excluded (the rule, or "") and is_chosen; hours_seen and macs_spent as
-    # planned where they have not finished
+    # the study's runs with N, D, C, cell, label, excluded (the rule, or ""), is_trained (has a loss at the end of its
+    # training), hardware.gpu, hardware.cpu and is_chosen; hours_seen and macs_spent as planned where they have not
+    # finished
     runs: pd.DataFrame
     exclusions: pd.DataFrame
     losses: list[Claim]
@@ -116,6 +126,7 @@ def claims(study: Study, settings: Settings) -> Claims:
     data = varying_data(study.runs) if settings.data == "auto" else settings.data
     everything, exclusions = prepared(study, settings, data)
     everything, axes = with_families(everything, study)
+    everything["cell"] = cell_numbers(everything, axes)
     is_chosen, other_axes = one_setting(everything, axes, study.science)
     runs = everything[is_chosen]
     losses: list[Claim] = []
@@ -177,9 +188,12 @@ def prepared(study: Study, settings: Settings, data: str) -> tuple[pd.DataFrame,
         rules.append(rule)
         details.append(detail)
     runs["excluded"] = rules
-    table = runs[["run_id", "label"]].assign(
-        rule=rules, detail=details, has_value=np.isfinite(runs["validation_loss"].astype(float))
-    )
+    # A loss on the way is none of the steps that were planned.
+    runs["is_trained"] = runs["last_validation_step"] >= runs["steps_taken"].fillna(runs["steps"].astype(float))
+    runs["is_trained"] &= np.isfinite(runs["validation_loss"].astype(float))
+    for part in ("hardware.gpu", "hardware.cpu"):
+        runs[part] = runs["run_id"].map(study.provenance[part]) if part in study.provenance else None
+    table = runs[["run_id", "label"]].assign(rule=rules, detail=details, has_value=runs["is_trained"])
     return runs, table[table["rule"] != ""].reset_index(drop=True)
 
 
@@ -226,7 +240,7 @@ def _loss_against_data(runs: pd.DataFrame, data: str, settings: Settings) -> Cla
 
 
 def _loss_against_compute(runs: pd.DataFrame, settings: Settings) -> Claim:
-    kept = runs[runs["excluded"] == ""]
+    kept = runs[(runs["excluded"] == "") & np.isfinite(runs["C"]) & (runs["C"] > 0)]  # earlier plans lack it
     means = kept.groupby("cell").agg(C=("C", "first"), loss=("validation_loss", "mean")).sort_values("C")
     means["level"] = np.searchsorted(levels_of(means["C"]), means["C"], side="right")
     best = means.sort_values(["level", "loss"]).drop_duplicates("level")  # a cell a level
@@ -311,6 +325,7 @@ def _claim(
 
     usable = usable_of(runs)
     kept = usable[usable["excluded"] == ""]
+    both = usable[(usable["excluded"] == "") | usable["is_trained"]]
     if is_loss := quantity is VALIDATION_LOSS:
         quantity = loss_of(runs["train_on_validation"])
     told = stopped_early(kept)
@@ -326,19 +341,22 @@ def _claim(
         return fit(law, data, huber=huber, bootstraps=bootstraps, seed=settings.seed)
 
     squares = fitted(kept, 0, None) if is_loss else None
+    whole = fitted(kept)
     seen = kept if tested is None else usable_of(tested[tested["excluded"] == ""])
-    tests = tuple(_held_out(seen, quantity, law, what, column, fitted, settings) for what, column in left_out.items())
+    tests = tuple(
+        _held_out(seen, quantity, law, what, column, whole, fitted, settings) for what, column in left_out.items()
+    )
     return Claim(
         quantity,
         law,
         f"{about}; {told}" if told else about,
         measure,
-        fitted(kept),
+        whole,
         squares,
-        fitted(usable, 0) if len(usable) > len(kept) else None,
+        fitted(both, 0) if len(both) > len(kept) else None,
         tests,
         tuple(kept["run_id"]),
-        tuple(usable.loc[usable["excluded"] != "", "run_id"]),
+        tuple(both.loc[both["excluded"] != "", "run_id"]),
     )
 
 
@@ -354,11 +372,14 @@ def _held_out(
     law: Law,
     what: str,
     column: str,
+    whole: Fit,
     fitted: Callable[..., Fit],
     settings: Settings,
 ) -> HeldOut:
+    """whole: the law of all cells."""
     columns = ["label", "N", "D", "C", "seeds", "run_ids", "observed", "predicted", "low", "high"]
-    empty = pd.DataFrame(columns=[*columns, "error", "naive_error", "is_covered"])
+    columns += ["error", "half_width", "naive", "naive_run_ids", "naive_error", "is_covered"]
+    empty = pd.DataFrame(columns=columns)
     levels = levels_of(runs[column])
     if len(levels) < 2:
         return HeldOut(what, "not possible", f"{column} has {len(levels)} level{'s' * (len(levels) != 1)}", empty)
@@ -371,8 +392,6 @@ def _held_out(
     if not trial.has_interval:
         return HeldOut(f"{what} ({name})", "not possible", f"without it: {trial.why_no_interval}", empty)
     ceiling = CEILINGS.get(quantity.key, np.inf)
-    sign = -1 if quantity.higher_is_better else 1
-    best_seen = (seen.groupby("cell")[quantity.key].mean() * sign).min() * sign
     rows = []
     # Intervals that together hold with the level's probability, so that many cells do not fail by chance.
     level = settings.level ** (1 / unseen["cell"].nunique())
@@ -382,6 +401,9 @@ def _held_out(
         observed, predicted = float(cell[quantity.key].mean()), float(trial.predict(x)[0])
         low, high = trial.prediction_interval(x, level, seeds=len(cell), seed=settings.seed)
         unit = observed if law.has_log_residuals else 1.0
+        nearest = _nearest(seen, cell, column)
+        naive = float(nearest[quantity.key].mean())
+        low, high = np.minimum(low, ceiling), np.minimum(high, ceiling)
         rows.append(
             {
                 "label": cell["label"].iloc[0],
@@ -392,20 +414,42 @@ def _held_out(
                 "run_ids": " ".join(cell["run_id"]),
                 "observed": observed,
                 "predicted": predicted,
-                "low": min(float(low[0]), ceiling),
-                "high": min(float(high[0]), ceiling),
+                "low": float(low[0]),
+                "high": float(high[0]),
                 "error": (predicted - observed) / unit,
-                "naive_error": (best_seen - observed) / unit,
+                "half_width": float(high[0] - low[0]) / 2 / unit,
+                "naive": naive,
+                "naive_run_ids": " ".join(nearest["run_id"]),
+                "naive_error": (naive - observed) / unit,
                 "is_covered": bool(low[0] <= observed <= high[0]),
             }
         )
     cells = pd.DataFrame(rows)
+    if not np.isfinite(cells[["low", "high"]].to_numpy(dtype=float)).all():
+        return HeldOut(f"{what} ({name})", "not possible", "without it: an interval without an end", empty)
     covered = bool(cells["is_covered"].all())
     beats = bool(cells["error"].abs().mean() < cells["naive_error"].abs().mean())
     failures = [] if covered else [f"{(~cells['is_covered']).sum()} of {len(cells)} cells outside the interval"]
-    failures += [] if beats else ["no nearer than the best cell that was seen"]
-    verdict = "fail" if failures else "pass"
-    return HeldOut(f"{what} ({name})", verdict, "; ".join(failures), cells, tuple(seen["run_id"]))
+    failures += [] if beats else ["no nearer than the nearest cell that was seen"]
+    verdict, reasons = ("fail" if failures else "pass"), failures
+    if not failures:
+        # A curve that its cells do not show may come near by chance: of that no pass is made.
+        unshown = {"the law of all cells": whole, "the law without it": trial}
+        reasons = [f"{which} is {law.status} ({law.reason})" for which, law in unshown.items() if not law.is_shown]
+        verdict = "not possible" if reasons else "pass"
+    return HeldOut(f"{what} ({name})", verdict, "; ".join(reasons), cells, tuple(seen["run_id"]))
+
+
+def _nearest(seen: pd.DataFrame, cell: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The runs of the cell by which a naive reader would predict one that is held out: a rule, not hindsight.
+
+    Of the next level down of what is held out it is the cell of the nearest size, then of the nearest data, as factors.
+    """
+    near = seen[seen[column] >= levels_of(seen[column])[-1] * (1 - 1e-9)]
+    for name in [name for name in ("N", "D") if name != column]:
+        away = np.abs(np.log(near[name].astype(float) / float(cell[name].iloc[0])))
+        near = near[away <= away.min() + 1e-9]
+    return near[near["cell"] == near["cell"].iloc[0]]
 
 
 def _largest(runs: pd.DataFrame, column: str) -> str:

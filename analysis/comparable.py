@@ -48,8 +48,7 @@ def comparable(study: Study, found: Claims) -> Comparable:
     """The runs to compare sizes by: of those that have scores and that no rule excludes."""
     runs = found.kept[found.kept["run_id"].isin(study.scores["run_id"].drop_duplicates().astype(str))]
     shared, about = at_one_budget(runs)
-    planned = runs.assign(C=runs["train_macs"].astype(float))
-    budgets = of_equal_compute(planned[planned["C"] > 0])
+    budgets = of_equal_compute(runs.assign(C=runs["train_macs"].astype(float)))
     levels = [(budget["size"].nunique(), float(budget["C"].mean()), budget) for budget in budgets]
     most, compute, level = max(levels, key=lambda one: one[:2], default=(0, 0.0, runs))
     is_of_compute = most > max(1, shared["size"].nunique())

@@ -1,8 +1,9 @@
-"""What makes runs of one study be of different families, whatever else settles the setting.
+"""What makes runs of one study be of different families, or of different settings, though no axis of the plan says so.
 
 Models that differ in more than width and depth are no sizes of one another; runs on other shards have another
 validation set, and runs that trained on the speakers of validation another loss. No law goes through two families and
-no line joins them.
+no line joins them. Any other setting that decides results and differs between runs of one cell, as in a folder into
+which two studies were merged, is an axis that the plan does not name: such runs are no seeds of each other.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from analysis.cells import cell_numbers
 from analysis.gather import Study
 from analysis.quantities import MISSING
 
 WIDTH_AND_DEPTH = ("model.num_channels", "model.num_layers")
 TRAINED_ON = "data.train_on_validation"
 CORPUS = "data.index_hash"
+OF_CELLS = ("data.hours", "steps")  # a cell has them of its own, to three digits
 
 
 def tells_families(setting: str) -> bool:
@@ -26,12 +29,16 @@ def tells_families(setting: str) -> bool:
 
 
 def with_families(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """(runs with a column axes.SETTING for each setting that tells families apart, the axes with these)."""
+    """(runs with a column axes.SETTING for each setting that differs and no axis shows, the axes with these).
+
+    Those are the settings that tell families apart, and those that differ between runs of one cell.
+    """
     science = [study.science[run_id] for run_id in runs["run_id"]]
+    cells = cell_numbers(runs, study.axes)
     found: dict[str, list[str]] = {}
-    for key in sorted({key for flat in science for key in flat if tells_families(key) and key not in study.axes}):
+    for key in sorted({key for flat in science for key in flat if key not in (*study.axes, *OF_CELLS)}):
         values = [flat.get(key) for flat in science]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and (tells_families(key) or _differ_within(values, cells)):
             # Settings that came with a later version are not in the science of runs that have their default.
             at_default = [run_id for run_id, value in zip(runs["run_id"], values, strict=True) if value is None]
             said = (study.settings[run_id].get(key) for run_id in at_default)
@@ -45,18 +52,28 @@ def with_families(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, tuple
     return runs.assign(**{f"axes.{key}": values for key, values in found.items()}), (*study.axes, *found)
 
 
+def _differ_within(values: Sequence[str | None], cells: pd.Series) -> bool:
+    within = pd.Series(np.array(values, dtype=object), index=cells.index).groupby(cells)
+    return bool((within.nunique(dropna=False) > 1).any())
+
+
 def family_names(cells: pd.DataFrame, settings: Sequence[str]) -> pd.Series:
     """A name for each cell's family: the sizes in it, or what it is of these settings where a size is in several."""
     if not settings:
         return pd.Series("", index=cells.index)
     family = cells.groupby([f"axes.{setting}" for setting in settings], sort=False, dropna=False).ngroup()
-    if cells.assign(family=family).groupby("size")["family"].nunique().max() > 1:
+    if has_shared_sizes(cells.assign(family=family)):
         values = cells[[f"axes.{setting}" for setting in settings]].astype(str).to_numpy()
         named = [
             ", ".join(f"{setting}={value}" for setting, value in zip(settings, row, strict=True)) for row in values
         ]
         return pd.Series(named, index=cells.index)
     return family.map(cells.groupby(family)["size"].agg(lambda sizes: ", ".join(dict.fromkeys(sizes))))
+
+
+def has_shared_sizes(cells: pd.DataFrame) -> bool:
+    """Whether a size is in several families, so that its name does not tell its cells apart."""
+    return bool((cells.groupby("size")["family"].nunique() > 1).any())
 
 
 def unprocessed_mean(runs: pd.DataFrame, column: str) -> float:

@@ -7,7 +7,7 @@ figure is worse than a sentence. `analysis.style` says how they look and writes 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib.patheffects as effects
@@ -16,11 +16,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis import style
-from analysis.families import tells_families, unprocessed_mean
+from analysis.families import family_names, has_shared_sizes, tells_families, unprocessed_mean, with_families
 from analysis.gather import Study
 from analysis.quantities import MISSING, Quantity, human_hours, round_hours
 from analysis.tables import ScalingTable
@@ -34,6 +35,8 @@ CURVE_POINTS = 400
 # Of more runs so many, evenly spaced over the plan, are drawn.
 MOST_LINES = 200
 MOST_NAMES = 8  # of lines in a legend
+LEGEND_ROOM = 0.2  # inches beside a legend
+LONGEST_LABEL = 24  # letters of a label beside a row; longer ones are broken
 
 
 def scaling_figure(table: ScalingTable) -> Figure | None:
@@ -50,10 +53,16 @@ def scaling_figure(table: ScalingTable) -> Figure | None:
     if cells["hours"].nunique() > 1:
         rows.append("hours")
     with style.applied():
-        figure = Figure(figsize=(max(4.2, 2.0 * len(quantities)), 1.95 * len(rows) + 0.3), layout="constrained")
-        panels = figure.subplots(len(rows), len(quantities), squeeze=False)
         lines = {x: _series(cells, table.axes, x) for x in rows}
         several = any(names for names, _ in lines.values())
+        beside = (
+            max(_legend_width(_in_lines(text) for text in series) for _, series in lines.values()) if several else 0
+        )
+        width = max(4.2, 2.0 * len(quantities)) + beside
+        # Letters of a legend come out a little wider at another resolution than the one of the layout.
+        layout = ConstrainedLayoutEngine(rect=(0, 0, 1 - several * LEGEND_ROOM / width, 1))
+        figure = Figure(figsize=(width, 1.95 * len(rows) + 0.3), layout=layout)
+        panels = figure.subplots(len(rows), len(quantities), squeeze=False)
         has_level = any(np.isfinite(table.unprocessed.get(f"{quantity.key}_mean", np.nan)) for quantity in quantities)
         for x, row in zip(rows, panels, strict=True):
             names, series = lines[x]
@@ -78,13 +87,18 @@ def curves_figure(study: Study) -> Figure | None:
     curves = study.curves[study.curves["loss"].notna()] if "loss" in study.curves else study.curves
     if curves.empty:
         return None
-    runs = study.runs[study.runs["run_id"].isin(curves["run_id"].unique())]
+    runs, axes = with_families(study.runs.assign(hours=study.runs["hours"].map(round_hours)), study)
+    telling = [axis for axis in axes if axis not in study.axes and tells_families(axis)]
+    runs["family"] = family_names(runs, telling)
+    if not has_shared_sizes(runs):
+        runs["family"] = ""  # the panels tell them apart
+    runs = runs[runs["run_id"].isin(curves["run_id"].unique())]
     if len(runs) > MOST_LINES:
         runs = runs.iloc[np.linspace(0, len(runs) - 1, MOST_LINES).astype(int)]
         curves = curves[curves["run_id"].isin(runs["run_id"])]
     runs = runs.sort_values("num_params", kind="stable")
     sizes = list(dict.fromkeys(runs["size"]))
-    names, series = _series(runs.assign(hours=runs["hours"].map(round_hours)), study.axes, "size")
+    names, series = _series(runs, [axis for axis in axes if axis not in telling], "size")
     lines = list(dict.fromkeys(series))
     columns = min(4, len(sizes))
     rows = math.ceil(len(sizes) / columns)
@@ -120,9 +134,22 @@ def curves_figure(study: Study) -> Figure | None:
 
 
 def _legend_columns(figure: Figure, handles: Sequence[Any]) -> int:
-    """As many as fit the figure's width, an inch for eleven letters and half an inch for each line."""
-    widest = max(len(str(handle.get_label())) for handle in handles)
-    return max(1, min(6, len(handles), int(figure.get_figwidth() / (0.5 + widest / 11))))
+    """As many as fit the figure's width."""
+    return max(1, min(6, len(handles), int(figure.get_figwidth() / _legend_width(_labels(handles)))))
+
+
+def _labels(handles: Sequence[Any]) -> list[str]:
+    return [str(handle.get_label()) for handle in handles]
+
+
+def _legend_width(labels: Iterable[str]) -> float:
+    """Inches: one for eleven letters of the longest line, and half a one for the line before it."""
+    return 0.5 + max(len(line) for label in labels for line in label.split("\n")) / 11
+
+
+def _in_lines(label: str) -> str:
+    """A long label a setting a line."""
+    return label if len(label) <= LONGEST_LABEL else label.replace(", ", ",\n")
 
 
 # --- the panels of the scaling figure ------------------------------------------------------
@@ -249,7 +276,9 @@ def _handles(series: pd.Series, has_level: bool = False) -> list[Line2D]:
 
 def _row_legend(ax: Axes, handles: list[Line2D], title: str) -> None:
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-    ax.legend(handles=_at_most(handles), title=title or None, frameon=False, **beside)
+    for handle in handles:
+        handle.set_label(_in_lines(str(handle.get_label())))
+    ax.legend(handles=_at_most(handles), title=_in_lines(title) or None, frameon=False, **beside)
 
 
 def _at_most(handles: list[Line2D]) -> list[Line2D]:

@@ -86,6 +86,7 @@ class Fit:
         of the bootstraps as drawn.
     residuals: (cells,) of the cells' means, of log y or y.
     unfinished: share of the bootstraps that found no optimum.
+    at_bounds: names of the parameters that stopped at the end of their range.
     lack_of_fit: F of the cells' distance from the law over the scatter of seeds within them, about 1 where the law
         holds, and the degrees of freedom of both; None where no cell has several seeds.
     """
@@ -102,6 +103,7 @@ class Fit:
     resampled: str = ""
     widening: Array = field(default_factory=lambda: np.empty(0))
     unfinished: float = 0.0
+    at_bounds: tuple[str, ...] = ()
 
     @property
     def freedom(self) -> int:
@@ -127,12 +129,20 @@ class Fit:
         """Whether the curve means something (a parameter at its bound may not)."""
         return self.status in (CONVERGED, BOUND)
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the cells show all of the law, but for a floor that a power law need not have (E = 0)."""
+        return self.status == CONVERGED or (self.status == BOUND and self.at_bounds == ("E",))
+
     @cached_property
     def lack_of_fit(self) -> tuple[float, int, int] | None:
         return _lack_of_fit(self.law, self.data, self.residuals) if len(self.residuals) else None
 
     def standard_errors(self) -> dict[str, float]:
-        return {name: float(np.std(values, ddof=1)) for name, values in self.bootstrap.items()}
+        """Of each parameter; NaN where the bootstraps reach beyond what a number can hold."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = {name: float(np.std(values, ddof=1)) for name, values in self.bootstrap.items()}
+        return {name: value if np.isfinite(value) else np.nan for name, value in found.items()}
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """Of a parameter; NaN where there are too few degrees of freedom."""
@@ -225,7 +235,10 @@ def _widened(optimum: float | Array, drawn: Array, widening: Array) -> Array:
 
 
 def _quantiles(values: Array, level: float) -> tuple[Array, Array]:
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    """Over the bootstraps; NaN where they reach beyond what a number can hold."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        ends = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.where(np.isfinite(ends), ends, np.nan)
     return low, high
 
 
@@ -295,6 +308,7 @@ def fit(
         resampled,
         widening,
         unfinished,
+        tuple(problem.at_bounds(point)),
     )
 
 

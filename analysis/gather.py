@@ -288,12 +288,18 @@ def _of_the_same_utterances(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs and scores with a metric's values, and their means, of the utterances alone that no finished run refused.
 
-    Over a run's own, a model whose worst output is refused would be averaged over the easier rest. A run with fewer
-    than half of its utterances scored keeps no value, and takes none from the others.
+    Those of one corpus: another may have utterances of the same ids. Over a run's own, a model whose worst output is
+    refused would be averaged over the easier rest. A run with fewer than half of its utterances scored keeps no value,
+    and takes none from the others.
     """
     is_few = runs[f"{key}_scored"] < runs[f"{key}_refused"]
     counted = runs.loc[(runs["state"] == "finished") & ~is_few, "run_id"]
-    refused = scores["id"].isin(refusals.loc[refusals["run_id"].isin(counted), "id"])
+    told = refusals[refusals["run_id"].isin(counted)]
+    corpora = dict(zip(runs["run_id"], runs["index_hash"].astype(str), strict=True))
+    of_corpora = scores["run_id"].map(corpora)
+    refused = pd.Series(False, index=scores.index)
+    for corpus, ids in told.groupby(told["run_id"].map(corpora))["id"]:
+        refused |= (of_corpora == corpus) & scores["id"].isin(ids)
     dropped = refused | scores["run_id"].isin(runs.loc[is_few, "run_id"])
     if not dropped.any():
         return runs, scores

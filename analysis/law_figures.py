@@ -22,6 +22,8 @@ from analysis.breakdown import breakdown
 from analysis.cells import over_seeds
 from analysis.claims import Claim, Claims
 from analysis.comparable import Comparable, largest_budgets
+from analysis.families import unprocessed_mean
+from analysis.gather import UNPROCESSED
 from analysis.isoflop import IsoFlop
 from analysis.quantities import Quantity, human_count, human_macs
 from analysis.settings import DATA, SIZES
@@ -31,6 +33,7 @@ REACH = 2.0  # how far beyond the cells a law is drawn, as a factor
 HALO = [effects.withStroke(linewidth=2, foreground="white")]
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
 MOST_NAMED = 12  # points of a panel
+LEAST_SHOWN = 10.0  # on a logarithmic axis a bar ends at the mean over this where its spread reaches 0
 
 
 def laws_figure(found: Claims) -> Figure | None:
@@ -43,7 +46,8 @@ def laws_figure(found: Claims) -> Figure | None:
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         for ax, claim in zip(panels, shown, strict=True):
             _law_panel(ax, found, claim)
-        figure.legend(handles=_law_handles(), loc="outside lower center", ncols=2 * len(shown) - 1, frameon=False)
+        handles = _law_handles(any(len(test.cells) for claim in shown for test in claim.held_out[:1]))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(shown) - 1, frameon=False)
     return figure
 
 
@@ -59,9 +63,10 @@ def _law_panel(ax: Axes, found: Claims, claim: Claim) -> None:
         ax.fill_between(x, *law.prediction_interval({variable: x}, level), color="0.9", linewidth=0)
         ax.fill_between(x, *law.band({variable: x}, level), color="0.75", linewidth=0)
     ax.plot(x, law.predict({variable: x}), color=style.color(0), linewidth=1.4)
-    ax.errorbar(
-        cells[variable], cells["mean"], cells["std"].fillna(0), fmt="o", color=style.color(0), elinewidth=0.8, capsize=2
-    )
+    above = cells["std"].fillna(0)
+    below = cells["mean"] - np.maximum(cells["mean"] - above, cells["mean"] / LEAST_SHOWN)
+    bars = np.stack([below, above])
+    ax.errorbar(cells[variable], cells["mean"], bars, fmt="o", color=style.color(0), elinewidth=0.8, capsize=2)
     for test in claim.held_out[:1]:
         for _, cell in test.cells.iterrows():
             center = cell["predicted"]
@@ -72,8 +77,7 @@ def _law_panel(ax: Axes, found: Claims, claim: Claim) -> None:
     _log_x(ax, x[0], x[-1])
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(NullLocator())
-    values = [*(cells["mean"] - cells["std"].fillna(0)), *(cells["mean"] + cells["std"].fillna(0))]
-    _log_y(ax, min(values), max(values))
+    _log_y(ax, float((cells["mean"] - below).min()), float((cells["mean"] + above).max()))
     label = {"N": SIZES[claim.measure], "D": DATA[found.data], "C": "multiply-accumulates of training"}[variable]
     ax.set_xlabel(label[0].upper() + label[1:])
     ax.set_ylabel(claim.quantity.axis)
@@ -89,14 +93,15 @@ def _written_law(claim: Claim) -> str:
     return f"{p['E']:.3g} + {p['A']:.3g} {variable}$^{{-{p['alpha']:.3g}}}$"
 
 
-def _law_handles() -> list[Any]:
-    return [
+def _law_handles(has_predictions: bool) -> list[Any]:
+    handles: list[Any] = [
         Line2D([], [], color=style.color(0), marker="o", linestyle="", label="cells, mean ± sd over seeds"),
         Line2D([], [], color=style.color(0), label="law"),
         Patch(color="0.75", label="interval of the law"),
         Patch(color="0.9", label="of a new run"),
-        Line2D([], [], color=style.color(1), marker="D", markerfacecolor="white", label="held out: predicted"),
     ]
+    predicted = Line2D([], [], color=style.color(1), marker="D", markerfacecolor="white", label="held out: predicted")
+    return [*handles, predicted] if has_predictions else handles
 
 
 def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
@@ -169,6 +174,7 @@ def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) ->
     if not shown:
         return None
     chosen = largest_budgets(found.kept)
+    ours = {metric.key: unprocessed_mean(chosen, UNPROCESSED + metric.key) for metric in shown}
     with style.applied():
         figure = Figure(figsize=(6.9, 2.7 * ((len(shown) + 1) // 2) + 0.4), layout="constrained")
         panels = figure.subplots((len(shown) + 1) // 2, 2, squeeze=False).flat
@@ -201,6 +207,9 @@ def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) ->
                         color="0.3",
                         path_effects=HALO,
                     )
+            for level, look in ((ours[metric.key], "-"), (published.UNPROCESSED[metric.key], (0, (1, 1.5)))):
+                if np.isfinite(level):
+                    ax.axhline(level, zorder=1, **style.REFERENCE | {"linestyle": look})
             xs = [*best["macs_per_second"], *(s.macs_per_second for s in published.SYSTEMS)]
             _log_x(ax, min(xs), max(xs))
             ax.margins(y=0.15)
@@ -219,6 +228,8 @@ def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) ->
                 label=f"this study ({data}), of each size its largest budget",
             ),
             Line2D([], [], color="0.45", marker="s", linestyle="", label="published, VoiceBank+DEMAND"),
+            Line2D([], [], label="unprocessed, this study", **style.REFERENCE | {"linestyle": "-"}),
+            Line2D([], [], label="unprocessed, VoiceBank+DEMAND", **style.REFERENCE | {"linestyle": (0, (1, 1.5))}),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure

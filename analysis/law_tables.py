@@ -42,7 +42,7 @@ def laws_table(
             "Status": law.status + (f" ({law.reason})" if law.reason else "") + _no_interval(law),
             "Parameters": values,
             "AICc": f"{aicc:.1f}" if np.isfinite(aicc) else MISSING,
-            "Held-out error": f"{test.error:.3g}, without {test.left_out}" if test else MISSING,
+            "Held-out error": f"{error_text(claim, test.error)}, without {test.left_out}" if test else MISSING,
         }
         rows.append({heading: (text, ids) for heading, text in row.items()})
         for parameter, value in law.parameters.items() if law.is_usable else ():
@@ -60,14 +60,16 @@ def laws_table(
                 entry |= {"standard_error": law.standard_errors()[parameter], "low": low, "high": high}
             numbers.append(entry | {"run_ids": ids})
     resampled = {c.fitted.resampled for c in found if c.fitted.has_interval}
-    drawn = {"seeds": "seeds within cells", "cells": "cells (not every cell has several seeds)"}
+    drawn = {"seeds": "seeds within cells", "cells": f"cells ({_why_cells(found)})"}
     how = " or ".join(drawn[r] for r in sorted(resampled))
     intervals = f"{level:.0%} intervals in brackets, of bootstraps over {how}, with Student's tails."
     intervals = intervals if how else "No intervals."
     formulas = "; ".join(dict.fromkeys(f"{claim.law.name}: {claim.law.formula}" for claim in found))
     caption = (
         f"{formulas}. {_units(found, data, loss)} {intervals} Losses: Huber on log residuals. "
-        "AICc: of laws of the same quantity and the same cells, lower is better; differences below 2 say nothing."
+        "AICc: of laws of the same quantity and the same cells, lower is better; differences below 2 say nothing. "
+        "Held-out error: mean distance of the prediction from the cells left out, of losses as a share of what was "
+        "observed, of metrics in their unit."
     )
     if any(claim.fitted.lack_of_fit for claim in found):
         caption += (
@@ -75,6 +77,23 @@ def laws_table(
             "both), about 1 where the law holds; above 1 it widens the intervals."
         )
     return table_of(name, title, caption, rows, numbers)
+
+
+def _why_cells(found: Sequence[Claim]) -> str:
+    """Why the bootstraps of some of these laws draw cells and not their seeds."""
+    drawn = [c.fitted for c in found if c.fitted.has_interval and c.fitted.resampled == "cells"]
+    of_means = any("L" in law.law.variables for law in drawn)
+    of_few = any((law.data.counts == 1).any() for law in drawn)
+    why = ["their x is a mean over seeds"] * of_means + ["not every cell has several seeds"] * of_few
+    return ", or ".join(why)
+
+
+def error_text(claim: Claim, error: float) -> str:
+    """An error of a prediction: of losses relative, of metrics in their digits and unit."""
+    if claim.law.has_log_residuals:
+        return f"{error:.2%}"
+    unit = f" {claim.quantity.unit}" if claim.quantity.unit else ""
+    return f"{error:.{claim.quantity.digits}f}{unit}"
 
 
 def _units(found: Sequence[Claim], data: str, loss: Quantity) -> str:
@@ -145,7 +164,8 @@ def exclusions_effect_table(found: Claims) -> PaperTable:
             numbers.append(entry | {"run_ids": ids})
     caption = (
         "What exclusions and the loss function change: "
-        "each law of the loss refitted by least squares, and with the excluded runs."
+        "each law of the loss refitted by least squares, and with the excluded runs, those whose last validation is at "
+        "the end of their training."
     )
     return table_of("fits_both_ways", "The same laws, fitted the other way", caption, rows, numbers)
 
@@ -155,11 +175,10 @@ def held_out_table(found: Claims) -> PaperTable:
     rows, numbers = [], []
     level = found.settings.level
     for claim in [*found.losses, *found.metrics]:
-        digits, is_relative = claim.quantity.digits, claim.law.has_log_residuals
+        digits = claim.quantity.digits
 
-        def size_of(errors: pd.Series, digits: int = digits, is_relative: bool = is_relative) -> str:
-            mean = float(errors.abs().mean())
-            return f"{mean:.2%}" if is_relative else f"{mean:.{digits}f}"
+        def size_of(errors: pd.Series, claim: Claim = claim) -> str:
+            return error_text(claim, float(errors.abs().mean()))
 
         for test in claim.held_out:
             if test.verdict == "not possible" and not claim.fitted.is_usable:
@@ -182,6 +201,7 @@ def held_out_table(found: Claims) -> PaperTable:
                     "Interval": f"{last['low']:.{digits}f} to {last['high']:.{digits}f}",
                     "Covered": f"{int(cells['is_covered'].sum())} of {len(cells)}",
                     "Mean error": size_of(cells["error"]),
+                    "Interval ±": size_of(cells["half_width"]),
                     "Naive error": size_of(cells["naive_error"]),
                 }
                 about = {"quantity": claim.quantity.key, "law": claim.law.name, "measure": claim.measure}
@@ -195,8 +215,10 @@ def held_out_table(found: Claims) -> PaperTable:
             rows.append({heading: (text, sources.get(heading, everything)) for heading, text in row.items()})
     caption = (
         f"Each law is fitted without these cells and predicts their mean. Pass: all lie in their {level:.0%} "
-        "prediction intervals (taken together), and the mean error is smaller than the naive one, of expecting no more "
-        "than the best cell that was seen. Observed, predicted and interval are of the last cell; the CSV has all."
+        "prediction intervals (taken together), the mean error is smaller than the naive one, of expecting what the "
+        "nearest cell that was seen has (the next level down of what is left out, there the nearest size), and the "
+        "law is converged, or at a bound in its floor E alone, with these cells and without. Interval ±: half its "
+        "width, a mean over cells. Observed, predicted and interval are of the last cell; the CSV has all."
     )
     return table_of("held_out", "Prediction of what the fit did not see", caption, rows, numbers)
 
@@ -288,5 +310,8 @@ def exclusions_table(found: Claims) -> PaperTable:
         }
         for _, run in found.exclusions.iterrows()
     ]
-    caption = "Left out of every fit by rule; fits with those that have a loss on record stand beside the others."
+    caption = (
+        "Left out of every fit by rule; fits with those that have a loss at the end of their training stand beside the "
+        "others."
+    )
     return table_of("exclusions", "Runs left out of fits", caption, rows, found.exclusions)

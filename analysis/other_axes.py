@@ -83,6 +83,8 @@ def one_setting(
     covered["size"] = covered["size"].fillna(0)
     rivals = covered[covered["size"] == covered["size"].max()]
     why_first = _why_no_lowest(runs[setting.isin(rivals.index)], science) if len(rivals) > 1 else ""
+    if len(rivals) > 1 and rivals["mean"].isna().all():
+        why_first = "no run of them may stand in a law"
     best = int((rivals if why_first else rivals.sort_values("mean", kind="stable")).index[0])
     mask = (setting == best).to_numpy()
     first = runs[mask].iloc[0]

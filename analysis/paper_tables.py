@@ -264,6 +264,11 @@ def significance_table(cells: Comparable, metrics: Sequence[Quantity], settings:
         f"Paired over utterances, a cell of each size, {cells.caption}; {settings.level:.0%} intervals of "
         "bootstraps over utterances, with Student's t for the scatter of each size's seeds (Welch)."
     )
+    ordered = cells.scores.sort_values("N")["size"].drop_duplicates()
+    for metric, of_metric in pairs.groupby("metric", sort=False):
+        sizes = {*of_metric["size"], *of_metric["against"]}
+        if without := [str(size) for size in ordered if size not in sizes]:
+            caption += f" {names[str(metric)]}: without {', '.join(without)}, of which it has no score."
     if not cells.is_shared:
         caption += " Budgets differ: there is no p."
     if pairs["of_runs_alone"].any():

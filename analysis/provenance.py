@@ -167,6 +167,7 @@ def _mixed_settings(study: Study, table: ScalingTable) -> list[str]:
 def _refusals(study: Study) -> list[str]:
     refusals = study.refusals[study.refusals["run_id"].isin(study.finished["run_id"])]
     said = []
+    where = "every run on the same corpus" if study.runs["index_hash"].nunique() > 1 else "every run"
     for metric, rows in refusals[~refusals["metric"].str.startswith(UNPROCESSED)].groupby("metric", sort=False):
         reasons = rows["reason"].value_counts()
         told = "; ".join(f"{reason} ({count})" for reason, count in list(reasons.items())[:MOST_VALUES])
@@ -178,7 +179,7 @@ def _refusals(study: Study) -> list[str]:
             f" {', '.join(few)} scored fewer than half: no mean of it, and nothing left out for it." if len(few) else ""
         )
         said.append(
-            f"{metric} refused {_count(len(rows), 'utterance')} in {runs}, left out of its means in every run: "
+            f"{metric} refused {_count(len(rows), 'utterance')} in {runs}, left out of its means in {where}: "
             f"{told}{more}.{without}"
         )
     return said

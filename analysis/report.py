@@ -300,10 +300,14 @@ def _verdicts(found: Claims) -> list[str]:
             if test.verdict == "not possible":
                 continue
             why = f": {test.reason}" if test.reason else ""
-            text = f"{test.verdict.upper()}: {claim.law.name} without {test.left_out}, error {test.error:.2%}{why}"
+            text = f"{test.verdict.upper()}: {claim.law.name} without {test.left_out}, error {test.error:.2%}"
+            text += f", interval ±{test.half_width:.2%}{why}"
             lines.append(html.verdict(text, test.verdict))
     if not lines:
-        reasons = {claim.law.name: claim.fitted.reason or claim.held_out[0].reason for claim in found.losses}
+        reasons = {
+            claim.law.name: claim.held_out[0].reason if claim.fitted.is_usable else claim.fitted.reason
+            for claim in found.losses
+        }
         lines.append(html.verdict("NOT TESTED: no law of the loss can be fitted without its largest cells", "none"))
         lines.append(html.bullets([f"{law}: {reason}" for law, reason in reasons.items()]))
     return lines

@@ -37,21 +37,21 @@ def paired(
     is_bound: no sample lies on the other side of 0, and p and p_holm are what they are below.
     bootstraps: samples, if more than FEWEST_SAMPLES.
     scores: one row a run and utterance with size, N, run_id, id and a column a metric.
-    Utterances that a metric refused in any run are left out for all.
+    Utterances that a metric refused in any run are left out for all, and so are sizes of which it has no score.
     """
-    sizes = list(scores.sort_values("N")["size"].drop_duplicates())
-    pairs = (
-        list(itertools.combinations(sizes, 2)) if len(sizes) <= NEIGHBOURS_BEYOND else list(itertools.pairwise(sizes))
-    )
+    ordered = list(scores.sort_values("N")["size"].drop_duplicates())
     bootstraps = max(bootstraps, FEWEST_SAMPLES)
     rng = np.random.default_rng(seed)
     rows = []
     for metric in metrics:
-        if metric.key not in scores or not len(sizes) > 1:
+        if metric.key not in scores:
             continue
         tables = _tables(scores, metric.key)
         if tables is None:
             continue
+        sizes = [size for size in ordered if size in tables]
+        is_few = len(sizes) <= NEIGHBOURS_BEYOND
+        pairs = list(itertools.combinations(sizes, 2)) if is_few else list(itertools.pairwise(sizes))
         found = []
         means = dict(zip(sizes, _drawn_means([tables[size] for size in sizes], bootstraps, rng).T, strict=True))
         for against, size in pairs:
@@ -86,10 +86,10 @@ def paired(
 
 
 def _tables(scores: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame] | None:
-    """size → (seeds, utterances), the same utterances for all; None if there are none."""
+    """size → (seeds, utterances), the same utterances for all sizes that have scores; None if there are none of two."""
     wide = scores.pivot_table(index=["size", "run_id"], columns="id", values=metric, observed=True, dropna=False)
     wide = wide.dropna(axis=0, how="all").dropna(axis=1, how="any")
-    if wide.shape[1] < 2 or wide.index.get_level_values("size").nunique() < scores["size"].nunique():
+    if wide.shape[1] < 2 or wide.index.get_level_values("size").nunique() < 2:
         return None
     return {str(size): part.droplevel("size") for size, part in wide.groupby(level="size", observed=True)}
 

@@ -50,7 +50,8 @@ _SETTINGS: dict[Any, Any] = {
 def applied() -> Iterator[None]:
     """Draw in the study's style; what the caller had set is back afterwards."""
     with mpl.rc_context():
-        sns.set_theme(context="paper", style="ticks", palette="colorblind", rc=_SETTINGS)
+        # color_codes would change what "b" and "r" are for the whole process, and not only here.
+        sns.set_theme(context="paper", style="ticks", palette="colorblind", color_codes=False, rc=_SETTINGS)
         yield
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.cells import cell_numbers, over_seeds
-from analysis.families import family_names, tells_families, unprocessed_mean, with_families
+from analysis.families import family_names, has_shared_sizes, tells_families, unprocessed_mean, with_families
 from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import (
     MISSING,
@@ -71,10 +71,11 @@ class ScalingTable:
 def scaling_table(study: Study) -> ScalingTable:
     """Cells of a study: grouped over everything but the seed, and summed up over finished runs."""
     runs = study.runs.assign(hours=study.runs["hours"].map(round_hours))
-    axes = _telling_axes(runs, study.axes)
     factors = real_time_factors(study)
     runs[factors.columns] = factors
     runs, axes_and_families = with_families(runs, study)
+    found = [axis for axis in axes_and_families if axis not in study.axes and tells_families(axis)]
+    axes = _telling_axes(runs, [axis for axis in axes_and_families if axis not in found])
     telling = [axis for axis in axes_and_families if axis not in axes and tells_families(axis)]
     runs["cell"] = cell_numbers(runs, axes_and_families)
     finished = runs[runs["state"] == "finished"]
@@ -137,13 +138,15 @@ def _telling_axes(runs: pd.DataFrame, axes: Sequence[str]) -> tuple[str, ...]:
 def _labels(cells: pd.DataFrame, axes: Sequence[str]) -> list[str]:
     """A name for each row: its size, and of the rest what differs between rows."""
     labels = []
+    is_shared = has_shared_sizes(cells)
     for _, cell in cells.iterrows():
         parts = [str(cell["size"])]
         if cells["hours"].nunique() > 1:
             parts.append(f"{human_hours(cell['hours'])} h")
         if cells["steps"].nunique() > 1:
             parts.append(f"{cell['steps']:,} steps")
-        labels.append(" · ".join(parts + [f"{axis}={axis_value(cell[f'axes.{axis}'])}" for axis in axes]))
+        parts += [f"{axis}={axis_value(cell[f'axes.{axis}'])}" for axis in axes]
+        labels.append(" · ".join(parts + [cell["family"]] * is_shared))
     return labels
 
 
@@ -179,6 +182,8 @@ def written(table: ScalingTable) -> pd.DataFrame:
             row["RTF"] = MISSING if factor is None or pd.isna(factor) else f"{factor:.3g}"
         row["Hours"] = human_hours(cell["hours"]) if has_cell else MISSING
         row["Steps"] = steps_text(cell["steps"], cell["steps_taken"]) if has_cell else MISSING
+        if table.cells["family"].nunique() > 1:
+            row["Family"] = cell["family"] if has_cell else MISSING
         for axis in table.axes:
             row[axis] = axis_value(cell[f"axes.{axis}"]) if has_cell else MISSING
         row["Seeds"] = f"{cell['seeds_finished']} of {cell['seeds_planned']}" if has_cell else MISSING
@@ -270,9 +275,14 @@ def to_markdown(table: ScalingTable) -> str:
 
 def markdown_table(frame: pd.DataFrame, numbers: bool = False) -> str:
     """A frame of text as a Markdown table; with `numbers`, all but the first column aligned right."""
-    lines = [list(frame.columns), ["---", *["--:" if numbers else "---"] * (len(frame.columns) - 1)]]
-    lines += [[_one_line(str(value)).replace("|", "\\|") for value in row] for row in frame.itertuples(index=False)]
+    lines = [[_markdown_cell(name) for name in frame.columns]]
+    lines.append(["---", *["--:" if numbers else "---"] * (len(frame.columns) - 1)])
+    lines += [[_markdown_cell(value) for value in row] for row in frame.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown_cell(value: object) -> str:
+    return _one_line(str(value)).replace("|", "\\|")
 
 
 def to_latex(table: ScalingTable) -> str:
@@ -313,7 +323,7 @@ def latex_escape(text: str) -> str:
 def to_terminal(table: ScalingTable, width: int) -> RenderableType:
     """The table for a terminal of `width` columns, in two or more parts where one does not fit."""
     text = written(table)
-    fixed = ["Size", *table.axes]
+    fixed = ["Size", *(name for name in ("Family", *table.axes) if name in text)]
     varying = [name for name in ("Hours", "Steps") if text[name][1:].nunique() > 1]
     parts = _fitting(text, fixed[:1] + varying + fixed[1:], list(text.columns[1:]), width)
     if len(table.unfinished):

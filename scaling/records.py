@@ -155,11 +155,14 @@ def state_of(lines: Sequence[bytes]) -> tuple[str, Record]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    What is no text (a folder's name in another encoding) is written as JSON would escape it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -383,10 +386,26 @@ class StudyDirectory:
         return RecordError(f"no study at {self.path}: it has no plan.jsonl; make one with python -m launch.sweep")
 
     def read_plan(self) -> list[Record]:
-        """The planned runs; RecordError if the study has no plan."""
-        if not self.plan.exists():
-            raise self._missing
-        return list(read_records(self.plan))
+        """The planned runs; RecordError if the study has no plan, or for a line of it that is none.
+
+        It is written whole, so that no crash tears a line; passing over one would lose a run.
+        """
+        try:
+            lines = self.plan.read_bytes().split(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._missing from None
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise RecordError(f"{self.plan}: line {number} is not a JSON object; plan the study again")
+            rows.append(row)
+        return rows
 
     def read_run_ids(self) -> list[str]:
         """The ids of the planned runs, the rest of the plan unread: it is large; RecordError if there is none."""

@@ -154,3 +154,19 @@ def test_the_planner_says_of_a_law_at_a_bound_what_would_free_it(tmp_path: Path,
     assert told.startswith("no advice: L(N, D) of this study is at a bound (E = ")
     assert "add larger budgets or sizes to the sweep" in told
     assert "isoflop" not in told, "the study is of equal compute already"
+
+
+def test_the_planner_says_when_the_sizes_trained_on_different_machines(tmp_path: Path):
+    study = grid_study(tmp_path / "study", seeds=1, utterances=0)
+    for row in study.read_plan():
+        run = study.run(row["run_id"])
+        gpu = "H200" if row["size"]["name"] in ("t", "c48", "s") else "T4"
+        events = [
+            event | ({"hardware": event["hardware"] | {"gpu": gpu}} if event["event"] == "started" else {})
+            for event in run.read_events()
+        ]
+        run.events.write_text(lines(events))
+    remarks = advise(claims(gather(study.path), Settings(study.path, bootstraps=100)), 0.05).remarks
+    told = "The runs trained on 2 kinds of GPUs (c8, xt, c24 on T4; t, c48, s on H200): the hours are of no one kind."
+    assert told in remarks
+    assert not any("CPUs" in remark for remark in remarks)

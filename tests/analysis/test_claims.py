@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.budgets import of_equal_compute
 from analysis.claims import CEILINGS, Claims, claims
 from analysis.comparable import comparable
 from analysis.fit import CONVERGED, UNIDENTIFIABLE
 from analysis.gather import gather
 from analysis.isoflop import isoflop
-from analysis.law_tables import laws_table
+from analysis.law_tables import exclusions_effect_table, laws_table
 from analysis.nodes import node_table
 from analysis.paper_tables import paper_tables
 from analysis.quantities import CHOSEN_METRICS, METRICS
@@ -140,6 +141,41 @@ def test_a_prediction_without_an_interval_is_no_test(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("draw", [0, 1, 4])
+def test_sizes_that_do_not_differ_pass_no_test(tmp_path: Path, draw: int):
+    """The mean of all is nearer to the largest size than the best of all is: a flat curve is no law for that."""
+    study, plans = StudyDirectory(tmp_path / "study"), []
+    losses = 0.03 * np.exp(np.random.default_rng(draw).normal(0, 0.004, (len(FAMILY), 3)))
+    for size, of_seeds in zip(FAMILY, losses, strict=True):
+        for seed, loss in enumerate(of_seeds):
+            plans.append(run_record(size, 100.0, seed))
+            write_run(study, plans[-1], float(loss), np.random.default_rng(0), utterances=0)
+    study.plan.write_text(lines(plans))
+    claim = claims(gather(study.path), Settings(study.path, bootstraps=200)).loss("L(N)")
+    assert claim is not None
+    (test,) = claim.held_out
+    assert test.verdict != "pass"
+    assert test.reason
+
+
+def test_the_naive_prediction_is_the_nearest_cell_of_the_next_level_down(found: Claims):
+    runs = found.runs.set_index("run_id")
+    claim = found.loss("L(N, D)")
+    assert claim is not None
+    for test, column in zip(claim.held_out, ("N", "D", "C"), strict=True):
+        for _, cell in test.cells.iterrows():
+            nearest = runs.loc[cell["naive_run_ids"].split()]
+            assert nearest["validation_loss"].mean() == pytest.approx(cell["naive"], rel=1e-12)
+            assert len(nearest) == 3
+            if column == "N":  # the next smaller size, of its four budgets the one whose audio is nearest
+                assert set(nearest["size"]) == {"c48"}
+                away = np.abs(np.log(runs.loc[runs["size"] == "c48", "D"] / cell["D"]))
+                assert abs(np.log(nearest["D"].iloc[0] / cell["D"])) == pytest.approx(away.min())
+            if column == "C":
+                assert set(nearest["axes.train.budget.train_pmacs"]) == {1.0}
+                assert cell["label"].partition(",")[0] in set(nearest["size"]), "the same size on less audio"
+
+
 def test_an_interval_of_a_metric_ends_where_the_metric_does(tmp_path: Path):
     study = sizes_study(tmp_path / "study")
     rng = np.random.default_rng(3)
@@ -174,23 +210,25 @@ def test_a_law_whose_bootstraps_find_no_optimum_has_no_interval_and_the_reason_i
 def test_what_a_rule_leaves_out_is_on_record_and_fitted_the_other_way(tmp_path: Path):
     study = sizes_study(tmp_path / "study")
     plans = study.read_plan()
-    diverged, short, running = plans[0], plans[3], plans[4]
+    diverged, running, *short = plans[0], *plans[3:6]  # the latter three are of one size
     study.run(diverged["run_id"]).events.write_text(
         lines([{"event": "failed", "failure": "diverged", "reason": "the loss of step 9 is nan", "time": 1.7e9}])
     )
     study.run(running["run_id"]).events.write_text(lines([{"event": "started", "time": 1.7e9}]))
-    short["science"]["train"]["optimiser"]["warmup_steps"] = 2000
+    for plan in (running, *short):
+        plan["science"]["train"]["optimiser"]["warmup_steps"] = 2000
     study.plan.write_text(lines(plans))
     found = claims(gather(study.path), Settings(study.path, bootstraps=100))
     rules = dict(zip(found.exclusions["run_id"], found.exclusions["rule"], strict=True))
-    expected = {diverged["run_id"]: "diverged", short["run_id"]: "too few steps", running["run_id"]: "unfinished"}
+    expected = {diverged["run_id"]: "diverged", running["run_id"]: "unfinished"}
+    expected |= {plan["run_id"]: "too few steps" for plan in short}
     assert rules == expected
     claim = found.loss("L(N)")
     assert claim is not None
     assert not set(expected) & set(claim.run_ids)
     assert claim.with_excluded is not None
-    assert claim.with_excluded.data.num_cells == claim.fitted.data.num_cells
-    assert len(claim.with_excluded.data.y) == len(claim.fitted.data.y) + 3
+    assert claim.with_excluded.data.num_cells == claim.fitted.data.num_cells + 1
+    assert len(claim.with_excluded.data.y) == len(claim.fitted.data.y) + 4
     assert claim.with_excluded.parameters != claim.fitted.parameters
 
 
@@ -254,3 +292,40 @@ def test_the_analysis_runs_where_torch_cannot_be_imported(tmp_path: Path):
         assert done.returncode in (0, 1), done.stderr
         assert "Error" not in done.stderr, done.stderr
     assert (study.report / "report.html").exists()
+
+
+def test_runs_whose_compute_is_not_known_are_at_no_level_of_it(grid: StudyDirectory, found: Claims):
+    """Plans of an earlier version have no train_macs; NaN sorts behind the largest budget."""
+    of_old = found.kept["size"].eq("c8") & (found.kept["axes.train.budget.train_pmacs"] == 0.1)
+    runs = found.kept.drop(columns="axes.train.budget.train_pmacs")
+    runs = runs.assign(C=runs["C"].mask(of_old))
+    known, all_known = of_equal_compute(runs), of_equal_compute(runs[~of_old])
+    assert [list(budget.index) for budget in known] == [list(budget.index) for budget in all_known]
+    curves = isoflop(runs, bootstraps=100, seed=0).curves
+    assert [curve.cells["size"].nunique() for curve in curves] == [5, 6, 6, 6]
+    assert np.isfinite([curve.compute for curve in curves]).all()
+
+
+def test_a_run_that_is_half_trained_is_in_no_fit_with_the_excluded_runs(tmp_path: Path):
+    """Its last validation is at half of its steps; beside it one that only lacks the event that it finished."""
+    study, plans = StudyDirectory(tmp_path / "study"), []
+    for size in FAMILY:
+        plans.append(run_record(size, 100.0))
+        write_run(study, plans[-1], true_loss(size, 100.0), np.random.default_rng(0), utterances=0)
+    study.plan.write_text(lines(plans))
+    half, whole = (study.run(plan["run_id"]) for plan in plans[-2:])
+    for run in (half, whole):
+        run.events.write_text(lines([{"event": "started", "time": 1.7e9}]))
+    half.metrics.write_text(lines([row for row in half.read_metrics() if row["step"] <= plans[-2]["steps"] / 2]))
+    found = claims(gather(study.path), Settings(study.path, bootstraps=100))
+    claim = found.loss("L(N)")
+    assert claim is not None
+    assert claim.excluded_run_ids == (whole.run_id,)
+    assert claim.with_excluded is not None
+    assert len(claim.with_excluded.data.y) == len(claim.run_ids) + 1
+    assert dict(zip(found.exclusions["run_id"], found.exclusions["has_value"], strict=True)) == {
+        half.run_id: False,
+        whole.run_id: True,
+    }
+    caption = exclusions_effect_table(found).caption
+    assert "with the excluded runs, those whose last validation is at the end of their training." in caption

@@ -10,18 +10,20 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
 
 from analysis import style
 from analysis.claims import claims
 from analysis.figures import MOST_NAMES, curves_figure, scaling_figure
 from analysis.gather import gather
-from analysis.law_figures import published_figure
+from analysis.law_figures import laws_figure, published_figure
+from analysis.published import UNPROCESSED
 from analysis.settings import Settings
 from analysis.tables import scaling_table
 from scaling.records import StudyDirectory, read_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
-from tests.analysis.generated import FAMILY, lines, run_record, write_run
+from tests.analysis.generated import FAMILY, lines, run_record, true_loss, write_run
 
 
 def bars(ax: Axes) -> list[ErrorbarContainer]:
@@ -156,7 +158,55 @@ def test_beside_published_systems_stand_the_cells_of_the_largest_budgets_in_ever
     gathered = gather(study.path)
     figure = published_figure(claims(gathered, Settings(study.path, bootstraps=100)), gathered.metrics, "generated")
     assert figure is not None
+    unprocessed = gathered.runs["unprocessed_pesq_wb"].mean()
+    levels = {line.get_ydata()[0] for line in figure.axes[0].lines if len(set(line.get_ydata())) == 1}
+    assert {round(float(level), 6) for level in levels} >= {round(unprocessed, 6), UNPROCESSED["pesq_wb"]}
     for ax in figure.axes:
         if ax.get_ylabel() in expected:
             np.testing.assert_allclose(ax.lines[0].get_xydata(), expected.pop(ax.get_ylabel()), rtol=1e-6)
     assert not expected
+
+
+def test_a_seed_that_blew_up_leaves_limits_and_bars_of_a_logarithmic_axis_above_zero(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Of two seeds one has twelve times the other's loss: their standard deviation exceeds half of the sum."""
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(1), []
+    for size in FAMILY:
+        for seed in (0, 1):
+            plans.append(run_record(size, 100.0, seed))
+            loss = true_loss(size, 100.0) * (12 if (size, seed) == ("t", 1) else 1 + 0.003 * rng.normal())
+            write_run(study, plans[-1], loss, rng, utterances=0)
+    study.plan.write_text(lines(plans))
+    found = claims(gather(study.path), Settings(study.path, bootstraps=200))
+    claim = found.loss("L(N)")
+    assert claim is not None
+    claim.fitted.standard_errors()
+    figure = laws_figure(found)
+    assert figure is not None
+    style.save(figure, tmp_path / "laws")
+    panel = figure.axes[0]
+    low, high = panel.get_ylim()
+    means = [float(y) for y in bars(panel)[0].lines[0].get_ydata()]
+    assert 0 < low < min(means) < max(means) < high
+    ends = [segment[:, 1].min() for segment in bars(panel)[0].lines[2][0].get_segments()]
+    assert min(ends) > 0
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_the_legend_of_laws_names_no_prediction_where_none_is_drawn(tmp_path: Path) -> None:
+    study, plans = StudyDirectory(tmp_path / "study"), []
+    for size in FAMILY:  # one seed a size: too few degrees of freedom for a test
+        plans.append(run_record(size, 100.0))
+        write_run(study, plans[-1], true_loss(size, 100.0), np.random.default_rng(0), utterances=0)
+    study.plan.write_text(lines(plans))
+    figure = laws_figure(claims(gather(study.path), Settings(study.path, bootstraps=100)))
+    assert figure is not None
+    assert "held out: predicted" not in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_style_leaves_the_colours_of_others_alone() -> None:
+    before = to_rgb("b")
+    with style.applied():
+        pass
+    assert to_rgb("b") == before == (0.0, 0.0, 1.0)

@@ -225,7 +225,9 @@ def test_a_step_that_is_no_whole_number_is_refused_with_its_file_and_row(write_s
     metrics = study.run(row["run_id"]).metrics
     with metrics.open("a") as file:
         file.write(f'{{"kind": "train", "step": {step}, "loss": 0.1}}\n')
-    with pytest.raises(RecordError, match=rf"{metrics}: row 45 has kind 'train' and step .*; mend or delete the row"):
+    with pytest.raises(
+        RecordError, match=rf"{metrics}: row 45 has kind 'train' and step .*; correct or delete the row"
+    ):
         gather(study.path)
 
 

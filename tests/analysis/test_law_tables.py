@@ -161,3 +161,25 @@ def test_training_macs_per_wall_second_are_three_forward_passes_at_the_speed_of_
     shown = human_count(table.data["training_macs_per_wall_second"][1])
     assert table.text.loc[1, "Training MACs per wall second"] == shown
     assert "Training MACs per wall second: three times the MACs of a forward pass" in table.caption
+
+
+def test_why_bootstraps_draw_cells_is_what_holds_of_these_laws(tmp_path: Path):
+    """Every cell has three seeds: only m(L), whose x is a mean over them, is of draws of cells."""
+    path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t"), pmacs=(0.3, 1.0), seeds=3).path
+    found = claims(gather(path), Settings(path, bootstraps=100))
+    caption = laws_table(found.metrics, "laws", "Laws", 0.95, found.data).caption
+    assert "bootstraps over cells (their x is a mean over seeds)" in caption
+    single = sizes_study(tmp_path / "single", dict.fromkeys(FAMILY, 2) | {"s": 1}).path
+    of_one = claims(gather(single), Settings(single, bootstraps=100))
+    caption = laws_table(of_one.losses, "laws", "Laws", 0.95, of_one.data).caption
+    assert "bootstraps over cells (not every cell has several seeds)" in caption
+
+
+def test_errors_of_losses_are_shares_and_those_of_metrics_have_a_unit(two_axes: Claims):
+    losses = laws_table(two_axes.losses, "laws", "Laws", 0.95, two_axes.data)
+    assert losses.text["Held-out error"].str.fullmatch(r"(\d+\.\d\d%, without the largest .*|–)").all()
+    metrics = laws_table(two_axes.metrics, "metric_laws", "Laws", 0.95, two_axes.data)
+    of_si_sdr = metrics.text.loc[metrics.text["Law"].str.startswith("SI-SDR"), "Held-out error"]
+    assert of_si_sdr.str.fullmatch(r"(\d+\.\d\d dB, without the largest .*|–)").all()
+    assert (of_si_sdr != MISSING).any()
+    assert "of losses as a share of what was observed, of metrics in their unit" in losses.caption

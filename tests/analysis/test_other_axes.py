@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from analysis import style
 from analysis.advise import advise
 from analysis.claims import Claims, claims
 from analysis.comparable import comparable
@@ -19,9 +21,10 @@ from analysis.nodes import node_table
 from analysis.paper_table import PaperTable
 from analysis.paper_tables import paper_tables
 from analysis.provenance import remarks
+from analysis.quantities import MISSING
 from analysis.report import main
 from analysis.settings import Settings
-from analysis.tables import scaling_table
+from analysis.tables import scaling_table, to_markdown, written
 from scaling.records import RunDirectory, StudyDirectory
 from tests.analysis.generated import COST, FAMILY, Record, lines, run_record, true_loss, write_run
 
@@ -264,3 +267,109 @@ def test_a_loss_on_training_speakers_is_in_no_law_with_one_on_others_and_chosen_
     assert found.refusal == ""
     assert scaling_table(study).loss.label == "Loss on held-out or training speakers"
     assert {claim.quantity.label for claim in found.losses} == {"Validation loss"}
+
+
+def test_merged_folders_that_differ_in_a_setting_are_not_pooled_as_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Two studies of three sizes, each with a learning rate that is no axis of either."""
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {}}
+        | {"science": {"train": {"optimiser": {"warmup_steps": 20, "learning_rate": rate}}}}
+        for rate in (0.004, 0.001)
+        for size in ("c8", "xt", "t")
+    ]
+
+    def loss(cell: Record) -> float:
+        rate = cell["science"]["train"]["optimiser"]["learning_rate"]
+        return true_loss(cell["size"], 50.0) * (1.3 if rate == 0.004 else 1.0)
+
+    path = write_grid(tmp_path / "study", cells, loss).path
+    study = gather(path)
+    found = claims(study, Settings(path, bootstraps=100))
+    assert (found.other_axes.setting, found.other_axes.cells_left_out) == (f"{RATE}=0.001", 3)
+    law = found.loss("L(N)")
+    assert law is not None
+    assert list(law.fitted.data.counts) == [2, 2, 2]
+    table = scaling_table(study)
+    assert (list(table.cells["seeds_finished"]), table.axes) == ([2] * 6, (RATE,))
+    assert not any("pools runs" in remark for remark in remarks(study, table))
+    for name, one in tables_of(study, found).items():
+        for ids in one.sources.to_numpy().ravel():
+            assert len({study.science[run_id][RATE] for run_id in ids.split()}) <= 1, name
+    curves = curves_figure(study)
+    names = {text.get_text() for text in curves.legends[0].get_texts()}
+    assert {f"{RATE} 0.004", f"{RATE} 0.001"} <= names
+
+
+@pytest.fixture(scope="module")
+def two_corpora(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The same sizes on two corpora with utterances of the same names, of which the second's PESQ refuses five."""
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {}, "data": {"name": name, "index_hash": index_hash}}
+        | {"science": {"data": {"index_hash": index_hash}}}
+        for name, index_hash in (("vbd", "ab" * 32), ("dns", "cd" * 32))
+        for size in ("c8", "xt", "t")
+    ]
+    study = write_grid(
+        tmp_path_factory.mktemp("corpora") / "study",
+        cells,
+        lambda cell: true_loss(cell["size"], 50.0) * (1.0 if cell["data"]["name"] == "vbd" else 1.5),
+    )
+    for plan in study.read_plan():
+        if plan["data"]["name"] == "dns":
+            run = study.run(plan["run_id"])
+            rows = [
+                row | ({"pesq_wb": None, "refused": {"pesq_wb": "no speech"}} if number < 5 else {})
+                for number, row in enumerate(run.read_scores())
+            ]
+            run.scores.write_text(lines(rows))
+    return gather(study.path)
+
+
+def test_rows_of_two_corpora_are_told_apart_in_the_table_and_the_figures(two_corpora: Study, tmp_path: Path):
+    table = scaling_table(two_corpora)
+    assert table.cells["label"].is_unique
+    text = written(table)
+    assert list(text["Family"]) == [
+        MISSING,
+        *["data.index_hash=vbd abababab", "data.index_hash=dns cdcdcdcd"] * 3,
+    ]
+    assert "Family" in to_markdown(table)
+    curves = curves_figure(two_corpora)
+    names = [entry.get_text() for entry in curves.legends[0].get_texts()]
+    assert {"Family data.index_hash=vbd abababab", "Family data.index_hash=dns cdcdcdcd"} <= set(names)
+    figure = scaling_figure(table)
+    figure.draw_without_rendering()
+    drawn = [ax.get_legend() for ax in figure.axes if ax.get_legend()]
+    assert len(drawn) == 2
+    for legend in drawn:
+        box = legend.get_window_extent()
+        assert box.x1 <= figure.bbox.x1
+        assert box.x0 >= max(ax.get_window_extent().x1 for ax in figure.axes) - 1, "over no panel"
+    assert min(ax.get_window_extent().width for ax in figure.axes) > 60, "panels keep their room"
+    image = matplotlib.image.imread(style.save(figure, tmp_path / "scaling")[0])
+    assert image[:, -5:, :3].min() == 1, "nothing reaches the edge"
+
+
+def test_an_utterance_that_is_refused_on_one_corpus_counts_on_another(two_corpora: Study):
+    counted = two_corpora.scores[two_corpora.scores["pesq_wb"].notna()].groupby("run_id", observed=True).size()
+    of = dict(zip(two_corpora.runs["run_id"], two_corpora.runs["data"], strict=True))
+    assert {(of[str(run_id)], count) for run_id, count in counted.items()} == {("vbd", 12), ("dns", 7)}
+    said = " ".join(remarks(two_corpora, scaling_table(two_corpora)))
+    assert "left out of its means in every run on the same corpus: no speech" in said
+
+
+def test_where_all_runs_diverged_no_setting_is_called_the_one_of_the_lowest_loss(tmp_path: Path):
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {RATE: rate}}
+        for rate in (0.01, 0.02)
+        for size in ("c8", "xt")
+    ]
+    study = write_grid(tmp_path / "study", cells, lambda cell: 0.1, seeds=1)
+    for run in study.runs.iterdir():
+        failed = {"event": "failed", "failure": "diverged", "reason": "the loss of step 9 is nan", "time": 1.7e9}
+        (run / "events.jsonl").write_text(lines([failed]))
+    remark = claims(gather(study.path), Settings(study.path, bootstraps=100)).other_axes.remark
+    assert "of 2 that do so the first of the plan, since no run of them may stand in a law." in remark
+    assert "lowest" not in remark

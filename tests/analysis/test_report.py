@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,8 +16,10 @@ import pytest
 
 from analysis.paper_table import column_kinds, table_of
 from analysis.report import main
-from scaling.records import Record, append_record, to_json, write_records, write_whole
+from analysis.tables import markdown_table
+from scaling.records import Record, StudyDirectory, append_record, to_json, write_records, write_whole
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
+from tests.analysis.generated import FAMILY, run_record, true_loss, write_run
 
 ROOT = Path(__file__).parents[2]
 FILES = ["curves.png", "curves.svg", "report.md", "runs.csv", "scaling.png", "scaling.svg"]
@@ -100,7 +104,7 @@ def test_help_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: pytest.CaptureFixture[str]) -> None:
     plan = [plan_row(seed=0), plan_row(seed=1)]
-    plan[1]["science"]["train"]["learning_rate"] = 0.001
+    plan[1]["science"]["data"] = {"hours": 0.37001}
     refused = [score_row(0, pesq_wb=None, refused={"pesq_wb": "no speech found"}), score_row(1)]
     study = write_study(plan, scores={plan[0]["run_id"]: refused, plan[1]["run_id"]: [score_row(0)]})
     other = study.run(plan[1]["run_id"])
@@ -113,7 +117,7 @@ def test_what_weakens_the_table_is_remarked_on(write_study: WriteStudy, capsys: 
     remarks = report.partition("## Remarks")[2].partition("##")[0]
     assert "1 folder below runs/ that the plan does not name (not in any table): stray" in remarks
     assert "Provenance is mixed in commit" in remarks
-    assert "Row xt pools runs that differ in more than the seed: train.learning_rate." in remarks
+    assert "Row xt pools runs that differ in more than the seed: data.hours." in remarks
     assert f"{plan[1]['run_id']} finished, but its last validation is at step 30 of 40." in remarks
     assert "pesq_wb refused 1 utterance in 1 run, left out of its means in every run: no speech found (1)." in remarks
     assert "scored on 1 to 2 utterances" in remarks
@@ -185,3 +189,39 @@ def test_the_analysis_needs_no_torch() -> None:
     program = f"import sys, {', '.join(modules)}; print({{'torch', 'hydra', 'scaling.errors'}} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_the_lines_for_a_notebook_in_the_documentation_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = [run_record(size, 100.0) for size in FAMILY]
+    path = tmp_path / "study"
+    for row in plan:
+        write_run(
+            StudyDirectory(path), row, true_loss(row["size"]["name"], 100.0), np.random.default_rng(0), utterances=0
+        )
+    write_records(StudyDirectory(path).plan, plan)
+    text = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, Any] = {"path": path}
+    exec(lines, names)
+    assert len(names["study"].runs) == len(plan)
+    assert {"validation_loss", "size"} <= set(names["study"].runs)
+    assert not names["study"].curves.empty
+    assert set(names["laws"].data["law"]) == {"L(N)", "L(C)"}
+    assert "L(N)" in capsys.readouterr().out
+
+
+def test_headings_of_markdown_tables_are_escaped_like_their_cells() -> None:
+    text = markdown_table(pd.DataFrame({"a|b": ["c|d"], "e\nf": ["g"]}))
+    assert text.splitlines()[0] == r"| a\|b | e f |"
+    assert text.splitlines()[2] == r"| c\|d | g |"
+
+
+def test_a_study_in_a_folder_whose_name_is_no_text_has_its_report(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"odd\xed")
+    row = run_record("xt", 100.0)
+    write_run(StudyDirectory(path), row, 0.04, np.random.default_rng(0))
+    write_records(StudyDirectory(path).plan, [row])
+    command = [sys.executable, "-m", "analysis.report", f"study={path}", "bootstraps=100"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "# Scaling study odd\\udced" in (path / "report" / "report.md").read_text(encoding="utf-8")

@@ -185,3 +185,27 @@ def test_a_p_that_no_sample_contradicts_is_written_as_a_bound_whatever_the_boots
     assert set(table.text.loc[bound.to_numpy(), "p"]) == {"<0.0002"}
     assert table.text.loc[bound.to_numpy(), "p (Holm)"].str.startswith("<0.00").all()
     assert not table.text.loc[~bound.to_numpy(), "p"].str.startswith("<").any()
+
+
+def test_a_size_without_a_metric_is_left_out_of_its_pairs_alone_and_named(tmp_path: Path):
+    """PESQ found no speech in any output of the smallest size."""
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for size in ("c8", "xt", "t"):
+        for seed in (0, 1):
+            plans.append(run_record(size, 50.0, seed))
+            write_run(study, plans[-1], true_loss(size, 50.0), rng)
+            if size == "c8":
+                run = study.run(plans[-1]["run_id"])
+                none = {"pesq_wb": None, "refused": {"pesq_wb": "no speech"}}
+                run.scores.write_text(lines([row | none for row in run.read_scores()]))
+    study.plan.write_text(lines(plans))
+    gathered = gather(study.path)
+    found = claims(gathered, Settings(study.path, bootstraps=100))
+    table = significance_table(comparable(gathered, found), gathered.metrics, found.settings)
+    pairs = table.data.groupby("metric", sort=False).apply(lambda of: list(zip(of["size"], of["against"], strict=True)))
+    assert pairs["pesq_wb"] == [("t", "xt")]
+    assert pairs["stoi"] == [("xt", "c8"), ("t", "c8"), ("t", "xt")]
+    assert "PESQ-WB: without c8, of which it has no score." in table.caption
+    assert "STOI: without" not in table.caption
+    two = comparable(gathered, found).scores
+    assert "pesq_wb" not in set(paired(two[two["size"] != "t"], METRICS, bootstraps=100, level=0.95, seed=0)["metric"])

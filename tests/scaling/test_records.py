@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from scaling.records import RecordError, RunDirectory, StudyDirectory, append_record, read_appended, read_records
+from scaling.records import (
+    RecordError,
+    RunDirectory,
+    StudyDirectory,
+    append_record,
+    read_appended,
+    read_records,
+    to_json,
+    write_whole,
+)
 
 
 def test_a_torn_last_line_costs_that_line_alone(tmp_path: Path):
@@ -86,6 +96,22 @@ def test_a_runs_state_follows_its_events(tmp_path: Path):
     assert directory.state()[1]["note"] == "finished"
     with pytest.raises(ValueError, match="event 'stopped' is none of"):
         directory.log_event("stopped")
+
+
+@pytest.mark.parametrize("damaged", ['{"run_id": "b", "steps": 1', "[1, 2]", '{"run_id": "\udcff"}'])
+def test_a_damaged_line_of_a_plan_is_named_and_loses_no_run_silently(tmp_path: Path, damaged: str):
+    plan = tmp_path / "plan.jsonl"
+    plan.write_bytes(f'{{"run_id": "a"}}\n{damaged}\n{{"run_id": "c"}}\n'.encode(errors="surrogateescape"))
+    with pytest.raises(RecordError, match=r"plan.jsonl: line 2 is not a JSON object; plan the study again"):
+        StudyDirectory(tmp_path).read_plan()
+    plan.write_text('{"run_id": "a"}\n\n{"run_id": "c"}\n')
+    assert [row["run_id"] for row in StudyDirectory(tmp_path).read_plan()] == ["a", "c"]
+
+
+def test_text_in_another_encoding_is_written_as_json_escapes_it(tmp_path: Path):
+    name = os.fsdecode(b"odd\xed")
+    write_whole(tmp_path / "plan.json", to_json({"study": name}))
+    assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8")) == {"study": name}
 
 
 def test_a_folder_that_is_no_study_or_run_says_so(tmp_path: Path):
