@@ -265,7 +265,12 @@ RESUMED = [
 ]
 LAUNCHED = {"event": "launched", "pid": 31, "job": "7_0"}
 ENDED = {"event": "ended", "pid": 32, "job": "7_0", "exit_status": None}
-WITHOUT_A_WORD = {"event": "failed", "pid": 10, "failure": "node failure", "reason": "its process ended without a word"}
+WITHOUT_A_WORD = {
+    "event": "failed",
+    "pid": 10,
+    "failure": "node failure",
+    "reason": "its process ended without recording a reason",
+}
 INTERRUPTED = {"event": "preempted", "pid": 40, "reason": "SIGUSR1"}
 
 

@@ -106,7 +106,7 @@ def test_a_cell_whose_process_is_killed_is_told_and_goes_on_at_the_next_call(
     os.kill(int(victim.lock.read_text()), signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "node failure: its process ended without a word" in errors
+    assert "node failure: its process ended without recording a reason" in errors
     states = {row["run_id"]: study.run(row["run_id"]).state()[0] for row in study.read_plan()}
     assert sorted(states.values()) == ["failed", "finished"]
     assert states[victim.run_id] == "failed"
@@ -315,7 +315,7 @@ def test_a_cell_that_is_all_warm_up_is_shown_by_name_and_nothing_starts_before_i
     refused = command("launch.sweep", *words, f"study={tmp_path / 'study'}")
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
-    assert line.startswith("error: the warm-up is as long as the whole run of steps of c48-seed0-")
+    assert line.startswith("error: the warm-up is as long as the whole run of c48-seed0-")
     assert "(10 steps, warm-up of 20): lower train.optimiser.warmup_steps, raise train.budget, or add" in line
     assert not (tmp_path / "study").exists()
     rule = line.partition(" or add ")[2].removesuffix(" to sweep.exclude")

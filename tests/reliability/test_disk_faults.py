@@ -62,7 +62,7 @@ def test_a_fault_at_any_call_of_a_save_leaves_the_checkpoint_before_and_says_so(
             assert "step-00000002 could not be written (" in row["said"]
             assert "the checkpoint before it is whole" in row["said"]
             # DeepSpeed's and torch's own writers keep to themselves which error it was
-            assert more or ("look to the file system" in row["said"]) == (error == errno.EIO), row["failed"]
+            assert more or ("check the file system" in row["said"]) == (error == errno.EIO), row["failed"]
             assert row["before"] is None
             # the folder's flush after the rename may be what failed
             assert row["newest"] == (2 if "step-00000002" in row["left"] else 1)

@@ -153,7 +153,7 @@ def test_a_run_without_a_whole_checkpoint_begins_anew_only_where_that_is_forced(
     refused = command("scaling.train", f"run={run.path}")
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert line.endswith(f"or begin the run anew with python -m scaling.train run={run.path} force=true")
+    assert line.endswith(f"or start the run again with python -m scaling.train run={run.path} force=true")
     assert run.state()[1]["reason"] in line
     assert len(list_checkpoints(run.checkpoints)) == 2
     forced = command("scaling.train", f"run={run.path}", "force=true")
