@@ -79,9 +79,8 @@ def main(words: list[str]) -> int:
         print(f"passed  {name}: {results[name]['said']}")
     speed = results["training step"]["audio_seconds_per_second"]
     filed_as = Costs(config.cluster).filed_as(plan)
-    if filed_as is not None and (
-        shape.executor == "slurm" or shape.num_processes == 1
-    ):  # here it is one, whatever is asked
+    is_as_asked = shape.executor == "slurm" or shape.num_processes == 1  # on this machine it is one process
+    if filed_as is not None and is_as_asked:
         add_measurement(Path(shape.throughput), plan.to_record(), filed_as, speed, f"preflight {folder.path.name}")
     hours = plan.audio_seconds_seen / speed / 3600
     print(f"pass: a run of {plan.steps:,} steps would train for about {hours:.3g} h on this shape")

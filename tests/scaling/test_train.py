@@ -196,7 +196,11 @@ def test_other_precisions_compilation_and_clipping_train(tiny_run: list[str], tm
     directory = only_run(tmp_path / "study")
     assert all(math.isfinite(row["loss"]) for row in directory.read_metrics())
     assert directory.state()[0] == "finished"
-    assert directory.read_events()[0]["hardware"]["lstm"] == "compiled"
+    started = directory.read_events()[0]
+    assert started["hardware"]["lstm"] == "compiled"
+    planned_with = directory.read_plan()["provenance"]
+    for key in ("commit", "uncommitted_diff_sha256"):
+        assert started[key] == planned_with[key]
 
 
 def test_an_incomplete_environment_is_refused_before_anything_is_written(tiny_run: list[str], tmp_path: Path):
