@@ -338,7 +338,7 @@ def test_shards_mix_speakers_and_hold_every_clip_once(tmp_path: Path, target: Pa
     index = prepare(make_corpus(tmp_path / "vbd", repeats=6), target, shard_bytes=400_000)
     clips = index.clips("train")
     assert len({clip.id for clip in clips}) == len(clips) == len(TRAIN) * 6 - 2
-    assert len(index.shard_paths("train")) > 3
+    assert len(index.shards["train"]) > 3
     order = [clip.speaker for clip in clips]
     changes = sum(first != second for first, second in pairwise(order))
     assert changes > len(set(order)) + 4  # sorted by speaker there would be one change fewer than speakers
