@@ -25,6 +25,7 @@ def parsed(words: Sequence[str], keys: Mapping[str, str], flags: Sequence[str] =
         elif rest and not equals and not word.startswith("-"):
             others.append(word)
         else:
-            known = ", ".join([*(f"{key}=... ({what})" for key, what in keys.items()), *flags])
-            raise UserError(f"{word}: not understood; what can be said: {known}")
+            what = "no such setting" if equals and key not in keys else "not understood"
+            known = ", ".join([*(f"{name}=... ({meaning})" for name, meaning in keys.items()), *flags])
+            raise UserError(f"{word}: {what}; expected one of {known}")
     return values | ({rest: " ".join(others)} if others else {})
