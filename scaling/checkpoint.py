@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from scaling.errors import UnreachableError, UserError, refused_write
+from scaling.errors import UnreachableError, UserError, first_line, refused_write
 from scaling.processes import ALONE, Processes
 from scaling.records import sync
 from scaling.shard_reader import READ_PAUSES
@@ -229,7 +229,7 @@ def _attempt(action: Callable[[], None] | None) -> FailedWrite | None:
             return FailedWrite(of_the_disk.strerror or str(of_the_disk), of_the_disk.errno)
         if not is_failed_write(error):
             raise
-        return FailedWrite(str(error).splitlines()[0], None)
+        return FailedWrite(first_line(error), None)
     return None
 
 

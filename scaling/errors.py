@@ -46,3 +46,8 @@ def require_finite(prefix: str, settings: object) -> None:
     for name, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}.{name} = {value}: expected a finite number")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line in which an error says anything; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
