@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -286,6 +286,11 @@ class RunConfig:
                 f"train.optimiser.name = adamp does not go with execution.zero_stage = {self.execution.zero_stage}, "
                 "which lays all weights in one row, where AdamP needs their shapes: take deepspeed=none, or adamw"
             )
+
+    @staticmethod
+    def part_of(config: RunConfig) -> RunConfig:
+        """The run of a configuration that holds more: a sweep's, or a command's."""
+        return RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
 
     def micro_batches(self, world_size: int, norms_may_span: bool = False) -> tuple[int, int]:
         """Crops of a micro-batch, and over how many processes side by side a norm batch spans.
