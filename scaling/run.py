@@ -28,7 +28,6 @@ from scaling.config import RunConfig
 from scaling.cores import num_cores
 from scaling.device import set_arithmetic
 from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UnreachableError, UserError, refused_write
-from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.liveness import LostRankError
 from scaling.locks import HeldLockError, held_lock
 from scaling.metrics import versions
@@ -36,6 +35,7 @@ from scaling.plan import RunPlan
 from scaling.processes import Processes, join
 from scaling.provenance import code, hardware
 from scaling.records import RecordError, RunDirectory
+from scaling.scoring import evaluate_run, summary, write_scores
 from scaling.shards import ShardIndex
 from scaling.statuses import LOST, PREEMPTED
 from scaling.stopping import StopFlag, StoppedError
