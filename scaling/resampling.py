@@ -29,7 +29,7 @@ BATCHES_AHEAD = 4  # for each worker: enough that none waits for the writer
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ResampledPair:
     """A resampled utterance: noisy and clean, each [num_samples] at 16 kHz."""
 
     noisy: Samples
@@ -37,7 +37,9 @@ class Pair:
     num_clipped: int
 
 
-def resampled(utterances: Sequence[Utterance], num_workers: int) -> Generator[tuple[Utterance, Pair], None, None]:
+def resampled(
+    utterances: Sequence[Utterance], num_workers: int
+) -> Generator[tuple[Utterance, ResampledPair], None, None]:
     """Each utterance with its resampled pair, in the order given, from `num_workers` processes.
 
     Close the generator where it is left early: that ends the processes. They also end by
@@ -48,7 +50,7 @@ def resampled(utterances: Sequence[Utterance], num_workers: int) -> Generator[tu
         for batch in batches:
             yield from zip(batch, resample(batch), strict=True)
         return
-    pending: deque[tuple[Sequence[Utterance], Future[list[Pair]]]] = deque()
+    pending: deque[tuple[Sequence[Utterance], Future[list[ResampledPair]]]] = deque()
     pool = spawned_pool(min(num_workers, len(batches)))
     try:
         for batch in batches:
@@ -66,7 +68,7 @@ def resampled(utterances: Sequence[Utterance], num_workers: int) -> Generator[tu
         pool.shutdown(cancel_futures=True)
 
 
-def resample(utterances: Sequence[Utterance]) -> list[Pair]:
+def resample(utterances: Sequence[Utterance]) -> list[ResampledPair]:
     """Decode utterances and bring them to 16 kHz and 16 bits; UserError for a file that cannot be decoded."""
     return [_resample(utterance) for utterance in utterances]
 
@@ -76,9 +78,9 @@ def num_samples_out(header: WavHeader) -> int:
     return (2 * header.num_frames * SAMPLE_RATE + header.sample_rate) // (2 * header.sample_rate)
 
 
-def _resample(utterance: Utterance) -> Pair:
+def _resample(utterance: Utterance) -> ResampledPair:
     (clean, clipped_clean), (noisy, clipped_noisy) = (_load(source) for source in (utterance.clean, utterance.noisy))
-    return Pair(noisy, clean, clipped_clean + clipped_noisy)
+    return ResampledPair(noisy, clean, clipped_clean + clipped_noisy)
 
 
 def _load(source: WavSource) -> tuple[Samples, int]:
