@@ -1,4 +1,7 @@
-"""Words of the commands that look after a study: key=value, a few flags, and names of runs."""
+"""Words of the commands that look after a study: key=value, a few flags, and names of runs.
+
+The model's commands have a parser of their own in `bsrnn.command`: their package loads torch, and these do without it.
+"""
 
 from __future__ import annotations
 
