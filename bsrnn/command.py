@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,9 +41,13 @@ def settings(
 def run_main(main: Callable[[list[str]], int], usage: str) -> None:
     """Run a command on the words after its name and exit with its status.
 
-    A user's mistake ends as one line on standard error and status 2; an interrupt as 130.
+    A user's mistake ends as one line on standard error and status 2; an interrupt as 130; a reader of the output that
+    has seen enough (a pager, head) as 0. `scaling.command` ends its commands alike, and not by this function: some of
+    them start without torch, which this package loads.
     """
     words = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table's arrows are not worth a traceback
     try:
         if {"-h", "--help"} & set(words):
             print(usage.strip())
@@ -49,9 +55,9 @@ def run_main(main: Callable[[list[str]], int], usage: str) -> None:
         else:
             status = main(words)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone: nobody is left to tell
-        sys.stderr.close()
-        status = 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        status = 0
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2

@@ -16,12 +16,10 @@ depend on them.
 from __future__ import annotations
 
 import contextlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,6 +29,7 @@ from bsrnn.folding import fold
 from bsrnn.kernel import FrameKernel
 from bsrnn.model import BSRNN, BlockState, BSRNNConfig
 from bsrnn.onnx import Session, export
+from bsrnn.processor import processor_name
 from bsrnn.streaming import Stream
 
 SIZES = {"xxt": (16, 2), "xt": (16, 6), "t": (32, 6), "s": (64, 6), "m": (128, 6), "l": (256, 6), "xl": (256, 12)}
@@ -94,7 +93,7 @@ def measure(config: BSRNNConfig, seconds: float) -> RealTimeFactor:
         step="kernel" if obstacle is None else f"torch: {' '.join(obstacle.split())}",
         rtf_onnxruntime=onnx[0] if onnx else None,
         threads=1,
-        cpu=_processor(),
+        cpu=processor_name(),
         torch=str(torch.__version__),
         onnxruntime=onnxruntime.__version__,
     )
@@ -106,14 +105,6 @@ def _seconds_per_call(call: Callable[[], object], num_calls: int) -> float:
     for _ in range(num_calls):
         call()
     return (time.process_time() - start) / num_calls
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _config_of(size: str) -> BSRNNConfig:
@@ -128,7 +119,7 @@ def _config_of(size: str) -> BSRNNConfig:
 
 
 def table_heading() -> str:
-    said = f"one stream, hop by hop; seconds of one thread of {_processor()} per second of audio"
+    said = f"one stream, hop by hop; seconds of one thread of {processor_name()} per second of audio"
     return f"{said}\n{'size':>8}  {'this project':>12}  {'onnxruntime':>12}  ratio  step"
 
 

@@ -60,9 +60,10 @@ def main(words: list[str]) -> int:
 class Attempt:
     """One execution of one array element, by the environment of its batch shell."""
 
-    def __init__(self, submission: Submission, said: str) -> None:
-        self.submission, self.settings, self.said = submission, submission.settings, said
-        self._job_fields = dict(word.split("=", 1) for word in said.split() if "=" in word)
+    def __init__(self, submission: Submission, answer: str) -> None:
+        """answer: of SLURM, as the shell asked it for this command"""
+        self.submission, self.settings, self.answer = submission, submission.settings, answer
+        self._job_fields = dict(word.split("=", 1) for word in answer.split() if "=" in word)
         self.index = int(os.environ["SLURM_ARRAY_TASK_ID"])
         self.job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{self.index}"
         self.number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -103,7 +104,7 @@ class Attempt:
         self._wait_for_the_lock()
         address, port = _meeting_place()
         environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        halvings = sum(event["event"] == "requeued" and event.get("treatment") == "halve" for event in history)
+        halvings = sum(map(_is_halving, history))
         if halvings:
             environment["LAUNCH_MICRO_BATCH"] = str(_halved(self.row, self.settings, halvings))
         directory.log_event(
@@ -130,7 +131,7 @@ class Attempt:
         path = Path(launched.get("log", self.submission.batch_log(self.index)))
         failure = classify_silence(read_tail(path, launched.get("batch_log_bytes", 0)))
         nodes = _nodes_of(str(launched.get("nodes")))
-        bad = [line for line in self.said.splitlines() if re.search(r"down|not.?resp|fail|\*", line, re.IGNORECASE)]
+        bad = [line for line in self.answer.splitlines() if re.search(r"down|not.?resp|fail|\*", line, re.IGNORECASE)]
         lost = [line for line in bad if line.split()[0] in nodes]
         if lost:
             failure = Failure("node failure", f"of its nodes {launched.get('nodes')} SLURM says: {'; '.join(lost)}")
@@ -181,7 +182,7 @@ class Attempt:
         self.directory.log_event(
             "failed",
             failure=last.get("failure", "node failure"),
-            reason=f"{last.get('reason', 'no word')}; SLURM did not queue its job again: {said(self.said)}",
+            reason=f"{last.get('reason', 'no word')}; SLURM did not queue its job again: {said(self.answer)}",
             log=str(self.submission.batch_log(self.index)),
         )
 
@@ -190,8 +191,7 @@ class Attempt:
         directory, treatment = self.directory, TREATMENT.get(failure.kind, "stop")
         why: Record = {"failure": failure.kind, "reason": failure.reason}
         if treatment == "halve" and is_going:
-            history = since_submitted(directory)
-            halvings = 1 + sum(e["event"] == "requeued" and e.get("treatment") == "halve" for e in history)
+            halvings = 1 + sum(map(_is_halving, since_submitted(directory)))
             micro_batch = _halved(self.row, self.settings, halvings)
             if micro_batch is None:
                 why["reason"] += "; its micro-batch is the smallest there can be"
@@ -269,9 +269,14 @@ def fruitless_attempts(history: list[Record], step: int) -> int:
             if event.get("step") != step:
                 break
             count += 1
-        elif event.get("event") == "requeued" and event.get("treatment") == "halve":
+        elif _is_halving(event):
             break  # an attempt of another kind
     return count
+
+
+def _is_halving(event: Record) -> bool:
+    """Whether a run was queued again with half the micro-batch."""
+    return event.get("event") == "requeued" and event.get("treatment") == "halve"
 
 
 def _nodes_of(nodes: str) -> set[str]:

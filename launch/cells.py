@@ -89,8 +89,7 @@ class CellComposer:
 
     def _composed(self, composed: DictConfig, values: Cell) -> RunConfig:
         config = to_object(StudyConfig, with_values(composed, values, StudyConfig), is_checked=True)
-        parts = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
-        return RunConfig(**parts | {"study": self.study})
+        return replace(RunConfig.part_of(config), study=self.study)
 
     def _typed(self, base: _Base, key: str, value: Any) -> Any:
         """A value as the setting's type has it; UserError if it cannot be that."""

@@ -1,4 +1,7 @@
-"""Words of the commands that look after a study: key=value, a few flags, and names of runs."""
+"""Words of the commands that look after a study: key=value, a few flags, and names of runs.
+
+The model's commands have a parser of their own in `bsrnn.command`: their package loads torch, and these do without it.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ def parsed(words: Sequence[str], keys: Mapping[str, str], flags: Sequence[str] =
         elif rest and not equals and not word.startswith("-"):
             others.append(word)
         else:
-            known = ", ".join([*(f"{key}=... ({what})" for key, what in keys.items()), *flags])
-            raise UserError(f"{word}: not understood; what can be said: {known}")
+            what = "no such setting" if equals and key not in keys else "not understood"
+            known = ", ".join([*(f"{name}=... ({meaning})" for name, meaning in keys.items()), *flags])
+            raise UserError(f"{word}: {what}; expected one of {known}")
     return values | ({rest: " ".join(others)} if others else {})

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from launch.config import ClusterConfig, StudyConfig
@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
         StudyConfig, "study", [*(word for word in words if not word.startswith("study=")), f"study={study}"]
     )
     shape = config.cluster.for_run(config.model.name, {})
-    run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
+    run = RunConfig.part_of(config)
     if shape.num_processes > 1:
         run.micro_batches(shape.num_processes)
     plan = plan_run(replace(run, study=f"{study}/{time.strftime('%y%m%d-%H%M%S')}"), open_shards(run.data))
@@ -59,22 +59,12 @@ def main(words: list[str]) -> int:
     if shape.executor == "slurm":
         require_slurm()
         submission, status = _run_on_slurm(folder, plan, shape)
-        evidence = (read_tail(submission.batch_log(0)), lambda rank: read_tail(submission.rank_log(0, 0, rank)))
     else:
-        from launch.preflight_rank import check
-        from scaling.device import require_gpu
-
-        require_gpu(run.execution.device, len(visible_gpus()))
-        submission, status = Submission.create(folder, [plan.to_record()], settings_of(shape)), 0
-        evidence = ("", lambda rank: "")
-        check(submission, 0)
+        submission, status = _run_here(folder, plan, shape), 0
     results = {str(record["check"]): record for record in read_records(submission.path / "checks.jsonl")}
     for name in CHECKS:
         if name not in results:
-            failure = classify_attempt(status or 1, [], *evidence)
-            print(f"FAILED  {name}: {failure.kind}: {failure.reason}")
-            print(failure.last_lines)
-            print(f"logs: {submission.path}")
+            _tell_failure(name, submission, status or 1)
             return 1
         print(f"passed  {name}: {results[name]['said']}")
     speed = results["training step"]["audio_seconds_per_second"]
@@ -85,6 +75,25 @@ def main(words: list[str]) -> int:
     hours = plan.audio_seconds_seen / speed / 3600
     print(f"pass: a run of {plan.steps:,} steps would train for about {hours:.3g} h on this shape")
     return 0
+
+
+def _tell_failure(check: str, submission: Submission, status: int) -> None:
+    batch_log = read_tail(submission.batch_log(0))
+    failure = classify_attempt(status, [], batch_log, lambda rank: read_tail(submission.rank_log(0, 0, rank)))
+    print(f"FAILED  {check}: {failure.kind}: {failure.reason}")
+    print(failure.last_lines)
+    print(f"logs: {submission.path}")
+
+
+def _run_here(folder: StudyDirectory, plan: RunPlan, shape: ClusterConfig) -> Submission:
+    """Run the checks in this process: their files."""
+    from launch.preflight_rank import check
+    from scaling.device import require_gpu
+
+    require_gpu(plan.config.execution.device, len(visible_gpus()))
+    submission = Submission.create(folder, [plan.to_record()], settings_of(shape))
+    check(submission, 0)
+    return submission
 
 
 def _run_on_slurm(folder: StudyDirectory, plan: RunPlan, shape: ClusterConfig) -> tuple[Submission, int]:

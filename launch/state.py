@@ -101,6 +101,7 @@ def look(
     step = int(row.get("step", 0))
     speeds = [row["audio_seconds_per_second"] for row in rows if row.get("audio_seconds_per_second")]
     speed = len(speeds) / sum(1 / speed for speed in speeds) if speeds else None
+    last = _last_event(lines)
     return RunState(
         directory.run_id,
         state,
@@ -111,8 +112,8 @@ def look(
         (steps - step) / steps * audio_seconds / speed if state == "running" and speed else None,
         str(submitted.get("job", "")),
         job.nodes if job is not None and job.nodes else str(newest_event(lines, "launched").get("nodes") or ""),
-        _last_line(lines).get("event", ""),
-        _last_line(lines).get("time"),
+        last.get("event", ""),
+        last.get("time"),
     )
 
 
@@ -165,7 +166,7 @@ def last_train_rows(path: Path) -> list[Record]:
     return [row for row in rows if isinstance(row, dict) and row.get("kind") == "train"]
 
 
-def _last_line(lines: list[bytes]) -> Record:
+def _last_event(lines: list[bytes]) -> Record:
     for line in reversed(lines):
         if line:
             with contextlib.suppress(ValueError):

@@ -18,6 +18,7 @@ NEWEST = 5  # measurements that count
 # What decides a speed, beside the model and the shape of the job:
 OF_RECIPE = ("precision", "global_batch", "norm_batch", "crop_seconds", "losses")
 OF_EXECUTION = ("micro_batch", "compile", "zero_stage", "audit", "device")
+MEASURED = ("model", "recipe", "execution", "shape")  # the parts of what a measurement is of
 
 
 def local_shape(num_processes: int, model: str) -> Record:
@@ -40,14 +41,17 @@ def add_measurement(path: Path, row: Record, shape: Record, speed: float, source
 
 
 class Throughput:
-    """The measurements of a file, by what they are of."""
+    """The measurements of a file, by what they are of.
+
+    One that lacks a part of that, as an earlier version's lacks the device, is of nothing that can be told and counts
+    for none.
+    """
 
     def __init__(self, path: Path) -> None:
         self.speeds: dict[str, list[float]] = {}
         for record in read_records(path):
-            if {"model", "recipe", "execution", "shape", "audio_seconds_per_second"} <= set(record):
-                execution = record["execution"] | {"device": _device(record["execution"], record["shape"])}
-                key = json.dumps([record["model"], record["recipe"], execution, record["shape"]], sort_keys=True)
+            if {*MEASURED, "audio_seconds_per_second"} <= record.keys():
+                key = json.dumps([record[name] for name in MEASURED], sort_keys=True)
                 self.speeds.setdefault(key, []).append(record["audio_seconds_per_second"])
 
     def speed(self, science: Record, execution: Record, shape: Record) -> float | None:
@@ -68,8 +72,5 @@ def _measured(science: Record, execution: Record, shape: Record) -> Record:
 
 
 def _device(execution: Record, shape: Record) -> str:
-    """What a run of such a job computes on, cpu or cuda.
-
-    Lines of before do not say how execution.device was set: as by default, with which nearly all runs are.
-    """
-    return "cuda" if shape.get("gpus_per_node") and execution.get("device", "auto") != "cpu" else "cpu"
+    """What a run of such a job computes on, cpu or cuda."""
+    return "cuda" if shape["gpus_per_node"] and execution["device"] != "cpu" else "cpu"

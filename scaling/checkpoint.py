@@ -18,15 +18,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from scaling.errors import UnreachableError, UserError, refused_write
+from scaling.errors import UnreachableError, UserError, first_line, refused_write
 from scaling.processes import ALONE, Processes
 from scaling.records import sync
 from scaling.shard_reader import READ_PAUSES
@@ -145,57 +144,22 @@ def save_checkpoint(
     final = _checkpoint(folder, step)
     temporary = Checkpoint(folder / f".writing-{step:08d}", step)
 
-    def write_part() -> None:
-        write(temporary.path)
-        # Each rank from its own node: on a network's file system another node's data is not its to flush.
-        for path in temporary.path.rglob("*"):
-            if path.is_file():
-                sync(path)
-
-    def commit() -> None:
-        files = {
-            str(path.relative_to(temporary.path)): _describe(path)
-            for path in sorted(temporary.path.rglob("*"))
-            if path.is_file()
-        }
-        with temporary.manifest.open("w") as text:
-            text.write(_manifest_text({"step": step, "layout": layout, "files": files}))
-            text.flush()
-            os.fsync(text.fileno())
-        for path in [*(path for path in temporary.path.rglob("*") if path.is_dir()), temporary.path]:
-            sync(path)
-        replaced = folder / f".writing-over-{step:08d}"
-        if final.path.exists():  # of the same step: what it takes up now is more
-            os.rename(final.path, replaced)
-        os.rename(temporary.path, final.path)
-        sync(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    by_first = processes.is_first
-    for action in (
-        partial(_make_room, folder, temporary.path) if by_first else None,
-        write_part,
-        commit if by_first else None,
-    ):
-        error = _attempt(action)
-        is_alone = error is not None and layout is not None and action is write_part and processes.world_size > 1
-        if is_alone:
-            # The ranks write their parts together: others may wait for this one in there, not at the vote.
-            errors: list[FailedWrite | None] = [None] * processes.world_size
-            errors[processes.rank] = error
-        else:
-            errors = processes.gather(error)
-        failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+    def agree(error: FailedWrite | None) -> None:
+        """Go on where no rank has failed; else it is an error on every rank, and nothing is left behind."""
+        failed = {rank: each for rank, each in enumerate(processes.gather(error)) if each is not None}
         if failed:
-            if by_first and not is_alone:  # others may still write there: the next save clears it away
+            if processes.is_first:
                 shutil.rmtree(temporary.path, ignore_errors=True)
-            alone = processes.world_size == 1
-            what = "; ".join(error.what if alone else f"rank {rank}: {error.what}" for rank, error in failed.items())
-            raise refused_write(
-                f"checkpoint {final.path} could not be written ({what}; {_free_space(folder)})",
-                [error.errno for error in failed.values()],
-                "the checkpoint before it is whole",
-            )
+            raise _refusal(final, failed, processes.world_size)
+
+    agree(_attempt(_make_room, folder, temporary.path) if processes.is_first else None)
+    error = _attempt(_write_part, write, temporary.path)
+    if error is not None and layout is not None and processes.world_size > 1:
+        # The ranks write their parts together: others may wait for this one in there, not at the vote. They may still
+        # write, too: the next save clears it away.
+        raise _refusal(final, {processes.rank: error}, processes.world_size)
+    agree(error)
+    agree(_attempt(_commit, temporary, final, layout) if processes.is_first else None)
     if processes.is_first:
         _let_go(folder, step)
     return final
@@ -210,6 +174,33 @@ def _make_room(folder: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
+def _write_part(write: Callable[[Path], None], folder: Path) -> None:
+    """Write this rank's files and flush them, each rank its own: another node's data is not a node's to flush."""
+    write(folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+
+
+def _commit(temporary: Checkpoint, final: Checkpoint, layout: dict[str, int] | None) -> None:
+    """Write the manifest, and give the checkpoint its name once all of it is on the disk."""
+    files = {
+        str(path.relative_to(temporary.path)): _describe(path)
+        for path in sorted(temporary.path.rglob("*"))
+        if path.is_file()
+    }
+    temporary.manifest.write_text(_manifest_text({"step": final.step, "layout": layout, "files": files}))
+    folders = [path for path in temporary.path.rglob("*") if path.is_dir()]
+    for path in [temporary.manifest, *folders, temporary.path]:
+        sync(path)
+    replaced = final.path.with_name(f".writing-over-{final.step:08d}")
+    if final.path.exists():  # of the same step: what it takes up now is more
+        os.rename(final.path, replaced)
+    os.rename(temporary.path, final.path)
+    sync(final.path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 class FailedWrite(NamedTuple):
     """What the disk said to a rank's part of a save; errno is None where torch has kept it to itself."""
 
@@ -217,19 +208,17 @@ class FailedWrite(NamedTuple):
     errno: int | None
 
 
-def _attempt(action: Callable[[], None] | None) -> FailedWrite | None:
-    """Run the action, if there is one; what stopped it, if the disk did."""
-    if action is None:
-        return None
+def _attempt(action: Callable[..., None], *given: Any) -> FailedWrite | None:
+    """Do something that writes; what stopped it, if the disk did."""
     try:
-        action()
+        action(*given)
     except (OSError, RuntimeError) as error:
         of_the_disk = _os_error_behind(error)
         if of_the_disk is not None:
             return FailedWrite(of_the_disk.strerror or str(of_the_disk), of_the_disk.errno)
         if not is_failed_write(error):
             raise
-        return FailedWrite(str(error).splitlines()[0], None)
+        return FailedWrite(first_line(error), None)
     return None
 
 
@@ -244,6 +233,16 @@ def is_failed_write(error: Exception) -> bool:
     """Whether an error is how torch's zip writer tells that the disk took no more."""
     words = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _refusal(final: Checkpoint, failed: Mapping[int, FailedWrite], world_size: int) -> UserError:
+    """The error of a save, by what stopped which ranks."""
+    told = (error.what if world_size == 1 else f"rank {rank}: {error.what}" for rank, error in failed.items())
+    return refused_write(
+        f"checkpoint {final.path} could not be written ({'; '.join(told)}; {_free_space(final.path.parent)})",
+        [error.errno for error in failed.values()],
+        "the checkpoint before it is whole",
+    )
 
 
 def _free_space(folder: Path) -> str:

@@ -23,7 +23,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from scaling.errors import UserError
+from scaling.errors import UserError, first_line
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "conf"
 
@@ -56,7 +56,7 @@ def compose_config(schema: type, name: str, overrides: Sequence[str]) -> DictCon
     except ValueError as error:  # Hydra's own, for model=null or a nameless key
         if told := _axis_with_parts(overrides):
             raise UserError(told) from None
-        raise UserError(f"{' '.join(overrides)}: not understood ({_first_line(error)})") from None
+        raise UserError(f"{' '.join(overrides)}: not understood ({first_line(error)})") from None
     except AssertionError:  # OmegaConf's answer to data.demo.hours=1 where data.demo is null
         dotted = " ".join(word for word in overrides if "." in word.split("=")[0])
         raise UserError(f"{dotted}: one of these settings has a parent that is null; leave it out") from None
@@ -120,7 +120,7 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error, overrides)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not understood as KEY=VALUE ({_first_line(error)})"
+        return f"{error.override}: not understood as KEY=VALUE ({first_line(error)})"
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
     if isinstance(cause, (ConfigKeyError, AttributeError)) and key:
@@ -130,8 +130,8 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     if key and "is not a ListConfig" in str(cause):
         return f"{key}: expected a list, {key}=[...]"
     if key:
-        return f"{key}: {_first_line(cause)}"
-    return _first_line(error)
+        return f"{key}: {first_line(cause)}"
+    return first_line(error)
 
 
 def _axis_with_parts(overrides: Sequence[str]) -> str:
@@ -181,7 +181,3 @@ def _did_you_mean(key: str, known: Sequence[str]) -> str:
     return (
         f"; did you mean {' or '.join(names[:3])}?" if names else "; the settings are listed in docs/configuration.md"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -5,6 +5,8 @@ execution settings (paths, micro-batch, workers, threads, compile, intervals) do
 Hydra composes the YAML files of conf/ into these classes, which check themselves and each
 other: a bad value or an impossible combination is refused by name before anything runs.
 They are not frozen, because OmegaConf makes frozen dataclasses read-only while it composes.
+Those of one part alone stand beside it: in `scaling.optimiser`, `scaling.early_stopping`, `bsrnn.losses`,
+`scaling.corpus.demo`.
 
 A scientific setting that came after the first runs were planned says so in its field's metadata, `since`: at its
 default it is left out of a run's identity (`scaling.plan.science_of`), so that these keep theirs.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,28 +25,21 @@ from bsrnn import BSRNNConfig
 from bsrnn.front_end import FRONT_ENDS
 from bsrnn.losses import LossConfig
 from scaling.corpus.demo import DemoConfig
-from scaling.errors import UserError
+from scaling.early_stopping import EarlyStoppingConfig
+from scaling.errors import UserError, require_finite
+from scaling.optimiser import OptimiserConfig
 from scaling.remote import RemoteRoot, Root
 from scaling.shards import SAMPLE_RATE
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
-OPTIMISERS = ("adamw", "adam", "adamp")
 METRIC_NAMES = (
     "pesq_wb", "stoi", "estoi", "si_sdr", "segmental_snr", "csig", "cbak", "covl",
     "dnsmos_p808", "dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl",
 )  # fmt: skip
 DEFAULT_METRICS = METRIC_NAMES[:4]
-SCHEDULES = ("cosine", "step")
 MOST_CHANNELS, MOST_LAYERS = 4_096, 256  # a layer so wide is 256 times the compute of one of size l
 MOST_THREADS = 1_024  # of a machine, which need not be this one
-
-
-def _require_finite(prefix: str, settings: object) -> None:
-    """UserError for a number that is not one, or has no end."""
-    for name, value in vars(settings).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{prefix}.{name} = {value}: expected a finite number")
 
 
 def require_metrics(setting: str, names: list[str]) -> None:
@@ -120,7 +115,7 @@ class DataConfig:
     max_damaged_share: float = 0.01  # of the training clips; with more of them damaged the run stops
 
     def __post_init__(self) -> None:
-        _require_finite("data", self)
+        require_finite("data", self)
         if self.block_shards is not None and self.block_shards < 1:
             raise UserError(f"data.block_shards = {self.block_shards}: expected at least 1, or null to mix all shards")
         if not self.cache_gb > 0:
@@ -153,7 +148,7 @@ class BudgetConfig:
     train_pmacs: float | None = None  # compute of the whole training, in 10^15 multiply-accumulates
 
     def __post_init__(self) -> None:
-        _require_finite("train.budget", self)
+        require_finite("train.budget", self)
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             said = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
@@ -182,96 +177,6 @@ class BudgetConfig:
 
 
 @dataclass
-class ParameterGroupConfig:
-    """What holds for the parameters whose name matches a pattern (`*.weight`, `blocks.0.*`)."""
-
-    pattern: str
-    lr_scale: float = 1.0  # times the schedule's learning rate
-    weight_decay: float | None = None  # null: the optimiser's
-
-    def __post_init__(self) -> None:
-        _require_finite(f"train.optimiser.groups, {self.pattern}", self)
-        for name in ("lr_scale", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"train.optimiser.groups, {self.pattern}: {name} = {value}: expected at least 0")
-
-
-@dataclass
-class OptimiserConfig:
-    """The optimiser: linear warm-up, then a cosine down to the end of the run, or steps.
-
-    adamw: Loshchilov & Hutter 2019; adam: Kingma & Ba 2015, weight decay part of the gradient; adamp: Heo et al. 2021
-    """
-
-    learning_rate: float = 2e-3
-    min_learning_rate: float = 1e-6
-    warmup_steps: int = 500
-    betas: tuple[float, float] = (0.95, 0.999)
-    weight_decay: float = 0.01
-    max_gradient_norm: float | None = None  # null: gradients are not clipped
-    name: str = field(default="adamw", metadata={"since": "0.2"})  # adamw, adam or adamp
-    schedule: str = field(default="cosine", metadata={"since": "0.2"})  # after warm-up: cosine or step
-    step_interval: int | None = field(default=None, metadata={"since": "0.2"})  # steps between steps of the rate
-    step_factor: float | None = field(default=None, metadata={"since": "0.2"})  # of the rate at each of these
-    # The first pattern that matches a parameter's name counts; [] is one group.
-    groups: list[ParameterGroupConfig] = field(default_factory=list, metadata={"since": "0.2"})
-
-    def __post_init__(self) -> None:
-        _require_finite("train.optimiser", self)
-        if not self.learning_rate >= self.min_learning_rate >= 0:
-            raise UserError(
-                f"train.optimiser: learning_rate = {self.learning_rate} and min_learning_rate = "
-                f"{self.min_learning_rate}: expected learning_rate >= min_learning_rate >= 0"
-            )
-        if self.warmup_steps < 0:
-            raise UserError(f"train.optimiser.warmup_steps = {self.warmup_steps}: expected at least 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"train.optimiser.betas = {list(self.betas)}: expected two numbers in [0, 1)")
-        if self.weight_decay < 0:
-            raise UserError(f"train.optimiser.weight_decay = {self.weight_decay}: expected at least 0")
-        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
-            raise UserError(
-                f"train.optimiser.max_gradient_norm = {self.max_gradient_norm}: expected above 0, or null for none"
-            )
-        for name, known in (("name", OPTIMISERS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise UserError(f"train.optimiser.{name} = {getattr(self, name)}: expected one of {', '.join(known)}")
-        stepping = (self.step_interval, self.step_factor)
-        if self.schedule == "step" and (
-            self.step_interval is None or self.step_factor is None or self.step_interval < 1 or self.step_factor <= 0
-        ):
-            raise UserError(
-                f"train.optimiser.schedule = step has step_interval = {stepping[0]}, step_factor = {stepping[1]}: "
-                "expected at least 1 step, and a factor above 0"
-            )
-        if self.schedule != "step" and stepping != (None, None):
-            raise UserError(
-                f"train.optimiser.schedule = {self.schedule} uses no step_interval or step_factor: "
-                "set both to null, or take schedule=step"
-            )
-
-
-@dataclass
-class EarlyStoppingConfig:
-    """Stop where validation has stopped improving, and keep the weights that validated best; null for both: never."""
-
-    interval: int | None = None  # optimiser steps between validations; execution.num_validations then has no say
-    patience: int | None = None  # validations without a new best loss after which to stop
-
-    def __post_init__(self) -> None:
-        for name in ("interval", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"train.early_stopping.{name} = {value}: expected at least 1, or null")
-        if (self.interval is None) != (self.patience is None):
-            raise UserError(
-                f"train.early_stopping has interval = {self.interval} and patience = {self.patience}: "
-                "give both or neither"
-            )
-
-
-@dataclass
 class TrainConfig:
     """The recipe, the same for every cell of a study unless it is an axis (conf/train)."""
 
@@ -286,7 +191,7 @@ class TrainConfig:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig, metadata={"since": "0.2"})
 
     def __post_init__(self) -> None:
-        _require_finite("train", self)
+        require_finite("train", self)
         for name in ("global_batch", "norm_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} = {getattr(self, name)}: expected at least 1 crop")
@@ -381,6 +286,11 @@ class RunConfig:
                 f"train.optimiser.name = adamp does not go with execution.zero_stage = {self.execution.zero_stage}, "
                 "which lays all weights in one row, where AdamP needs their shapes: take deepspeed=none, or adamw"
             )
+
+    @staticmethod
+    def part_of(config: RunConfig) -> RunConfig:
+        """The run of a configuration that holds more: a sweep's, or a command's."""
+        return RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
 
     def micro_batches(self, world_size: int, norms_may_span: bool = False) -> tuple[int, int]:
         """Crops of a micro-batch, and over how many processes side by side a norm batch spans.

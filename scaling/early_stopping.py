@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from scaling.errors import UserError
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """Stop where validation has stopped improving, and keep the weights that validated best; null for both: never."""
+
+    interval: int | None = None  # optimiser steps between validations; execution.num_validations then has no say
+    patience: int | None = None  # validations without a new best loss after which to stop
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.early_stopping.{name} = {value}: expected at least 1, or null")
+        if (self.interval is None) != (self.patience is None):
+            raise UserError(
+                f"train.early_stopping has interval = {self.interval} and patience = {self.patience}: "
+                "give both or neither"
+            )
 
 
 class EarlyStopping:

@@ -7,6 +7,7 @@ Anything else that is raised is a defect of the project and keeps its traceback.
 """
 
 import errno
+import math
 from collections.abc import Iterable
 
 # Of a file system that does not answer now: its node's or its network's failure, where the same attempt may succeed
@@ -38,3 +39,15 @@ def refused_write(what: str, errnos: Iterable[int | None], left: str) -> UserErr
     if any(number in NO_ANSWER for number in errnos):
         return UnreachableError(f"{what}: check the file system and run the same command again; {left}")
     return UserError(f"{what}: make the disk writable and free some space, and run the same command again; {left}")
+
+
+def require_finite(prefix: str, settings: object) -> None:
+    """UserError for a number that is not one, or has no end."""
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}.{name} = {value}: expected a finite number")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line in which an error says anything; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

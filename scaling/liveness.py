@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import psutil
 from torch import distributed
 
+from scaling.errors import first_line
 from scaling.statuses import LOST
 
 log = logging.getLogger(__name__)
@@ -226,7 +227,3 @@ def _is_stopped(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_STOPPED
     except psutil.NoSuchProcess:
         return False
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,8 +12,80 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scaling.config import OptimiserConfig
-from scaling.errors import UserError
+from scaling.errors import UserError, require_finite
+
+SCHEDULES = ("cosine", "step")
+
+
+@dataclass
+class ParameterGroupConfig:
+    """What holds for the parameters whose name matches a pattern (`*.weight`, `blocks.0.*`)."""
+
+    pattern: str
+    lr_scale: float = 1.0  # times the schedule's learning rate
+    weight_decay: float | None = None  # null: the optimiser's
+
+    def __post_init__(self) -> None:
+        require_finite(f"train.optimiser.groups, {self.pattern}", self)
+        for name in ("lr_scale", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"train.optimiser.groups, {self.pattern}: {name} = {value}: expected at least 0")
+
+
+@dataclass
+class OptimiserConfig:
+    """The optimiser: linear warm-up, then a cosine down to the end of the run, or steps.
+
+    adamw: Loshchilov & Hutter 2019; adam: Kingma & Ba 2015, weight decay part of the gradient; adamp: Heo et al. 2021
+    """
+
+    learning_rate: float = 2e-3
+    min_learning_rate: float = 1e-6
+    warmup_steps: int = 500
+    betas: tuple[float, float] = (0.95, 0.999)
+    weight_decay: float = 0.01
+    max_gradient_norm: float | None = None  # null: gradients are not clipped
+    name: str = field(default="adamw", metadata={"since": "0.2"})  # adamw, adam or adamp
+    schedule: str = field(default="cosine", metadata={"since": "0.2"})  # after warm-up: cosine or step
+    step_interval: int | None = field(default=None, metadata={"since": "0.2"})  # steps between steps of the rate
+    step_factor: float | None = field(default=None, metadata={"since": "0.2"})  # of the rate at each of these
+    # The first pattern that matches a parameter's name counts; [] is one group.
+    groups: list[ParameterGroupConfig] = field(default_factory=list, metadata={"since": "0.2"})
+
+    def __post_init__(self) -> None:
+        require_finite("train.optimiser", self)
+        if not self.learning_rate >= self.min_learning_rate >= 0:
+            raise UserError(
+                f"train.optimiser: learning_rate = {self.learning_rate} and min_learning_rate = "
+                f"{self.min_learning_rate}: expected learning_rate >= min_learning_rate >= 0"
+            )
+        if self.warmup_steps < 0:
+            raise UserError(f"train.optimiser.warmup_steps = {self.warmup_steps}: expected at least 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.optimiser.betas = {list(self.betas)}: expected two numbers in [0, 1)")
+        if self.weight_decay < 0:
+            raise UserError(f"train.optimiser.weight_decay = {self.weight_decay}: expected at least 0")
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise UserError(
+                f"train.optimiser.max_gradient_norm = {self.max_gradient_norm}: expected above 0, or null for none"
+            )
+        for name, known in (("name", OPTIMISERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"train.optimiser.{name} = {getattr(self, name)}: expected one of {', '.join(known)}")
+        stepping = (self.step_interval, self.step_factor)
+        if self.schedule == "step" and (
+            self.step_interval is None or self.step_factor is None or self.step_interval < 1 or self.step_factor <= 0
+        ):
+            raise UserError(
+                f"train.optimiser.schedule = step has step_interval = {stepping[0]}, step_factor = {stepping[1]}: "
+                "expected at least 1 step, and a factor above 0"
+            )
+        if self.schedule != "step" and stepping != (None, None):
+            raise UserError(
+                f"train.optimiser.schedule = {self.schedule} uses no step_interval or step_factor: "
+                "set both to null, or take schedule=step"
+            )
 
 
 def build_optimiser(config: OptimiserConfig, model: nn.Module) -> torch.optim.Optimizer:

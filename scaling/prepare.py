@@ -8,7 +8,7 @@
    the work done. Holding it also proves that folders left by an earlier one are nobody's.
 3. Read every header, and refuse all that cannot be used in one line, before anything is written;
    so too if the disk has too little room.
-4. Convert to 16 kHz in worker processes (see `scaling.convert`), and write the shards in one
+4. Convert to 16 kHz in worker processes (see `scaling.resampling`), and write the shards in one
    fixed order into a temporary folder beside the target.
 5. Rename it. Until then there is nothing at the target; from then on it is whole.
 
@@ -33,7 +33,6 @@ from pathlib import Path
 from scaling.cli import load_config
 from scaling.command import run_main
 from scaling.config import DataConfig, RunConfig
-from scaling.convert import SOURCE_RATES, converted, num_samples_out
 from scaling.cores import num_cores
 from scaling.corpus.demo import DemoConfig, make_demo_corpus, plan_corpus
 from scaling.corpus.vbd import SPLITS, Utterance, find_utterances, warn_of_unknown_downloads
@@ -43,6 +42,7 @@ from scaling.locks import held_when_free
 from scaling.progress import ProgressDisplay
 from scaling.records import sync
 from scaling.remote import RemoteRoot
+from scaling.resampling import SOURCE_RATES, num_samples_out, resampled
 from scaling.shard_writer import SHARD_BYTES, ShardWriter, clip_bytes
 from scaling.shards import ShardIndex
 
@@ -64,7 +64,7 @@ def prepare_shards(
 ) -> ShardIndex:
     """Make the shards of the VBD folder `source_root` in `shard_root`, unless they are there.
 
-    `corpus` is the name that the index carries. The conversion runs in `num_workers` spawned
+    `corpus` is the name that the index carries. The resampling runs in `num_workers` spawned
     processes (1: in this one) and shows how far it is if `show_progress`. UserError for whatever
     about the source, the shard folder or the disk stands against it; the shard folder is then as it was before.
     """
@@ -246,7 +246,7 @@ def _write(
     try:
         # closing: the worker processes end with the loop, however it ends
         with (
-            contextlib.closing(converted(utterances, num_workers)) as pairs,
+            contextlib.closing(resampled(utterances, num_workers)) as pairs,
             ProgressDisplay("resampling to shards", len(utterances), shown=show_progress) as progress,
         ):
             for utterance, pair in pairs:

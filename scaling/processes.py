@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, distributed
 
 from scaling.device import name_of, shun_broken_links, uses_gpu
-from scaling.errors import MeetingError, UserError
-from scaling.liveness import LostRankError, Watch, first_line
+from scaling.errors import MeetingError, UserError, first_line
+from scaling.liveness import LostRankError, Watch
 from scaling.ports import free_port
 from scaling.records import RecordError
 

@@ -62,11 +62,12 @@ def hardware(device: str) -> Record:
     """Of the machine that this process runs on; the GPU, if execution.device = `device` takes one."""
     import torch
 
+    from bsrnn.processor import processor_name
     from scaling.device import uses_gpu
 
     return {
         "host": platform.node(),
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "num_cpus": num_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if uses_gpu(device) else None,
@@ -94,13 +95,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

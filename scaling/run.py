@@ -28,7 +28,6 @@ from scaling.config import RunConfig
 from scaling.cores import num_cores
 from scaling.device import set_arithmetic
 from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UnreachableError, UserError, refused_write
-from scaling.evaluate import evaluate_run, summary, write_scores
 from scaling.liveness import LostRankError
 from scaling.locks import HeldLockError, held_lock
 from scaling.metrics import versions
@@ -36,6 +35,7 @@ from scaling.plan import RunPlan
 from scaling.processes import Processes, join
 from scaling.provenance import code, hardware
 from scaling.records import RecordError, RunDirectory
+from scaling.scoring import evaluate_run, summary, write_scores
 from scaling.shards import ShardIndex
 from scaling.statuses import LOST, PREEMPTED
 from scaling.stopping import StopFlag, StoppedError
@@ -95,33 +95,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     sciences = processes.gather(plan.science_hash)
     if len(set(sciences)) > 1:
         raise UserError(f"the processes of run {directory.path} were started with different settings: {sciences}")
-
-    def prepare() -> bool:
-        """Whether there is anything to do."""
-        try:
-            directory.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(held_lock(directory.lock, f"run {directory.path} is being trained"))
-            try:
-                plan.check_folder()
-            except (UserError, RecordError):
-                if not force:
-                    raise
-                directory.clear()
-            if not directory.plan.exists() and (foreign := directory.held()):
-                raise UserError(
-                    f"{directory.path} holds {', '.join(foreign)} and no plan.json, so it is not a run's folder: name "
-                    "another"
-                )
-            if force:
-                take_up(directory.checkpoints, force=True)
-            if plan.config.train.test:  # a quick check starts anew every time
-                directory.clear(keep_jobs=True)
-            plan.write()
-        except OSError as error:  # as a user's error it reaches the other ranks too
-            raise _of_the_disk(error, directory) from error
-        return directory.state()[0] != "finished"
-
-    if not processes.from_first(prepare):
+    if not processes.from_first(lambda: _take_folder(plan, stack, force)):
         if processes.is_first:
             log.info("run %s is finished already: %s", directory.run_id, directory.path)
         processes.leave()
@@ -138,16 +112,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
                 raise StoppedError(stop.signal)
             _evaluate(plan, directory, model, step)
     except StoppedError as stopped:
-        if processes.is_first or not (stopped.by_all or directory.state()[0] == "preempted"):
-            _log_event(directory, "preempted", reason=str(stopped))
-            log.warning("run %s stops for %s; the same command resumes from its checkpoint", directory.run_id, stopped)
-        if not stopped.by_all:
-            processes.tell_failure(f"preempted: {stopped}")
-            return PREEMPTED
-        # A process that ends with its group's threads at work may be aborted by them. All have saved: one that is
-        # lost by now is no loss.
-        with suppress(LostRankError, RuntimeError):
-            processes.leave()
+        _end_stopped(directory, processes, stopped)
         return PREEMPTED
     except DivergedError as error:
         if processes.is_first:
@@ -169,6 +134,47 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
         processes.tell_failure(f"{failure}: {reason}")
         raise
     return 0
+
+
+def _take_folder(plan: RunPlan, stack: ExitStack, force: bool) -> bool:
+    """Take the run's folder, on rank 0, and put its plan there; whether there is anything left to do."""
+    directory = plan.directory
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(held_lock(directory.lock, f"run {directory.path} is being trained"))
+        try:
+            plan.check_folder()
+        except (UserError, RecordError):
+            if not force:
+                raise
+            directory.clear()
+        if not directory.plan.exists() and (foreign := directory.held()):
+            raise UserError(
+                f"{directory.path} holds {', '.join(foreign)} and no plan.json, so it is not a run's folder: name "
+                "another"
+            )
+        if force:
+            take_up(directory.checkpoints, force=True)
+        if plan.config.train.test:  # a quick check starts anew every time
+            directory.clear(keep_jobs=True)
+        plan.write()
+    except OSError as error:  # as a user's error it reaches the other ranks too
+        raise _of_the_disk(error, directory) from error
+    return directory.state()[0] != "finished"
+
+
+def _end_stopped(directory: RunDirectory, processes: Processes, stopped: StoppedError) -> None:
+    """Put on record that a run was asked to stop, and part from its other processes."""
+    if processes.is_first or not (stopped.by_all or directory.state()[0] == "preempted"):
+        _log_event(directory, "preempted", reason=str(stopped))
+        log.warning("run %s stops for %s; the same command resumes from its checkpoint", directory.run_id, stopped)
+    if not stopped.by_all:
+        processes.tell_failure(f"preempted: {stopped}")
+        return
+    # A process that ends with its group's threads at work may be aborted by them. All have saved: one that is
+    # lost by now is no loss.
+    with suppress(LostRankError, RuntimeError):
+        processes.leave()
 
 
 def set_up(config: RunConfig) -> None:

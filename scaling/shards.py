@@ -158,11 +158,6 @@ class ShardIndex:
         """The length of a split's clips together, in hours."""
         return self.num_samples(split) / SAMPLE_RATE / 3600
 
-    def shard_paths(self, split: str) -> list[Path]:
-        """The tars of a split on this machine, in order; they are fetched first if they are far away."""
-        self._rows(split)
-        return [_path(self.root, shard.name) for shard in self.shards[split]]
-
     def check_sizes(self) -> None:
         """BadDataError for the first shard of this machine that is missing or has another size than the index says."""
         for shard in (shard for shards in self.shards.values() for shard in shards):
@@ -204,10 +199,6 @@ def _load_rows(root: Root, split: str, sha256: str) -> list[Clip]:
 
 def _read(root: Root, name: str) -> bytes:
     return root.read(name) if isinstance(root, RemoteRoot) else (root / name).read_bytes()
-
-
-def _path(root: Root, shard: str) -> Path:
-    return root.fetch(shard) if isinstance(root, RemoteRoot) else root / shard
 
 
 def remedy(root: Root) -> str:

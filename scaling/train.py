@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -60,8 +60,7 @@ def _plan(words: Sequence[str]) -> tuple[TrainCommandConfig, RunPlan]:
     config = load_config(TrainCommandConfig, "run", words)
     if config.run is not None and all(_key(word) in ("run", "force") or _may_change(word) for word in words):
         return config, _planned(Path(config.run).resolve(), words)
-    run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
-    plan = plan_run(run, open_shards(config.data))
+    plan = plan_run(RunConfig.part_of(config), open_shards(config.data))
     plan.check_steps()
     return config, plan if config.run is None else replace(plan, folder=str(Path(config.run).resolve()))
 

@@ -28,6 +28,7 @@ from scaling.checkpoint import Checkpoint, save_checkpoint, take_up
 from scaling.config import RunConfig
 from scaling.early_stopping import EarlyStopping
 from scaling.engines import make_engine
+from scaling.engines.base import Step
 from scaling.errors import UserError
 from scaling.liveness import Deadline
 from scaling.metrics import RefusedError, si_sdr
@@ -65,6 +66,26 @@ def validation_steps(num_steps: int, num_validations: int) -> set[int]:
     return {max(1, round(num_steps * count / num_validations)) for count in range(1, num_validations + 1)}
 
 
+class Pace:
+    """How long a step of training takes, without what lies between steps: validations and saves."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._since, self._num_steps = time.perf_counter(), 0
+
+    def count_step(self) -> None:
+        self._num_steps += 1
+
+    def lap(self) -> float:
+        """Seconds a step, a mean over those that were counted; counting begins anew."""
+        now = time.perf_counter()
+        seconds = (now - self._since) / self._num_steps
+        self._since, self._num_steps = now, 0
+        return seconds
+
+
 class Trainer:
     """Model, optimiser and stream of a run, at its committed step; the same object on every rank."""
 
@@ -76,6 +97,7 @@ class Trainer:
         self.plan, self.directory, self.index, self.config = plan, directory, index, config
         self.processes, self.stop = processes, stop
         self.engine = make_engine(config, processes)
+        self.validate_at = planned_validations(config, plan.steps)
         patience = config.train.early_stopping.patience
         self.early_stopping = EarlyStopping(patience) if patience is not None else None
         self._unprocessed: dict[str, dict[str, float]] = {}  # of this rank's validation clips: the same every time
@@ -99,8 +121,6 @@ class Trainer:
         LostRankError if a process of the run is dead or frozen.
         """
         config, plan = self.config, self.plan
-        validate_at = planned_validations(config, plan.steps)
-        audio_seconds = config.train.global_batch * config.train.crop_seconds
         with (
             closing(self._batches()) as batches,
             self._board() as board,
@@ -109,53 +129,23 @@ class Trainer:
         ):
             samples = SampleBoard(board, config.data, self.index) if board and config.execution.samples_every else None
             if self.validation_is_due:
-                should_stop = self._validate(board, samples, validate_at)
+                should_stop = self._validate(board, samples)
                 if self.is_over:
                     self._save()
                 elif should_stop:
-                    raise StoppedError(self.stop.signal or "another rank's signal", by_all=True)
-            since, steps_since = time.perf_counter(), 0
+                    raise self._stopped()
+            pace = Pace()
             while not self.is_over:
-                lr = learning_rate(config.train.optimiser, self.step, plan.steps)
-                loss, terms, gradient_norm, should_stop = self.engine.optimise(
-                    batches, lr, self.stop.signal is not None
-                )
-                self.step += 1
-                steps_since += 1
-                progress.show(self.step, f"loss {loss:.4f}")
-                if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-                    raise DivergedError(
-                        f"the loss of step {self.step} is {loss:.4g}, its gradient norm {gradient_norm:.4g} "
-                        f"(learning rate {lr:.3g})"
-                    )
-                if self.step % config.execution.log_every == 0 or self.step in (1, plan.steps):
-                    now = time.perf_counter()
-                    communication = self.engine.communication_seconds()
-                    self._log(
-                        board,
-                        "train",
-                        {
-                            "loss": loss,
-                            "terms": terms,
-                            "learning_rate": lr,
-                            "gradient_norm": gradient_norm,
-                            "audio_seconds_per_second": audio_seconds * steps_since / (now - since),
-                            "step_seconds": (now - since) / steps_since,
-                            "memory_gib": _memory_gib(),
-                            "replaced_crops": self.quarantine.num_replaced(self.step * config.train.global_batch),
-                        }
-                        | ({} if communication is None else {"communication_seconds": communication}),
-                    )
-                    since, steps_since = now, 0
-                self.validation_is_due = self.step in validate_at
+                should_stop = self._train_step(batches, board, progress, pace)
+                self.validation_is_due = self.step in self.validate_at
                 if self.validation_is_due and not should_stop:
-                    should_stop = self._validate(board, samples, validate_at)
-                    since, steps_since = time.perf_counter(), 0
+                    should_stop = self._validate(board, samples)
+                    pace.restart()
                 if self.step % config.execution.checkpoint_every == 0 or self.is_over or should_stop:
                     self._save()
-                    since, steps_since = time.perf_counter(), 0
+                    pace.restart()
                 if should_stop and not self.is_over:
-                    raise StoppedError(self.stop.signal or "another rank's signal", by_all=True)
+                    raise self._stopped()
         model = self.engine.trained_model()
         if self.early_stopping is not None:
             log.info("the best validation was after step %d of %d", self.early_stopping.best_step, self.step)
@@ -168,7 +158,41 @@ class Trainer:
         stopped_early = self.early_stopping is not None and self.early_stopping.is_over
         return (self.step == self.plan.steps or stopped_early) and not self.validation_is_due
 
-    def _validate(self, board: Any, samples: SampleBoard | None, validate_at: set[int]) -> bool:
+    def _stopped(self) -> StoppedError:
+        return StoppedError(self.stop.signal or "another rank's signal", by_all=True)
+
+    def _train_step(self, batches: Generator[Any], board: Any, progress: ProgressDisplay, pace: Pace) -> bool:
+        """Take an optimiser step, and put it on record where that is due; whether any rank is asked to stop."""
+        lr = learning_rate(self.config.train.optimiser, self.step, self.plan.steps)
+        taken = self.engine.optimise(batches, lr, self.stop.signal is not None)
+        self.step += 1
+        pace.count_step()
+        progress.show(self.step, f"loss {taken.loss:.4f}")
+        if not math.isfinite(taken.loss) or not math.isfinite(taken.gradient_norm):
+            raise DivergedError(
+                f"the loss of step {self.step} is {taken.loss:.4g}, its gradient norm {taken.gradient_norm:.4g} "
+                f"(learning rate {lr:.3g})"
+            )
+        if self.step % self.config.execution.log_every == 0 or self.step in (1, self.plan.steps):
+            self._log(board, "train", self._train_row(taken, lr, pace.lap()))
+        return taken.should_stop
+
+    def _train_row(self, taken: Step, lr: float, step_seconds: float) -> dict[str, Any]:
+        """What the metrics say of a step; step_seconds: of it and those since the row before, a mean"""
+        train, communication = self.config.train, self.engine.communication_seconds()
+        row = {
+            "loss": taken.loss,
+            "terms": taken.terms,
+            "learning_rate": lr,
+            "gradient_norm": taken.gradient_norm,
+            "audio_seconds_per_second": train.global_batch * train.crop_seconds / step_seconds,
+            "step_seconds": step_seconds,
+            "memory_gib": _memory_gib(),
+            "replaced_crops": self.quarantine.num_replaced(self.step * train.global_batch),
+        }
+        return row if communication is None else row | {"communication_seconds": communication}
+
+    def _validate(self, board: Any, samples: SampleBoard | None) -> bool:
         """Validate after the committed step and put it on record; whether the run is to stop, validated or not."""
         row, should_stop = self.validate()
         if row is None:
@@ -179,7 +203,7 @@ class Trainer:
             raise DivergedError(f"the validation loss after step {self.step} is {row['loss']:.4g}")
         if self.processes.is_first:
             log.info("validation loss %.5f (unprocessed %.5f)", row["loss"], row["unprocessed_loss"])
-        self._after_validation(samples, row["loss"], sum(at <= self.step for at in validate_at))
+        self._after_validation(samples, row["loss"], sum(at <= self.step for at in self.validate_at))
         return should_stop
 
     def validate(self) -> tuple[dict[str, Any] | None, bool]:
@@ -219,15 +243,7 @@ class Trainer:
         if sum(map(len, shares)) < len(clips):
             return None, should_stop
         rows = [shares[number % processes.world_size][number // processes.world_size] for number in range(len(clips))]
-        means: dict[str, Any] = {"terms": {}}
-        for name in dict.fromkeys(name for row in rows for name in row):
-            values_of_name = [row[name] for row in rows if name in row]
-            mean = sum(values_of_name) / len(values_of_name)
-            if name.startswith("terms/"):
-                means["terms"][name.removeprefix("terms/")] = mean
-            else:
-                means[name] = mean
-        return means, should_stop
+        return _means(rows), should_stop
 
     def _score(self, clip: Clip, estimate: Enhanced, clean: Tensor) -> dict[str, float]:
         """Loss, its terms and, where it is defined, SI-SDR of what was made of a validation clip."""
@@ -338,6 +354,19 @@ class Trainer:
         if self.processes.is_first:
             log.info("going on from %s", checkpoint.path)
         return checkpoint.step
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Of each value over the rows that have it; those called terms/NAME under "terms"."""
+    means: dict[str, Any] = {"terms": {}}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if name in row]
+        mean = sum(values) / len(values)
+        if name.startswith("terms/"):
+            means["terms"][name.removeprefix("terms/")] = mean
+        else:
+            means[name] = mean
+    return means
 
 
 def _describe_layout(layout: dict[str, int] | None) -> str:

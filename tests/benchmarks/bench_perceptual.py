@@ -12,8 +12,9 @@ from pesq import pesq
 from scipy.stats import spearmanr
 
 from bsrnn.perceptual import PerceptualModel
-from scaling.evaluate import Utterance, enhance_clips, load_model
+from scaling.evaluate import load_model
 from scaling.records import RunDirectory
+from scaling.scoring import Utterance, enhance_clips
 from scaling.shards import SAMPLE_RATE, ShardIndex
 from tests.benchmarks.page import DOCS, measured_on, write_block
 

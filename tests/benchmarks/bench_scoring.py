@@ -14,8 +14,8 @@ import torch
 from bsrnn import BSRNN, BSRNNConfig
 from scaling.cli import load_config
 from scaling.config import DEFAULT_METRICS, RunConfig
-from scaling.evaluate import enhance_clips, score_utterances
 from scaling.prepare import open_shards
+from scaling.scoring import enhance_clips, score_utterances
 from scaling.shards import ShardIndex
 from tests.benchmarks.page import PERFORMANCE, measured_on, write_block
 

@@ -20,6 +20,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from bsrnn.processor import processor_name
+
 DOCS = Path(__file__).parents[2] / "docs"
 PERFORMANCE = DOCS / "performance.md"
 RELIABILITY = DOCS / "reliability.md"
@@ -59,15 +61,6 @@ def measured_on(*packages: str) -> str:
     """Where a figure comes from: processor, cores, their load, Python and the versions of packages, in one line."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     cores = len(os.sched_getaffinity(0))
-    machine = f"{_processor()}, {cores} cores, load {os.getloadavg()[1]:.0f}"  # above the cores: others were at work
+    load = os.getloadavg()[1]  # above the cores: others were at work
+    machine = f"{processor_name()}, {cores} cores, load {load:.0f}"
     return f"{machine}, Python {platform.python_version()}{', ' if versions else ''}{versions}"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.machine()

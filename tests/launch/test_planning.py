@@ -177,18 +177,17 @@ def test_a_measurement_that_does_not_say_of_which_recipe_it_is_counts_for_none(p
     assert planned(*MEASURED)[1][0].estimated_hours is None
 
 
-@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (0, "cpu")])
-def test_a_speed_from_before_the_device_was_filed_is_of_what_the_job_had(planned, gpus: int, device: str):
-    words = (*MEASURED, f"cluster.gpus_per_node={gpus}", "cluster.processes_per_node=1")
-    config, (plan,) = planned(*words)
+def test_a_speed_on_a_cpu_prices_no_run_on_the_gpus_of_the_same_partition(planned):
+    words = (*MEASURED, "cluster.gpus_per_node=1", "cluster.processes_per_node=1")
+    config, (plan,) = planned(*words, "execution.device=cpu")
     measure(config, plan, 100.0)
+    assert planned(*words, "execution.device=cpu")[1][0].estimated_hours == hours_at(100.0, plan)
+    assert planned(*words)[1][0].estimated_hours is None
     (record,) = read_records(Path(config.cluster.throughput))
-    assert record["execution"].pop("device") == device
+    assert record["execution"].pop("device") == "cpu"
     Path(config.cluster.throughput).unlink()
     append_record(Path(config.cluster.throughput), record)
-    assert planned(*words)[1][0].estimated_hours == hours_at(100.0, plan)
-    expected = None if gpus else hours_at(100.0, plan)
-    assert planned(*words, "execution.device=cpu")[1][0].estimated_hours == expected
+    assert planned(*words)[1][0].estimated_hours is None, "as an earlier version filed it, without the device"
 
 
 def test_runs_on_this_machines_gpus_cost_what_was_measured_there_and_not_what_a_cpu_takes(

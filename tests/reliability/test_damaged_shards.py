@@ -94,7 +94,7 @@ def copy_of(index: ShardIndex, folder: Path) -> ShardReader:
 
 def test_a_tar_cut_off_anywhere_loses_no_clip_in_silence(index: ShardIndex, tmp_path: Path, times, report):
     expected, whole = originals(index), copy_of(index, tmp_path / "whole")
-    (path,) = index.shard_paths("train")
+    (path,) = index.root.glob("train-*.tar")
     content = path.read_bytes()
     clips = index.clips("train")
     cuts = list(range(len(content) - len(content) % 256, -1, -256))
@@ -125,7 +125,7 @@ def test_a_tar_cut_off_anywhere_loses_no_clip_in_silence(index: ShardIndex, tmp_
 
 def test_a_turned_bit_anywhere_is_found_or_touches_nothing(index: ShardIndex, tmp_path: Path, times, report):
     expected, whole = originals(index), copy_of(index, tmp_path / "whole")
-    (path,) = index.shard_paths("train")
+    (path,) = index.root.glob("train-*.tar")
     content = path.read_bytes()
     spans = {}  # of every byte: which part of which clip
     begin = 0
@@ -309,7 +309,7 @@ def test_the_remedy_that_verify_and_a_stopped_run_name_makes_shards_and_run_whol
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_what_stops_a_run_is_one_line_and_of_its_class_wherever_it_was_read(index: ShardIndex, num_workers: int):
     clips = index.clips("train")
-    for path in index.shard_paths("train"):
+    for path in index.root.glob("train-*.tar"):
         path.write_bytes(bytes(path.stat().st_size))
 
     def error_of(dataset: CropDataset) -> Exception:
@@ -393,7 +393,7 @@ def test_reads_that_fail_for_a_moment_are_tried_again_and_change_nothing(index: 
 
 def test_what_stock_webdataset_makes_of_the_same_damage(index: ShardIndex, times, report, full: bool):
     """Not ours to fix: the figure that ours stands beside, from the version in use here."""
-    (path,) = index.shard_paths("train")
+    (path,) = index.root.glob("train-*.tar")
     content = path.read_bytes()
     names = {clip.id for clip in index.clips("train")}
     cuts = range(256, len(content), 256 if full else 4_096)

@@ -262,15 +262,15 @@ def test_damage_at_the_source_and_damage_in_the_cache_are_told_apart(upload: Upl
     url, expected = upload(), stream(local)
     index = ShardIndex.load(remote(url, tmp_path / "cache"))
     assert stream(index) == expected
-    cached = index.shard_paths("train")[2]
+    name = index.shards["train"][2].name
+    cached = index.root.fetch(name)
     content = bytearray(cached.read_bytes())
     for clip in index.clips("train"):
-        if clip.shard == index.shards["train"][2].name:
+        if clip.shard == name:
             content[clip.noisy_offset + 5_000 : clip.noisy_offset + 9_000] = bytes(4_000)
     cached.write_bytes(content)
     assert stream(index) == expected, "this machine's copy is fetched anew"
 
-    name = index.shards["train"][2].name
     s3fs.S3FileSystem().pipe_file(f"{url}/{name}".removeprefix("s3://"), bytes(content))
     index = ShardIndex.load(remote(url, tmp_path / "another"))
     dataset = CropDataset(index.root, index.clips("train"), CROP, 5)

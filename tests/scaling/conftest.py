@@ -1,12 +1,15 @@
-"""A VoiceBank+DEMAND folder to prepare, and where to; and a run that was left alone."""
+"""A VoiceBank+DEMAND folder to prepare, and where to; a run that was left alone; and a noisy utterance."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scaling.records import RunDirectory
+from scaling.shard_reader import ShardReader
+from scaling.shards import ShardIndex
 from tests.scaling.vbd_folder import make_corpus
 
 
@@ -32,3 +35,11 @@ def uninterrupted(
     words = [*tiny_data, *tiny_settings, f"study={study}"]
     subprocess.run([sys.executable, "-m", "scaling.train", *words], check=True, capture_output=True)
     return only_run(study)
+
+
+@pytest.fixture(scope="module")
+def speech(tiny_index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
+    """(noisy, clean) of the test utterance with the most noise, full scale ±1."""
+    clip = min(tiny_index.clips("test"), key=lambda clip: clip.snr_db)
+    noisy, clean = ShardReader(tiny_index.root).read_clip(clip)
+    return noisy.astype(np.float32) / 32768, clean.astype(np.float32) / 32768

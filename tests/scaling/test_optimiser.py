@@ -9,9 +9,16 @@ import torch
 from torch import nn
 
 from bsrnn import BSRNN, BSRNNConfig
-from scaling.config import OptimiserConfig, ParameterGroupConfig
 from scaling.errors import UserError
-from scaling.optimiser import OPTIMISERS, AdamP, build_optimiser, learning_rate, set_learning_rate
+from scaling.optimiser import (
+    OPTIMISERS,
+    AdamP,
+    OptimiserConfig,
+    ParameterGroupConfig,
+    build_optimiser,
+    learning_rate,
+    set_learning_rate,
+)
 
 
 def one_step(weight: list, gradient: list, **settings: float) -> torch.Tensor:
@@ -156,3 +163,12 @@ def test_adam_couples_its_weight_decay_and_adamw_does_not():
         layer.weight.grad = torch.zeros(1, 1)
         build_optimiser(OptimiserConfig(name=name, learning_rate=0.1, weight_decay=0.5), layer).step()
         assert math.isclose(layer.weight.item(), expected, rel_tol=1e-5)
+
+
+def test_the_learning_rate_warms_up_then_falls_to_its_minimum():
+    config = OptimiserConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate(config, step, 24) for step in range(25)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[14] == pytest.approx(0.55)
+    assert rates[24] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)

@@ -13,8 +13,8 @@ from torch import nn
 
 from bsrnn.losses import LossConfig
 from scaling.cli import load_config
-from scaling.config import EarlyStoppingConfig, RunConfig
-from scaling.early_stopping import EarlyStopping
+from scaling.config import RunConfig
+from scaling.early_stopping import EarlyStopping, EarlyStoppingConfig
 from scaling.errors import UserError
 from scaling.plan import plan_run, training_clips
 from scaling.records import RunDirectory

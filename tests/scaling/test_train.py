@@ -18,10 +18,9 @@ from scaling import trainer
 from scaling.budget import select_hours
 from scaling.checkpoint import list_checkpoints, load_newest
 from scaling.cli import load_config
-from scaling.config import OptimiserConfig, RunConfig
+from scaling.config import RunConfig
 from scaling.evaluate import load_model
 from scaling.metrics import si_sdr
-from scaling.optimiser import learning_rate
 from scaling.plan import plan_run
 from scaling.processes import ALONE
 from scaling.records import RunDirectory
@@ -246,15 +245,6 @@ def test_a_corrupt_index_is_one_line(tiny_run: list[str], tmp_path: Path, comman
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert f"delete {shards} and run python -m scaling.prepare again" in line
-
-
-def test_the_learning_rate_warms_up_then_falls_to_its_minimum():
-    config = OptimiserConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
-    rates = [learning_rate(config, step, 24) for step in range(25)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[14] == pytest.approx(0.55)
-    assert rates[24] == pytest.approx(0.1)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
 def test_validations_are_evenly_spaced_and_the_last_is_at_the_end():

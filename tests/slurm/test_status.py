@@ -57,7 +57,7 @@ def test_what_is_cancelled_is_told_apart_by_whoever_did_it(waiting: Path):
 def test_mistakes_are_one_line(waiting: Path, tmp_path: Path):
     for module, words, said in (
         ("status", [f"study={tmp_path}"], "error: no study at"),
-        ("status", ["study"], "error: study: not understood; what can be said: study=..."),
+        ("status", ["study"], "error: study: not understood; expected one of study=..."),
         ("cancel", ["nobody", f"study={waiting}"], "is called nobody: python -m launch.status"),
         ("logs", [f"study={waiting}"], "error: which run?"),
         ("logs", ["xxt", f"study={waiting}"], "error: xxt begins 4 runs"),

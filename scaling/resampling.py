@@ -29,16 +29,18 @@ BATCHES_AHEAD = 4  # for each worker: enough that none waits for the writer
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A converted utterance: noisy and clean, each [num_samples] at 16 kHz."""
+class ResampledPair:
+    """A resampled utterance: noisy and clean, each [num_samples] at 16 kHz."""
 
     noisy: Samples
     clean: Samples
     num_clipped: int
 
 
-def converted(utterances: Sequence[Utterance], num_workers: int) -> Generator[tuple[Utterance, Pair], None, None]:
-    """Each utterance with its converted pair, in the order given, from `num_workers` processes.
+def resampled(
+    utterances: Sequence[Utterance], num_workers: int
+) -> Generator[tuple[Utterance, ResampledPair], None, None]:
+    """Each utterance with its resampled pair, in the order given, from `num_workers` processes.
 
     Close the generator where it is left early: that ends the processes. They also end by
     themselves if this process is killed. UserError for a file that cannot be decoded.
@@ -46,13 +48,13 @@ def converted(utterances: Sequence[Utterance], num_workers: int) -> Generator[tu
     batches = [utterances[first : first + BATCH_UTTERANCES] for first in range(0, len(utterances), BATCH_UTTERANCES)]
     if num_workers == 1:
         for batch in batches:
-            yield from zip(batch, convert(batch), strict=True)
+            yield from zip(batch, resample(batch), strict=True)
         return
-    pending: deque[tuple[Sequence[Utterance], Future[list[Pair]]]] = deque()
+    pending: deque[tuple[Sequence[Utterance], Future[list[ResampledPair]]]] = deque()
     pool = spawned_pool(min(num_workers, len(batches)))
     try:
         for batch in batches:
-            pending.append((batch, pool.submit(convert, batch)))
+            pending.append((batch, pool.submit(resample, batch)))
             if len(pending) > BATCHES_AHEAD * num_workers:
                 done, pairs = pending.popleft()
                 yield from zip(done, pairs.result(), strict=True)
@@ -66,9 +68,9 @@ def converted(utterances: Sequence[Utterance], num_workers: int) -> Generator[tu
         pool.shutdown(cancel_futures=True)
 
 
-def convert(utterances: Sequence[Utterance]) -> list[Pair]:
+def resample(utterances: Sequence[Utterance]) -> list[ResampledPair]:
     """Decode utterances and bring them to 16 kHz and 16 bits; UserError for a file that cannot be decoded."""
-    return [_convert(utterance) for utterance in utterances]
+    return [_resample(utterance) for utterance in utterances]
 
 
 def num_samples_out(header: WavHeader) -> int:
@@ -76,9 +78,9 @@ def num_samples_out(header: WavHeader) -> int:
     return (2 * header.num_frames * SAMPLE_RATE + header.sample_rate) // (2 * header.sample_rate)
 
 
-def _convert(utterance: Utterance) -> Pair:
+def _resample(utterance: Utterance) -> ResampledPair:
     (clean, clipped_clean), (noisy, clipped_noisy) = (_load(source) for source in (utterance.clean, utterance.noisy))
-    return Pair(noisy, clean, clipped_clean + clipped_noisy)
+    return ResampledPair(noisy, clean, clipped_clean + clipped_noisy)
 
 
 def _load(source: WavSource) -> tuple[Samples, int]:
