@@ -33,11 +33,11 @@ from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import IsoFlop, isoflop
 from analysis.law_figures import breakdown_figure, isoflop_figure, laws_figure, published_figure
-from analysis.nodes import node_table, nodes_figure
-from analysis.paper_table import PaperTable
-from analysis.paper_tables import paper_tables
+from analysis.process_scaling import process_figure, process_scaling
 from analysis.provenance import provenance, provenance_frame, remarks, trained
 from analysis.published import CORPUS, SOURCES
+from analysis.report_table import ReportTable
+from analysis.result_tables import report_tables
 from analysis.settings import KEYS, SIZES, Settings, UsageError, parsed, settings_from
 from analysis.tables import (
     ScalingTable,
@@ -102,11 +102,11 @@ def write_report(settings: Settings) -> Report:
     table = scaling_table(study)
     found = claims(study, settings)
     iso = isoflop(found.kept, bootstraps=settings.bootstraps, seed=settings.seed, refusal=found.refusal)
-    nodes = node_table(study)
+    processes = process_scaling(study)
     cells = comparable(study, found)
-    tables = paper_tables(study, found, iso, nodes, cells)
+    tables = report_tables(study, found, iso, processes, cells)
     said = [*filter(None, [found.other_axes.remark]), *remarks(study, table)]
-    figures = _figures(study, table, found, iso, nodes, cells)
+    figures = _figures(study, table, found, iso, processes, cells)
     report = study.directory.report
     texts = {
         "scaling_table.md": to_markdown(table),
@@ -142,7 +142,7 @@ Figures = dict[str, tuple[Figure | None, str, str]]  # name → figure, its capt
 
 
 def _figures(
-    study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nodes: pd.DataFrame, cells: Comparable
+    study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, processes: pd.DataFrame, cells: Comparable
 ) -> Figures:
     data = ", ".join(str(name) for name in study.runs["data"].dropna().unique()) or "its own data"
     other = (
@@ -179,7 +179,7 @@ def _figures(
             "no run has a finite loss on record",
         ),
         "processes": (
-            nodes_figure(nodes),
+            process_figure(processes),
             "Training speed and efficiency against the number of processes; ideal dashed.",
             "the study has one number of processes",
         ),
@@ -237,7 +237,7 @@ def _html_page(
     said: Sequence[str],
     found: Claims,
     iso: IsoFlop,
-    tables: Sequence[PaperTable],
+    tables: Sequence[ReportTable],
     figures: Figures,
 ) -> str:
     registry = html.Registry()
@@ -248,7 +248,7 @@ def _html_page(
         parts = []
         for name in names:
             if name in by_name:
-                parts.append(html.paper_table(by_name[name], registry))
+                parts.append(html.report_table(by_name[name], registry))
             elif name in figures:
                 figure, caption, why = figures[name]
                 parts.append(
@@ -260,13 +260,13 @@ def _html_page(
     sources = pd.DataFrame("", index=text.index, columns=text.columns)
     for number, ids in enumerate([table.unprocessed["run_ids"], *table.cells["run_ids"]]):
         sources.iloc[number] = ids
-    scaling = PaperTable("scaling_table", "Every cell of the study", note(table), text, sources)
+    scaling = ReportTable("scaling_table", "Every cell of the study", note(table), text, sources)
     breakdowns = [name for name in figures if name.startswith("breakdown_") and figures[name][0] is not None]
     sections = [
         html.Section("Held-out prediction", [*_verdicts(found), *shown("held_out")]),
         html.Section(
             "Results",
-            [html.paper_table(scaling, registry), *shown("scaling", "size_table", "data_table", "joint_table")],
+            [html.report_table(scaling, registry), *shown("scaling", "size_table", "data_table", "joint_table")],
         ),
         html.Section("What was trained", _trained(study)),
         html.Section("Laws", shown("laws", "loss_laws", "fits_both_ways", "metric_laws")),
@@ -319,7 +319,7 @@ def _missing(
     found: Claims,
     figures: Figures,
     registry: html.Registry,
-    tables: dict[str, PaperTable],
+    tables: dict[str, ReportTable],
 ) -> list[str]:
     """Runs without a result, runs that no fit uses, figures that could not be drawn, laws that are not identified."""
     parts = []
@@ -328,7 +328,7 @@ def _missing(
         parts += [html.paragraph(f"{len(unfinished)} planned runs have no result:"), html.plain_table(unfinished)]
     else:
         parts.append(html.paragraph("Every planned run has finished."))
-    parts += [html.paper_table(tables[name], registry) for name in ("exclusions", "replaced_crops") if name in tables]
+    parts += [html.report_table(tables[name], registry) for name in ("exclusions", "replaced_crops") if name in tables]
     said = [_no_figure(name, why) for name, (figure, _, why) in figures.items() if figure is None]
     for claim in [*found.losses, *found.metrics]:
         if not claim.fitted.is_usable and claim.measure == found.settings.size:

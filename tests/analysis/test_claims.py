@@ -17,9 +17,9 @@ from analysis.fit import CONVERGED, UNIDENTIFIABLE
 from analysis.gather import gather
 from analysis.isoflop import isoflop
 from analysis.law_tables import exclusions_effect_table, laws_table
-from analysis.nodes import node_table
-from analysis.paper_tables import paper_tables
+from analysis.process_scaling import process_scaling
 from analysis.quantities import CHOSEN_METRICS, METRICS
+from analysis.result_tables import report_tables
 from analysis.settings import Settings
 from scaling.dnsmos import CALIBRATION
 from scaling.records import StudyDirectory, read_records
@@ -258,7 +258,8 @@ def test_every_table_cell_with_a_number_names_the_runs_that_it_comes_from(grid: 
     study = gather(grid.path)
     iso = isoflop(found.kept, bootstraps=100, seed=0)
     tables = {
-        table.name: table for table in paper_tables(study, found, iso, node_table(study), comparable(study, found))
+        table.name: table
+        for table in report_tables(study, found, iso, process_scaling(study), comparable(study, found))
     }
     wanted = {"data_table", "joint_table", "efficiency_table", "laws", "metric_laws", "held_out", "isoflop"}
     assert wanted | {"significance", "breakdown", "fits_both_ways"} <= set(tables)

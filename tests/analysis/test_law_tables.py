@@ -14,9 +14,9 @@ from analysis.claims import Claims, claims
 from analysis.gather import gather
 from analysis.isoflop import IsoFlop, isoflop
 from analysis.law_tables import exclusions_effect_table, held_out_table, isoflop_table, laws_table
-from analysis.paper_table import PaperTable
-from analysis.paper_tables import efficiency_table, joint_table
 from analysis.quantities import MISSING, human_count
+from analysis.report_table import ReportTable
+from analysis.result_tables import efficiency_table, joint_table
 from analysis.settings import Settings
 from scaling.records import StudyDirectory
 from tests.analysis.generated import FAMILY, grid_study, lines, run_record, true_loss, write_run
@@ -74,7 +74,7 @@ def two_axes(tmp_path_factory: pytest.TempPathFactory) -> Claims:
     return claims(gather(study.path), Settings(study.path, bootstraps=100))
 
 
-def read_csv(table: PaperTable) -> pd.DataFrame:
+def read_csv(table: ReportTable) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(table.to_csv()))
 
 

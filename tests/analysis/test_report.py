@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.paper_table import column_kinds, table_of
 from analysis.report import main
+from analysis.report_table import column_kinds, table_of
 from analysis.tables import markdown_table
 from scaling.records import Record, StudyDirectory, append_record, to_json, write_records, write_whole
 from tests.analysis.conftest import WriteStudy, plan_row, score_row

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from analysis.claims import claims
 from analysis.gather import gather
-from analysis.paper_tables import size_table
 from analysis.quantities import human_count, human_hours
+from analysis.result_tables import size_table
 from analysis.settings import Settings
 from analysis.tables import latex_escape, scaling_table, to_csv, to_latex, to_markdown, to_terminal, written
 from scaling.records import RecordError, write_records

@@ -15,7 +15,6 @@ from analysis.comparable import Comparable
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
-from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import (
     MISSING,
     VALIDATION_LOSS,
@@ -26,12 +25,15 @@ from analysis.quantities import (
     loss_of,
     round_hours,
 )
+from analysis.report_table import ReportTable, table_of
 from analysis.settings import DATA, Settings
 from analysis.significance import paired
 from analysis.tables import axis_value, mean_and_spread, steps_text
 
 
-def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame, cells: Comparable) -> list[PaperTable]:
+def report_tables(
+    study: Study, found: Claims, iso: IsoFlop, processes: pd.DataFrame, cells: Comparable
+) -> list[ReportTable]:
     """All tables that have rows, in the report's order."""
     level, loss = found.settings.level, found.losses[0].quantity
     tables = [
@@ -46,7 +48,7 @@ def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame,
         isoflop_table(iso, found),
         significance_table(cells, study.metrics, found.settings),
         breakdown_table(cells, study.metrics),
-        nodes_table(nodes),
+        process_table(processes),
         exclusions_table(found),
         replaced_table(study, found),
     ]
@@ -99,7 +101,7 @@ ABOUT = (
 )
 
 
-def size_table(study: Study, found: Claims) -> PaperTable:
+def size_table(study: Study, found: Claims) -> ReportTable:
     """Sizes at one budget."""
     claim = found.loss("L(N)")
     about = claim.about if claim else ""
@@ -121,7 +123,7 @@ def size_table(study: Study, found: Claims) -> PaperTable:
     return table_of("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs, ABOUT))
 
 
-def data_table(study: Study, found: Claims) -> PaperTable:
+def data_table(study: Study, found: Claims) -> ReportTable:
     """Budgets at one size."""
     claim = found.loss("L(D)")
     runs = found.kept[found.kept["run_id"].isin(claim.run_ids if claim else ())].sort_values("D")
@@ -141,7 +143,7 @@ def data_table(study: Study, found: Claims) -> PaperTable:
     return table_of("data_table", "Budgets of data at one size", caption, rows, _numbers(study, runs, ABOUT))
 
 
-def joint_table(found: Claims) -> PaperTable:
+def joint_table(found: Claims) -> ReportTable:
     """Loss by size (rows) and budget (columns: compute where sizes share it, else hours, and what else it needs)."""
     runs = found.kept.sort_values("macs_per_second")
     axis = "axes.train.budget.train_pmacs"
@@ -185,7 +187,7 @@ def _cell_key(runs: pd.DataFrame) -> list[str]:
     return key
 
 
-def efficiency_table(study: Study, found: Claims) -> PaperTable:
+def efficiency_table(study: Study, found: Claims) -> ReportTable:
     """What each cell cost, estimated and actual, and what it bought."""
     rows, numbers = [], []
     for _, cell in (
@@ -234,7 +236,7 @@ def _mean_text(values: pd.Series) -> str:
     return f"{mean:.3g}" if np.isfinite(mean) else MISSING
 
 
-def significance_table(cells: Comparable, metrics: Sequence[Quantity], settings: Settings) -> PaperTable:
+def significance_table(cells: Comparable, metrics: Sequence[Quantity], settings: Settings) -> ReportTable:
     pairs = paired(cells.scores, metrics, bootstraps=settings.bootstraps, level=settings.level, seed=settings.seed)
     seen = cells.runs.groupby("size")["hours_seen"].mean()
     pairs = pairs.assign(hours_seen=pairs["size"].map(seen), hours_seen_against=pairs["against"].map(seen))
@@ -283,7 +285,7 @@ def _p_text(p: float, is_bound: bool) -> str:
     return f"{'<' if is_bound else ''}{p:.2g}" if np.isfinite(p) else MISSING
 
 
-def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> PaperTable:
+def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> ReportTable:
     rows, numbers = [], []
     for metric in metrics:
         table = breakdown(cells, metric)
@@ -301,9 +303,9 @@ def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> PaperTabl
     return table_of("breakdown", "Where it helps", caption, rows, data)
 
 
-def nodes_table(nodes: pd.DataFrame) -> PaperTable:
-    rows, has_settings = [], bool((nodes["setting"] != "").any())
-    for _, entry in nodes.iterrows():
+def process_table(processes: pd.DataFrame) -> ReportTable:
+    rows, has_settings = [], bool((processes["setting"] != "").any())
+    for _, entry in processes.iterrows():
         share = entry["communication_share"]
         row = {
             "Size": str(entry["size"]),
@@ -320,10 +322,10 @@ def nodes_table(nodes: pd.DataFrame) -> PaperTable:
         }
         rows.append({heading: (text, str(entry["run_ids"])) for heading, text in row.items()})
     caption = "Of runs that finished. Strong: the same global batch on more processes; weak: the batch grows with them."
-    return table_of("node_scaling", "Training on more processes", caption, rows, nodes)
+    return table_of("node_scaling", "Training on more processes", caption, rows, processes)
 
 
-def replaced_table(study: Study, found: Claims) -> PaperTable:
+def replaced_table(study: Study, found: Claims) -> ReportTable:
     """The runs in whose training damaged clips were replaced; the CSV has a row a crop."""
     runs = {run["run_id"]: run for run in found.runs.to_dict("records")}
     rows = []

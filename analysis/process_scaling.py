@@ -37,7 +37,7 @@ COLUMNS = [
 ]
 
 
-def node_table(study: Study) -> pd.DataFrame:
+def process_scaling(study: Study) -> pd.DataFrame:
     """A row a size, setting of the other axes, kind of scaling, number of processes and of nodes.
 
     No rows if the study has one number of processes only. setting: "" if no other axis tells runs of a size apart.
@@ -91,7 +91,7 @@ def _rows(group: pd.DataFrame) -> list[dict[str, object]]:
     return rows
 
 
-def nodes_figure(table: pd.DataFrame) -> Figure | None:
+def process_figure(table: pd.DataFrame) -> Figure | None:
     """Speed and efficiency against processes, a line a size, setting and kind of scaling; ideal dashed."""
     if table.empty:
         return None

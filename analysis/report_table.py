@@ -32,7 +32,7 @@ def column_kinds(text: pd.DataFrame) -> list[str]:
 
 
 @dataclass(frozen=True)
-class PaperTable:
+class ReportTable:
     """text: what a reader sees. sources: of the same shape, run ids separated by spaces. data: the numbers, for CSV."""
 
     name: str
@@ -69,9 +69,9 @@ class PaperTable:
 
 def table_of(
     name: str, title: str, caption: str, rows: Sequence[dict[str, tuple[str, str]]], data: Any = None
-) -> PaperTable:
+) -> ReportTable:
     """rows: heading → (text, run ids)."""
     headings = list(dict.fromkeys(heading for row in rows for heading in row))
     text = pd.DataFrame([{h: row.get(h, (MISSING, ""))[0] for h in headings} for row in rows], columns=headings)
     sources = pd.DataFrame([{h: row.get(h, ("", ""))[1] for h in headings} for row in rows], columns=headings)
-    return PaperTable(name, title, caption, text, sources, pd.DataFrame() if data is None else pd.DataFrame(data))
+    return ReportTable(name, title, caption, text, sources, pd.DataFrame() if data is None else pd.DataFrame(data))
