@@ -24,7 +24,7 @@ from analysis import style
 from analysis.families import family_names, has_shared_sizes, tells_families, unprocessed_mean, with_families
 from analysis.gather import Study
 from analysis.quantities import MISSING, Quantity, human_hours, round_hours
-from analysis.tables import ScalingTable
+from analysis.scaling_table import ScalingTable
 
 AXES = {"num_params": "Parameters", "macs_per_second": "MACs per second", "hours": "Hours of training audio"}
 # Where the unprocessed input lies so far away that the cells would share less than this

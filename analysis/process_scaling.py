@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from analysis import style
 from analysis.gather import Study
 from analysis.other_axes import BUDGET_AXES
-from analysis.tables import axis_value
+from analysis.quantities import axis_value
 
 # Of what the number of processes and the batch are made; how long training goes on is no matter of its speed either.
 SCALED_AXES = ("cluster.nodes", "cluster.gpus_per_node", "cluster.processes_per_node", "train.global_batch")

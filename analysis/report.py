@@ -33,24 +33,15 @@ from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import IsoFlop, isoflop
 from analysis.law_figures import breakdown_figure, isoflop_figure, laws_figure, published_figure
+from analysis.markup import markdown_table
 from analysis.process_scaling import process_figure, process_scaling
 from analysis.provenance import provenance, provenance_frame, remarks, trained
 from analysis.published import CORPUS, SOURCES
 from analysis.report_table import ReportTable
 from analysis.result_tables import report_tables
+from analysis.scaling_table import ScalingTable, scaling_table
+from analysis.scaling_table_text import listed, note, to_csv, to_latex, to_markdown, to_terminal, written
 from analysis.settings import KEYS, SIZES, Settings, UsageError, parsed, settings_from
-from analysis.tables import (
-    ScalingTable,
-    listed,
-    markdown_table,
-    note,
-    scaling_table,
-    to_csv,
-    to_latex,
-    to_markdown,
-    to_terminal,
-    written,
-)
 from scaling.records import RecordError, write_whole
 
 USAGE = "usage: python -m analysis.report study=DIR"

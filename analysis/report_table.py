@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.markup import booktabs, latex_escape, markdown_table
 from analysis.quantities import MISSING
-from analysis.tables import latex_escape, markdown_table
 
 LATEX_WORDS = r"p{0.18\linewidth}"
 LONGEST_LABEL, LONGEST_NUMBER = 20, 32  # characters: of more, a column has to be broken into lines
@@ -53,18 +53,9 @@ class ReportTable:
     def to_latex(self) -> str:
         r"""A booktabs tabular to \input."""
         columns = "".join({"number": "r", "label": "l", "words": LATEX_WORDS}[kind] for kind in column_kinds(self.text))
-        rows = [[latex_escape(str(value)) for value in row] for row in self.text.itertuples(index=False)]
-        lines = [
-            f"% \\usepackage{{booktabs}}; {latex_escape(self.title)}: {latex_escape(self.caption)}",
-            f"\\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            " & ".join(latex_escape(str(name)) for name in self.text.columns) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-        return "\n".join(lines) + "\n"
+        rows = [[str(value) for value in row] for row in self.text.itertuples(index=False)]
+        comment = f"{latex_escape(self.title)}: {latex_escape(self.caption)}"
+        return booktabs(comment, columns, [[str(name) for name in self.text.columns]], rows)
 
 
 def table_of(

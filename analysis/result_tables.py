@@ -19,16 +19,18 @@ from analysis.quantities import (
     MISSING,
     VALIDATION_LOSS,
     Quantity,
+    axis_value,
     human_count,
     human_hours,
     human_macs,
     loss_of,
+    mean_and_spread,
     round_hours,
+    steps_text,
 )
 from analysis.report_table import ReportTable, table_of
 from analysis.settings import DATA, Settings
 from analysis.significance import paired
-from analysis.tables import axis_value, mean_and_spread, steps_text
 
 
 def report_tables(

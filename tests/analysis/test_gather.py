@@ -16,7 +16,7 @@ import pytest
 from analysis import provenance
 from analysis.gather import RUNS_A_TASK, gather
 from analysis.reading import noisiest_quarter
-from analysis.tables import scaling_table
+from analysis.scaling_table import scaling_table
 from scaling.records import Record, RecordError, StudyDirectory, append_record, write_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 from tests.analysis.generated import lines, run_record, write_run

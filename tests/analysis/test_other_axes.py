@@ -23,8 +23,9 @@ from analysis.quantities import MISSING
 from analysis.report import main
 from analysis.report_table import ReportTable
 from analysis.result_tables import report_tables
+from analysis.scaling_table import scaling_table
+from analysis.scaling_table_text import to_markdown, written
 from analysis.settings import Settings
-from analysis.tables import scaling_table, to_markdown, written
 from scaling.records import RunDirectory, StudyDirectory
 from tests.analysis.generated import COST, FAMILY, Record, lines, run_record, true_loss, write_run
 

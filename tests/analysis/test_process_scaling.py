@@ -9,8 +9,8 @@ import pytest
 
 from analysis.gather import gather
 from analysis.process_scaling import process_figure, process_scaling
+from analysis.quantities import axis_value
 from analysis.result_tables import process_table
-from analysis.tables import axis_value
 from scaling.records import Record, StudyDirectory
 from tests.analysis.generated import lines, run_record, write_run
 

@@ -15,8 +15,6 @@ import pandas as pd
 import pytest
 
 from analysis.report import main
-from analysis.report_table import column_kinds, table_of
-from analysis.tables import markdown_table
 from scaling.records import Record, StudyDirectory, append_record, to_json, write_records, write_whole
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 from tests.analysis.generated import FAMILY, run_record, true_loss, write_run
@@ -153,16 +151,6 @@ def test_a_study_with_little_to_say_has_its_report_without_an_empty_table(
     assert ("size_table" in page) == (len({row["size"]["name"] for row in plan}) > 1 and np.isfinite(losses).sum() > 1)
 
 
-def test_columns_of_words_are_left_and_those_of_numbers_right() -> None:
-    rows = [
-        {"Law": ("Loss: L(N, D)", ""), "Verdict": ("fail", ""), "Interval": ("0.1 to 0.2", ""), "Why": ("x" * 40, "")},
-        {"Law": ("PESQ: m(L)", ""), "Verdict": ("pass", ""), "Interval": ("–", ""), "Why": ("", "")},
-    ]
-    table = table_of("held_out", "Title", "Caption.", rows)
-    assert column_kinds(table.text) == ["label", "label", "number", "words"]
-    assert r"\begin{tabular}{llrp{0.18\linewidth}}" in table.to_latex()
-
-
 def test_crops_that_damage_replaced_are_told_of_each_run(write_study: WriteStudy) -> None:
     plan = [plan_row(seed=0), plan_row(seed=1)]
     study = write_study(plan)
@@ -208,12 +196,6 @@ def test_the_lines_for_a_notebook_in_the_documentation_run(tmp_path: Path, capsy
     assert not names["study"].curves.empty
     assert set(names["laws"].data["law"]) == {"L(N)", "L(C)"}
     assert "L(N)" in capsys.readouterr().out
-
-
-def test_headings_of_markdown_tables_are_escaped_like_their_cells() -> None:
-    text = markdown_table(pd.DataFrame({"a|b": ["c|d"], "e\nf": ["g"]}))
-    assert text.splitlines()[0] == r"| a\|b | e f |"
-    assert text.splitlines()[2] == r"| c\|d | g |"
 
 
 def test_a_study_in_a_folder_whose_name_is_no_text_has_its_report(tmp_path: Path) -> None:
