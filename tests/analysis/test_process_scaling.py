@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,45 @@ def test_settings_of_another_axis_scale_each_by_itself(axis: str, values: tuple[
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"t, {name}, strong: 64 crops" for name in names
     ]
+
+
+def write_merged(path: Path, group: str, name: str, cells: Sequence[tuple[object, int, float]]) -> StudyDirectory:
+    """A run each of (the value of a setting that no axis names, nodes, speed)."""
+    study, rng, plans = StudyDirectory(path), np.random.default_rng(0), []
+    for value, nodes, speed in cells:
+        plan = run_record("t", 1.0, axes={"cluster.nodes": nodes})
+        plan["run_id"] += f"-{nodes}-{value}"
+        plan["config"] = {group: {name: value}}
+        if group == "train":
+            plan["science"]["train"][name] = value
+        write_measured(study, plan, nodes, nodes, speed, rng)
+        plans.append(plan)
+    study.plan.write_text(lines(plans))
+    return study
+
+
+SETTINGS_OF_NO_AXIS = [("train", "precision", ("bf16", "fp32")), ("execution", "compile", (True, False))]
+
+
+@pytest.mark.parametrize(("group", "name", "values"), SETTINGS_OF_NO_AXIS)
+def test_merged_folders_that_differ_in_a_setting_scale_each_by_itself(
+    group: str, name: str, values: tuple[object, object], tmp_path: Path
+):
+    cells = [(values[0], 1, 90.0), (values[0], 2, 180.0), (values[1], 1, 50.0), (values[1], 2, 80.0)]
+    table = process_scaling(gather(write_merged(tmp_path / "study", group, name, cells).path))
+    names = [f"{group}.{name}={str(value).lower()}" for value in values]
+    assert list(table["setting"]) == [names[0]] * 2 + [names[1]] * 2
+    assert list(table["audio_seconds_per_second"]) == [90, 180, 50, 80]
+    assert list(table["efficiency"]) == pytest.approx([1, 1, 1, 0.8])
+    assert list(table["runs"]) == [1] * 4
+
+
+@pytest.mark.parametrize(("group", "name", "values"), SETTINGS_OF_NO_AXIS)
+def test_a_speed_on_two_nodes_is_not_measured_by_one_of_another_setting_on_one(
+    group: str, name: str, values: tuple[object, object], tmp_path: Path
+):
+    study = write_merged(tmp_path / "study", group, name, [(values[0], 1, 50.0), (values[1], 2, 180.0)])
+    assert process_scaling(gather(study.path)).empty
 
 
 def test_processes_of_one_node_and_of_several_are_rows_of_their_own(tmp_path: Path):
