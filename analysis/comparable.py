@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.budgets import at_one_budget, of_equal_compute
-from analysis.claims import Claims, stopped_early
+from analysis.claims import Claims
+from analysis.exclusions import stopped_early
 from analysis.gather import Study
 from analysis.quantities import human_macs, round_hours
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.claims import stopped_early
+from analysis.exclusions import stopped_early
 from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import VALIDATION_LOSS
 from analysis.scaling_table import ScalingTable

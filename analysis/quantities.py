@@ -65,6 +65,11 @@ CHOSEN_METRICS = (
     Quantity("dnsmos_ovrl", "DNSMOS OVRL"),
 )
 
+# The highest value that a metric can take, where it has one.
+CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}
+CEILINGS |= {"csig": 5.0, "cbak": 5.0, "covl": 5.0, "dnsmos_p808": 5.0}
+CEILINGS |= {"dnsmos_sig": 4.443, "dnsmos_bak": 4.521, "dnsmos_ovrl": 4.644}  # the tops of the published polynomials
+
 # The SI-SDR gain on the noisiest quarter of the test utterances (see reading.noisiest_quarter).
 NOISIEST_GAIN = Quantity("noisiest_si_sdr_gain", "SI-SDR gain, noisiest 25 %", digits=2, unit="dB")
 

@@ -10,8 +10,9 @@ import pandas as pd
 
 from analysis.breakdown import breakdown
 from analysis.cells import over_seeds
-from analysis.claims import Claims, stopped_early
+from analysis.claims import Claims
 from analysis.comparable import Comparable
+from analysis.exclusions import stopped_early
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table

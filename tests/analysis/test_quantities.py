@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from analysis.quantities import human_count, human_hours
+from analysis.quantities import CEILINGS, CHOSEN_METRICS, METRICS, human_count, human_hours
+from scaling.dnsmos import CALIBRATION
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,12 @@ def test_hours_are_never_written_in_powers_of_ten() -> None:
         "0.0001",
         "0.000000123",
     ]
+
+
+def test_a_fixed_ceiling_is_the_highest_value_that_its_metric_can_take():
+    names = ("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl")
+    for name, (square, slope, constant) in zip(names, CALIBRATION, strict=True):
+        assert CEILINGS[name] == pytest.approx(constant - slope**2 / (4 * square), abs=1e-3)
+    assert {CEILINGS[name] for name in ("csig", "cbak", "covl", "dnsmos_p808")} == {5.0}
+    unbounded = {"si_sdr", "segmental_snr"}
+    assert set(CEILINGS) == {metric.key for metric in METRICS + CHOSEN_METRICS} - unbounded

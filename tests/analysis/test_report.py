@@ -17,7 +17,7 @@ import pytest
 from analysis.report import main
 from scaling.records import Record, StudyDirectory, append_record, to_json, write_records, write_whole
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
-from tests.analysis.generated import FAMILY, run_record, true_loss, write_run
+from tests.analysis.generated import FAMILY, run_record, sizes_study, true_loss, write_run
 
 ROOT = Path(__file__).parents[2]
 FILES = ["curves.png", "curves.svg", "report.md", "runs.csv", "scaling.png", "scaling.svg"]
@@ -207,3 +207,18 @@ def test_a_study_in_a_folder_whose_name_is_no_text_has_its_report(tmp_path: Path
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "# Scaling study odd\\udced" in (path / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_analysis_runs_where_torch_cannot_be_imported(tmp_path: Path):
+    study = sizes_study(tmp_path / "study", seeds=2)
+    blocked = tmp_path / "blocked"
+    for name in ("torch", "hydra", "accelerate", "submitit", "omegaconf"):
+        (blocked / name).mkdir(parents=True)
+        (blocked / name / "__init__.py").write_text("raise ImportError('not installed here')")
+    environment = os.environ | {"PYTHONPATH": f"{blocked}{os.pathsep}{ROOT}"}
+    for command in (["analysis.report"], ["analysis.advise", "gpu_hours=2"]):
+        words = [sys.executable, "-m", command[0], f"study={study.path}", "bootstraps=100", *command[1:]]
+        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stderr
+        assert "Error" not in done.stderr, done.stderr
+    assert (study.report / "report.html").exists()
