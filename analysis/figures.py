@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib.patheffects as effects
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -262,7 +261,7 @@ def _name_sizes(ax: Axes, drawn: pd.DataFrame, x: str, mean: str) -> None:
             ha={-1: "right", 0: "center", 1: "left"}[side],
             va="center" if is_end else "bottom",
             fontsize=7,
-            path_effects=[effects.withStroke(linewidth=2, foreground="white")],
+            path_effects=style.HALO,
         )
 
 

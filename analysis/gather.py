@@ -132,11 +132,6 @@ class Study:
         """The rows of `runs` that may stand in a table."""
         return self.runs[self.runs["state"] == "finished"]
 
-    @property
-    def unfinished(self) -> pd.DataFrame:
-        """Everything planned that a table must call missing."""
-        return self.runs[self.runs["state"] != "finished"]
-
 
 def gather(directory: Path | str) -> Study:
     """Read a study folder; RecordError if it is none, or if its plan lacks what a table needs."""
@@ -330,7 +325,7 @@ def _checked_plan(study: StudyDirectory) -> dict[str, Record]:
                 raise RecordError(f"{study.plan}: row {number} has no {key}; plan the study again")
         for column in NUMBERS:
             value = _at(row, PLAN_COLUMNS[column])
-            if value is not None and not is_number(value):
+            if value is not None and not _is_number(value):
                 key = ".".join(PLAN_COLUMNS[column])
                 raise RecordError(f"{study.plan}: row {number} has {key} {value!r}, not a number; plan the study again")
         if not isinstance(row.get("axes") or {}, dict):
@@ -343,7 +338,7 @@ def _checked_plan(study: StudyDirectory) -> dict[str, Record]:
     return plan
 
 
-def is_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 

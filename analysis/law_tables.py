@@ -298,6 +298,7 @@ def _isoflop_intervals(iso: IsoFlop, level: float) -> str:
 
 
 def exclusions_table(found: Claims) -> ReportTable:
+    """A row a run that a rule excludes."""
     rows = [
         {
             heading: (str(text), run["run_id"])

@@ -33,6 +33,27 @@ from analysis.report_table import ReportTable, table_of
 from analysis.settings import DATA, Settings
 from analysis.significance import paired
 
+MOST_CLIPS = 4  # named in a cell
+# The tables of cells of one setting of the further axes (`analysis.other_axes`).
+OF_ONE_SETTING = {"size_table", "data_table", "joint_table", "laws", "metric_laws", "fits_both_ways", "held_out"}
+OF_ONE_SETTING |= {"isoflop", "significance", "breakdown"}
+CELL_COLUMNS = (
+    "size",
+    "num_params",
+    "num_params_non_decoder",
+    "macs_per_second",
+    "budget_hours",
+    "audio_hours_seen",
+    "steps",
+    "train_macs",
+)
+# What of a budget tells cells apart, as the heading of a column has it.
+BUDGET_WORDS: dict[str, Callable[[float], str]] = {
+    "budget_hours": lambda hours: f"{human_hours(hours)} h of data",
+    "seen": lambda hours: f"{human_hours(hours)} h seen",
+    "steps": lambda steps: f"{steps:,.0f} steps",
+}
+
 
 def report_tables(
     study: Study, found: Claims, iso: IsoFlop, processes: pd.DataFrame, cells: Comparable
@@ -80,28 +101,12 @@ def _quantity_cells(study: Study, runs: pd.DataFrame) -> dict[str, tuple[str, st
     return {q.heading: _spread(runs, q) for q in quantities if study.runs[q.key].notna().any()}
 
 
-def _numbers(study: Study, runs: pd.DataFrame, about: Sequence[str]) -> pd.DataFrame:
+def _numbers(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
     """A row a cell: what it is, mean, standard deviation and count of each quantity, and the runs."""
     cells = runs.groupby("cell", sort=False)
     values = over_seeds(runs, [quantity.key for quantity in (VALIDATION_LOSS, *study.metrics)])
     taken = cells[["steps_taken", "hours_seen", "macs_spent"]].mean()
-    return cells[list(about)].first().join([values, taken]).assign(run_ids=cells["run_id"].agg(" ".join))
-
-
-MOST_CLIPS = 4  # named in a cell
-# The tables of cells of one setting of the further axes (`analysis.other_axes`).
-OF_ONE_SETTING = {"size_table", "data_table", "joint_table", "laws", "metric_laws", "fits_both_ways", "held_out"}
-OF_ONE_SETTING |= {"isoflop", "significance", "breakdown"}
-ABOUT = (
-    "size",
-    "num_params",
-    "num_params_non_decoder",
-    "macs_per_second",
-    "budget_hours",
-    "audio_hours_seen",
-    "steps",
-    "train_macs",
-)
+    return cells[list(CELL_COLUMNS)].first().join([values, taken]).assign(run_ids=cells["run_id"].agg(" ".join))
 
 
 def size_table(study: Study, found: Claims) -> ReportTable:
@@ -123,7 +128,7 @@ def size_table(study: Study, found: Claims) -> ReportTable:
     if len(rows) < 2:
         rows = []
     caption = f"Mean ± sample standard deviation over seeds; {about}."
-    return table_of("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs, ABOUT))
+    return table_of("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs))
 
 
 def data_table(study: Study, found: Claims) -> ReportTable:
@@ -143,7 +148,7 @@ def data_table(study: Study, found: Claims) -> ReportTable:
     if len(rows) < 2:
         rows = []
     caption = f"Mean ± sample standard deviation over seeds; size {runs['size'].iloc[0] if len(runs) else ''}."
-    return table_of("data_table", "Budgets of data at one size", caption, rows, _numbers(study, runs, ABOUT))
+    return table_of("data_table", "Budgets of data at one size", caption, rows, _numbers(study, runs))
 
 
 def joint_table(found: Claims) -> ReportTable:
@@ -172,13 +177,6 @@ def joint_table(found: Claims) -> ReportTable:
     if told := stopped_early(runs):
         caption += f" As planned: {told}."
     return table_of("joint_table", "Sizes and budgets together", caption, rows, data.reset_index() if rows else None)
-
-
-BUDGET_WORDS: dict[str, Callable[[float], str]] = {
-    "budget_hours": lambda hours: f"{human_hours(hours)} h of data",
-    "seen": lambda hours: f"{human_hours(hours)} h seen",
-    "steps": lambda steps: f"{steps:,.0f} steps",
-}
 
 
 def _cell_key(runs: pd.DataFrame) -> list[str]:
@@ -240,6 +238,7 @@ def _mean_text(values: pd.Series) -> str:
 
 
 def significance_table(cells: Comparable, metrics: Sequence[Quantity], settings: Settings) -> ReportTable:
+    """A row a metric and pair of sizes: difference, interval and p; the CSV has both sizes' hours too."""
     pairs = paired(cells.scores, metrics, bootstraps=settings.bootstraps, level=settings.level, seed=settings.seed)
     seen = cells.runs.groupby("size")["hours_seen"].mean()
     pairs = pairs.assign(hours_seen=pairs["size"].map(seen), hours_seen_against=pairs["against"].map(seen))
@@ -289,6 +288,7 @@ def _p_text(p: float, is_bound: bool) -> str:
 
 
 def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> ReportTable:
+    """A row a metric and level of SNR or noise, a column a size."""
     rows, numbers = [], []
     for metric in metrics:
         table = breakdown(cells, metric)
@@ -307,6 +307,7 @@ def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> ReportTab
 
 
 def process_table(processes: pd.DataFrame) -> ReportTable:
+    """A row a number of processes, of each size and setting; processes as `process_scaling` has them."""
     rows, has_settings = [], bool((processes["setting"] != "").any())
     for _, entry in processes.iterrows():
         share = entry["communication_share"]
