@@ -73,7 +73,7 @@ class RefusalError(Exception):
 
 
 def advise(found: Claims, gpu_hours: float) -> Advice:
-    """RefusalError if the law or the speeds are not known."""
+    """What to train with so many hours; RefusalError if the law or the speeds are not known."""
     if found.refusal:
         raise RefusalError(found.refusal)
     claim = found.loss("L(N, D)")
@@ -210,8 +210,13 @@ def _training_macs(runs: pd.DataFrame, size: float, hours: float) -> float:
     return float(np.exp(rate) * hours)
 
 
+def _unit(found: Claims) -> str:
+    return "MACs/s" if found.settings.size == "macs_per_second" else "parameters"
+
+
 def to_terminal(advice: Advice, found: Claims) -> Table:
-    unit = {"macs_per_second": "MACs/s"}.get(found.settings.size, "parameters")
+    """The sizes of the study side by side: what the hours buy of each, and the loss to expect."""
+    unit = _unit(found)
     table = Table(title=f"{advice.gpu_hours:g} GPU-hours on one training", title_justify="left", box=None)
     for name in (
         "size",
@@ -237,7 +242,8 @@ def to_terminal(advice: Advice, found: Claims) -> Table:
 
 
 def summary(advice: Advice, found: Claims) -> str:
-    unit = {"macs_per_second": "MACs/s"}.get(found.settings.size, "parameters")
+    """The best size and what to expect of it, in a sentence."""
+    unit = _unit(found)
     return (
         f"Best between the sizes trained: {human_count(advice.best_size)} {unit} "
         f"({human_interval(*advice.best_size_interval)}) on {human_hours(advice.hours)} h of audio seen; "
@@ -247,6 +253,7 @@ def summary(advice: Advice, found: Claims) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what to train; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(argument in ("-h", "--help", "help") for argument in arguments):
         lines = [USAGE, "", *(f"  {key}  {what}" for key, what in ADVISE_KEYS.items()), "", (__doc__ or "").strip()]

@@ -6,15 +6,20 @@ import numpy as np
 import pandas as pd
 
 from analysis.comparable import Comparable
+from analysis.gather import UNPROCESSED
 from analysis.quantities import Quantity
+
+COLUMNS = ["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"]
 
 
 def breakdown(cells: Comparable, metric: Quantity) -> pd.DataFrame:
-    """by ("snr_db", "noise"), level, size, N, gain, standard_error (over utterances), utterances, run_ids."""
+    """A row a level and size: by ("snr_db" or "noise"), level (dB, or the noise's name), size, N, gain (in the metric's
+    unit), standard_error (over utterances), utterances, run_ids; no rows of a metric without scores.
+    """
     scores = cells.scores
     if metric.key not in scores:
-        return pd.DataFrame(columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
-    scores = scores.assign(gain=scores[metric.key].astype(float) - scores[f"unprocessed_{metric.key}"].astype(float))
+        return pd.DataFrame(columns=COLUMNS)
+    scores = scores.assign(gain=scores[metric.key].astype(float) - scores[UNPROCESSED + metric.key].astype(float))
     # The seeds of a size are averaged first: an utterance counts once.
     rows = []
     for by in ("snr_db", "noise"):
@@ -29,4 +34,4 @@ def breakdown(cells: Comparable, metric: Quantity) -> pd.DataFrame:
                 {"by": by, "level": value, "size": size, "N": n, "gain": part["gain"].mean()}
                 | {"standard_error": error, "utterances": len(part), "run_ids": runs[size]}
             )
-    return pd.DataFrame(rows, columns=["by", "level", "size", "N", "gain", "standard_error", "utterances", "run_ids"])
+    return pd.DataFrame(rows, columns=COLUMNS)

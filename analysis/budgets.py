@@ -11,7 +11,7 @@ SAME_LEVEL = 0.05  # relative: steps are whole numbers, so the cells of a budget
 
 
 def levels_of(values: pd.Series) -> np.ndarray:
-    """The lower ends of the distinct levels, those within some percent above one taken for it."""
+    """The lower ends of the distinct levels, ascending; a value up to SAME_LEVEL above one is of it."""
     ends: list[float] = []
     for value in np.sort(np.asarray(values, dtype=float)):
         if not ends or value > ends[-1] * (1 + SAME_LEVEL):

@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.budgets import at_one_budget, of_equal_compute
-from analysis.claims import Claims, stopped_early
+from analysis.claims import Claims
+from analysis.exclusions import stopped_early
 from analysis.gather import Study
 from analysis.quantities import human_macs, round_hours
 
@@ -26,15 +27,15 @@ SHOWN = ["run_id", "size", "N", "cell", "hours_seen"]
 class Comparable:
     """runs: run_id, size, N, cell and hours_seen, of one cell a size; scores: theirs, with these columns.
 
-    about: where they are compared, in words.
+    about: where they are compared, in words. is_shared: False where each size is at its own budget.
+    left_out: sizes without a cell there.
     """
 
     runs: pd.DataFrame
     scores: pd.DataFrame
     about: str
-    is_shared: bool = True  # False: each size at its own budget
-    is_of_compute: bool = False  # the same training compute, so that hours seen differ
-    left_out: tuple[str, ...] = ()  # sizes without a cell there
+    is_shared: bool = True
+    left_out: tuple[str, ...] = ()
 
     @property
     def caption(self) -> str:
@@ -51,8 +52,7 @@ def comparable(study: Study, found: Claims) -> Comparable:
     budgets = of_equal_compute(runs.assign(C=runs["train_macs"].astype(float)))
     levels = [(budget["size"].nunique(), float(budget["C"].mean()), budget) for budget in budgets]
     most, compute, level = max(levels, key=lambda one: one[:2], default=(0, 0.0, runs))
-    is_of_compute = most > max(1, shared["size"].nunique())
-    if is_of_compute:
+    if most > max(1, shared["size"].nunique()):
         shared, about = level, f"{human_macs(compute)} each"
     if shared["size"].nunique() < 2:
         about = "at each size's largest budget"
@@ -63,7 +63,7 @@ def comparable(study: Study, found: Claims) -> Comparable:
     ordered = runs.sort_values("N", kind="stable")["size"].drop_duplicates()
     left_out = tuple(str(size) for size in ordered if size not in sizes)
     about = "; ".join(filter(None, [f"at {about}", stopped_early(shared)]))
-    return _compared(study, shared, about, is_of_compute=is_of_compute, left_out=left_out)
+    return _compared(study, shared, about, left_out=left_out)
 
 
 def _compared(study: Study, runs: pd.DataFrame, about: str, **how: Any) -> Comparable:

@@ -8,7 +8,7 @@ which two studies were merged, is an axis that the plan does not name: such runs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -33,12 +33,21 @@ def with_families(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, tuple
 
     Those are the settings that tell families apart, and those that differ between runs of one cell.
     """
-    science = [study.science[run_id] for run_id in runs["run_id"]]
-    cells = cell_numbers(runs, study.axes)
+    return with_settings(runs, study, study.science, cell_numbers(runs, study.axes))
+
+
+def with_settings(
+    runs: pd.DataFrame, study: Study, settings: Mapping[str, Mapping[str, str]], alike: pd.Series
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """The same as `with_families`, of these settings of each run, where `alike` groups runs instead of cells.
+
+    settings: run_id → flattened settings; alike: the group of each run, in which no axis tells runs apart.
+    """
+    flats = [settings[run_id] for run_id in runs["run_id"]]
     found: dict[str, list[str]] = {}
-    for key in sorted({key for flat in science for key in flat if key not in (*study.axes, *OF_CELLS)}):
-        values = [flat.get(key) for flat in science]
-        if len(set(values)) > 1 and (tells_families(key) or _differ_within(values, cells)):
+    for key in sorted({key for flat in flats for key in flat if key not in (*study.axes, *OF_CELLS)}):
+        values = [flat.get(key) for flat in flats]
+        if len(set(values)) > 1 and (tells_families(key) or _differ_within(values, alike)):
             # Settings that came with a later version are not in the science of runs that have their default.
             at_default = [run_id for run_id, value in zip(runs["run_id"], values, strict=True) if value is None]
             said = (study.settings[run_id].get(key) for run_id in at_default)
@@ -52,8 +61,8 @@ def with_families(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, tuple
     return runs.assign(**{f"axes.{key}": values for key, values in found.items()}), (*study.axes, *found)
 
 
-def _differ_within(values: Sequence[str | None], cells: pd.Series) -> bool:
-    within = pd.Series(np.array(values, dtype=object), index=cells.index).groupby(cells)
+def _differ_within(values: Sequence[str | None], groups: pd.Series) -> bool:
+    within = pd.Series(np.array(values, dtype=object), index=groups.index).groupby(groups)
     return bool((within.nunique(dropna=False) > 1).any())
 
 

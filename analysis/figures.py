@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib.patheffects as effects
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -24,7 +23,7 @@ from analysis import style
 from analysis.families import family_names, has_shared_sizes, tells_families, unprocessed_mean, with_families
 from analysis.gather import Study
 from analysis.quantities import MISSING, Quantity, human_hours, round_hours
-from analysis.tables import ScalingTable
+from analysis.scaling_table import ScalingTable
 
 AXES = {"num_params": "Parameters", "macs_per_second": "MACs per second", "hours": "Hours of training audio"}
 # Where the unprocessed input lies so far away that the cells would share less than this
@@ -262,7 +261,7 @@ def _name_sizes(ax: Axes, drawn: pd.DataFrame, x: str, mean: str) -> None:
             ha={-1: "right", 0: "center", 1: "left"}[side],
             va="center" if is_end else "bottom",
             fontsize=7,
-            path_effects=[effects.withStroke(linewidth=2, foreground="white")],
+            path_effects=style.HALO,
         )
 
 

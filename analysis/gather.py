@@ -107,6 +107,7 @@ class Study:
     science: run_id → the flattened settings that decide its result, the seed left out; those that came with a later
         version are missing where they stand at their default.
     settings: run_id → the same with these.
+    execution: run_id → the flattened settings of how it is executed, which change no result.
     metrics: the metrics of the scores, those of the table first.
     axes: the names of the sweep's axes, the seed left out.
     unplanned: folders below runs/ that the plan does not name.
@@ -121,6 +122,7 @@ class Study:
     provenance: pd.DataFrame
     science: dict[str, dict[str, str]]
     settings: dict[str, dict[str, str]]
+    execution: dict[str, dict[str, str]]
     metrics: tuple[Quantity, ...]
     axes: tuple[str, ...]
     unplanned: tuple[str, ...]
@@ -129,11 +131,6 @@ class Study:
     def finished(self) -> pd.DataFrame:
         """The rows of `runs` that may stand in a table."""
         return self.runs[self.runs["state"] == "finished"]
-
-    @property
-    def unfinished(self) -> pd.DataFrame:
-        """Everything planned that a table must call missing."""
-        return self.runs[self.runs["state"] != "finished"]
 
 
 def gather(directory: Path | str) -> Study:
@@ -188,6 +185,7 @@ def gather(directory: Path | str) -> Study:
         provenance=pd.DataFrame.from_dict(provenance, orient="index").rename_axis("run_id"),
         science=science,
         settings={run_id: _settings(row) | science[run_id] for run_id, row in plan.items()},
+        execution={run_id: _execution(row) for run_id, row in plan.items()},
         metrics=metrics,
         axes=axes,
         unplanned=tuple(sorted(path.name for path in _folders(study.runs) if path.name not in plan)),
@@ -327,7 +325,7 @@ def _checked_plan(study: StudyDirectory) -> dict[str, Record]:
                 raise RecordError(f"{study.plan}: row {number} has no {key}; plan the study again")
         for column in NUMBERS:
             value = _at(row, PLAN_COLUMNS[column])
-            if value is not None and not is_number(value):
+            if value is not None and not _is_number(value):
                 key = ".".join(PLAN_COLUMNS[column])
                 raise RecordError(f"{study.plan}: row {number} has {key} {value!r}, not a number; plan the study again")
         if not isinstance(row.get("axes") or {}, dict):
@@ -340,7 +338,7 @@ def _checked_plan(study: StudyDirectory) -> dict[str, Record]:
     return plan
 
 
-def is_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -374,6 +372,11 @@ def _settings(planned: Record) -> dict[str, str]:
         "train": of("train", lambda name: name != "budget"),
     }
     return _without_seeds(flatten({group: values for group, values in groups.items() if values}))
+
+
+def _execution(planned: Record) -> dict[str, str]:
+    values = _at(planned, ("config", "execution"))
+    return flatten({"execution": values}) if isinstance(values, dict) else {}
 
 
 def _without_seeds(settings: dict[str, str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.paper_table import PaperTable, column_kinds
+from analysis.report_table import ReportTable, column_kinds
 
 LARGEST_SVG = 1_500_000  # bytes
 
@@ -88,7 +88,7 @@ def figure(stem: Path, caption: str) -> str:
     )
 
 
-def paper_table(table: PaperTable, registry: Registry) -> str:
+def report_table(table: ReportTable, registry: Registry) -> str:
     return (
         f'<h3 id="{table.name}">{html.escape(table.title)}</h3>{_rows(table.text, table.sources, registry)}'
         f'<p class="caption">{html.escape(table.caption)}</p>'

@@ -5,9 +5,9 @@ As in `analysis.figures` each returns a matplotlib figure, or None where there i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.patheffects as effects
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -24,14 +24,14 @@ from analysis.claims import Claim, Claims
 from analysis.comparable import Comparable, largest_budgets
 from analysis.families import unprocessed_mean
 from analysis.gather import UNPROCESSED
-from analysis.isoflop import IsoFlop
+from analysis.isoflop import Curve, IsoFlop, Path
 from analysis.quantities import Quantity, human_count, human_macs
 from analysis.settings import DATA, SIZES
 
 POINTS = 120  # of a curve
 REACH = 2.0  # how far beyond the cells a law is drawn, as a factor
-HALO = [effects.withStroke(linewidth=2, foreground="white")]
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
+DOTTED: Any = (0, (1, 1.5))
 MOST_NAMED = 12  # points of a panel
 LEAST_SHOWN = 10.0  # on a logarithmic axis a bar ends at the mean over this where its spread reaches 0
 
@@ -109,49 +109,14 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
     drawn = [curve for curve in iso.curves if curve.coefficients]
     if not drawn:
         return None
-    level = found.settings.level
     unit = SIZES[found.settings.size]
     with style.applied():
         figure = Figure(figsize=(6.6, 3.1), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
-        values: list[float] = []
-        for number, curve in enumerate(drawn):
-            look: dict[str, Any] = {"color": style.color(number), "marker": style.marker(number)}
-            cells = curve.cells
-            left.plot(cells["N"], cells["loss"], linestyle="", label=human_macs(curve.compute), **look)
-            x = np.geomspace(cells["N"].min(), cells["N"].max(), POINTS)
-            left.plot(x, curve.loss(x), color=look["color"], linestyle=DASHES[number % len(DASHES)], linewidth=1.1)
-            values += list(cells["loss"])
-            if np.isfinite(curve.best_size):
-                left.plot(curve.best_size, curve.best_loss, marker="*", markersize=10, color="black", zorder=5)
-        _log_x(left, min(p.cells["N"].min() for p in drawn), max(p.cells["N"].max() for p in drawn))
-        left.set_yscale("log")
-        _log_y(left, min(values), max(values))
-        left.set_xlabel(unit[0].upper() + unit[1:])
-        left.set_ylabel("Validation loss")
-        handles, labels = left.get_legend_handles_labels()
-        handles.append(Line2D([], [], color="black", marker="*", linestyle="", markersize=8))
-        left.legend(handles, [*labels, "minimum"], frameon=False, title="Training compute")
-        left.grid(axis="y")
-        minima = [p for p in drawn if np.isfinite(p.best_size)]
+        _curves_panel(left, drawn, unit)
+        minima = [curve for curve in drawn if np.isfinite(curve.best_size)]
         if minima:
-            compute = np.array([p.compute for p in minima])
-            ends: list[float] = []
-            for p in minima:
-                low, high = np.clip(p.interval(level), p.cells["N"].min(), p.cells["N"].max())
-                bar = None if p.bootstrap is None else [[p.best_size - low], [high - p.best_size]]
-                ends += [p.best_size] if bar is None else [low, high]
-                right.errorbar([p.compute], [p.best_size], bar, fmt="*", markersize=9, color="black", capsize=3)
-            if np.isfinite(iso.path.exponent):
-                x = np.geomspace(compute.min() / REACH, compute.max() * REACH, POINTS)
-                if iso.path.bootstrap is not None:
-                    right.fill_between(x, *iso.path.band(x, level), color="0.85", linewidth=0)
-                right.plot(x, iso.path.size_at(x), color=style.color(0))
-                right.set_title(f"N* ∝ C$^{{{iso.path.exponent:.2f}}}$", fontsize=8)
-            right.set_yscale("log")
-            _log_y(right, min(ends), max(ends))
-            right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-            _log_x(right, compute.min(), compute.max())
+            _path_panel(right, minima, iso.path, found.settings.level)
         else:
             right.text(0.5, 0.5, "no minimum within\nthe sizes trained", ha="center", transform=right.transAxes)
             right.set_xticks([])
@@ -161,6 +126,50 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
         for ax in (left, right):
             sns.despine(ax=ax)
     return figure
+
+
+def _curves_panel(ax: Axes, curves: Sequence[Curve], unit: str) -> None:
+    """Cells, curve and minimum of each budget."""
+    values: list[float] = []
+    for number, curve in enumerate(curves):
+        look: dict[str, Any] = {"color": style.color(number), "marker": style.marker(number)}
+        cells = curve.cells
+        ax.plot(cells["N"], cells["loss"], linestyle="", label=human_macs(curve.compute), **look)
+        x = np.geomspace(cells["N"].min(), cells["N"].max(), POINTS)
+        ax.plot(x, curve.loss(x), color=look["color"], linestyle=DASHES[number % len(DASHES)], linewidth=1.1)
+        values += list(cells["loss"])
+        if np.isfinite(curve.best_size):
+            ax.plot(curve.best_size, curve.best_loss, marker="*", markersize=10, color="black", zorder=5)
+    _log_x(ax, min(c.cells["N"].min() for c in curves), max(c.cells["N"].max() for c in curves))
+    ax.set_yscale("log")
+    _log_y(ax, min(values), max(values))
+    ax.set_xlabel(unit[0].upper() + unit[1:])
+    ax.set_ylabel("Validation loss")
+    handles, labels = ax.get_legend_handles_labels()
+    handles.append(Line2D([], [], color="black", marker="*", linestyle="", markersize=8))
+    ax.legend(handles, [*labels, "minimum"], frameon=False, title="Training compute")
+    ax.grid(axis="y")
+
+
+def _path_panel(ax: Axes, minima: Sequence[Curve], path: Path, level: float) -> None:
+    """The best size of each budget with its interval, and the path through them."""
+    compute = np.array([curve.compute for curve in minima])
+    ends: list[float] = []
+    for curve in minima:
+        low, high = np.clip(curve.interval(level), curve.cells["N"].min(), curve.cells["N"].max())
+        bar = None if curve.bootstrap is None else [[curve.best_size - low], [high - curve.best_size]]
+        ends += [curve.best_size] if bar is None else [low, high]
+        ax.errorbar([curve.compute], [curve.best_size], bar, fmt="*", markersize=9, color="black", capsize=3)
+    if np.isfinite(path.exponent):
+        x = np.geomspace(compute.min() / REACH, compute.max() * REACH, POINTS)
+        if path.bootstrap is not None:
+            ax.fill_between(x, *path.band(x, level), color="0.85", linewidth=0)
+        ax.plot(x, path.size_at(x), color=style.color(0))
+        ax.set_title(f"N* ∝ C$^{{{path.exponent:.2f}}}$", fontsize=8)
+    ax.set_yscale("log")
+    _log_y(ax, min(ends), max(ends))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+    _log_x(ax, compute.min(), compute.max())
 
 
 def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) -> Figure | None:
@@ -174,65 +183,61 @@ def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) ->
     if not shown:
         return None
     chosen = largest_budgets(found.kept)
-    ours = {metric.key: unprocessed_mean(chosen, UNPROCESSED + metric.key) for metric in shown}
     with style.applied():
         figure = Figure(figsize=(6.9, 2.7 * ((len(shown) + 1) // 2) + 0.4), layout="constrained")
         panels = figure.subplots((len(shown) + 1) // 2, 2, squeeze=False).flat
         for ax, metric in zip(panels, shown, strict=False):
-            best = _cells(chosen, metric).sort_values("macs_per_second")
-            line: dict[str, Any] = {"color": style.color(0), "marker": "o"}
-            ax.plot(best["macs_per_second"], best["mean"], **line)
-            ax.errorbar(
-                best["macs_per_second"],
-                best["mean"],
-                best["std"].fillna(0),
-                fmt="none",
-                ecolor=style.color(0),
-                capsize=2,
-            )
-            _name_points(ax, best, "macs_per_second", "mean")
-            for system in published.SYSTEMS:
-                if metric.key in system.metrics:
-                    y = system.metrics[metric.key]
-                    ax.plot(system.macs_per_second, y, marker="s", markersize=4, color="0.45", linestyle="")
-                    above = system.short not in ("BSRNN xt", "BSRNN-MD")
-                    ax.annotate(
-                        system.short,
-                        (system.macs_per_second, y),
-                        xytext=(0, 4 if above else -4),
-                        textcoords="offset points",
-                        ha="center",
-                        va="bottom" if above else "top",
-                        fontsize=6,
-                        color="0.3",
-                        path_effects=HALO,
-                    )
-            for level, look in ((ours[metric.key], "-"), (published.UNPROCESSED[metric.key], (0, (1, 1.5)))):
-                if np.isfinite(level):
-                    ax.axhline(level, zorder=1, **style.REFERENCE | {"linestyle": look})
-            xs = [*best["macs_per_second"], *(s.macs_per_second for s in published.SYSTEMS)]
-            _log_x(ax, min(xs), max(xs))
-            ax.margins(y=0.15)
-            ax.set_xlabel("MACs per second")
-            ax.set_ylabel(metric.axis)
-            ax.grid(axis="y")
-            sns.despine(ax=ax)
+            _published_panel(ax, chosen, metric)
         for ax in list(panels):
             ax.set_axis_off()
+        ours = f"this study ({data}), of each size its largest budget"
         handles = [
-            Line2D(
-                [],
-                [],
-                color=style.color(0),
-                marker="o",
-                label=f"this study ({data}), of each size its largest budget",
-            ),
+            Line2D([], [], color=style.color(0), marker="o", label=ours),
             Line2D([], [], color="0.45", marker="s", linestyle="", label="published, VoiceBank+DEMAND"),
             Line2D([], [], label="unprocessed, this study", **style.REFERENCE | {"linestyle": "-"}),
-            Line2D([], [], label="unprocessed, VoiceBank+DEMAND", **style.REFERENCE | {"linestyle": (0, (1, 1.5))}),
+            Line2D([], [], label="unprocessed, VoiceBank+DEMAND", **style.REFERENCE | {"linestyle": DOTTED}),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _published_panel(ax: Axes, runs: pd.DataFrame, metric: Quantity) -> None:
+    """A metric of this study's cells and of the published systems that have it, and of the unprocessed inputs."""
+    best = _cells(runs, metric).sort_values("macs_per_second")
+    x, mean, spread = best["macs_per_second"], best["mean"], best["std"].fillna(0)
+    ax.plot(x, mean, color=style.color(0), marker="o")
+    ax.errorbar(x, mean, spread, fmt="none", ecolor=style.color(0), capsize=2)
+    _name_points(ax, best, "macs_per_second", "mean")
+    for system in published.SYSTEMS:
+        if metric.key in system.metrics:
+            _published_point(ax, system, system.metrics[metric.key])
+    ours, theirs = unprocessed_mean(runs, UNPROCESSED + metric.key), published.UNPROCESSED[metric.key]
+    for level, look in ((ours, "-"), (theirs, DOTTED)):
+        if np.isfinite(level):
+            ax.axhline(level, zorder=1, **style.REFERENCE | {"linestyle": look})
+    xs = [*x, *(system.macs_per_second for system in published.SYSTEMS)]
+    _log_x(ax, min(xs), max(xs))
+    ax.margins(y=0.15)
+    ax.set_xlabel("MACs per second")
+    ax.set_ylabel(metric.axis)
+    ax.grid(axis="y")
+    sns.despine(ax=ax)
+
+
+def _published_point(ax: Axes, system: published.Published, value: float) -> None:
+    ax.plot(system.macs_per_second, value, marker="s", markersize=4, color="0.45", linestyle="")
+    is_above = system.short not in ("BSRNN xt", "BSRNN-MD")  # where another system's name would be in the way
+    ax.annotate(
+        system.short,
+        (system.macs_per_second, value),
+        xytext=(0, 4 if is_above else -4),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if is_above else "top",
+        fontsize=6,
+        color="0.3",
+        path_effects=style.HALO,
+    )
 
 
 def breakdown_figure(cells: Comparable, metric: Quantity) -> Figure | None:
@@ -295,7 +300,7 @@ def _name_points(ax: Axes, cells: pd.DataFrame, x: str, y: str) -> None:
             xytext=(4, 4),
             textcoords="offset points",
             fontsize=6.5,
-            path_effects=HALO,
+            path_effects=style.HALO,
         )
 
 

@@ -13,14 +13,14 @@ import pandas as pd
 from analysis.claims import Claim, Claims
 from analysis.fit import CONVERGED, FEWEST_FREEDOM, Fit, human_degrees, quantiles, size_interval
 from analysis.isoflop import PARABOLA, Curve, IsoFlop, best_by_law
-from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import MISSING, VALIDATION_LOSS, Quantity, human_count, human_interval, human_macs
+from analysis.report_table import ReportTable, table_of
 from analysis.settings import DATA, SIZES
 
 
 def laws_table(
     found: Sequence[Claim], name: str, title: str, level: float, data: str, loss: Quantity = VALIDATION_LOSS
-) -> PaperTable:
+) -> ReportTable:
     """A row a law; the CSV has a row a parameter. data: what D is, a key of DATA; loss: what L is."""
     rows, numbers = [], []
     rivals = Counter((claim.quantity.key, frozenset(claim.run_ids)) for claim in found)
@@ -140,7 +140,7 @@ def _no_interval(law: Fit) -> str:
     return f"; no intervals: {cells}, of at least {FEWEST_FREEDOM}"
 
 
-def exclusions_effect_table(found: Claims) -> PaperTable:
+def exclusions_effect_table(found: Claims) -> ReportTable:
     """Fits both ways, without the runs that a rule excludes and with them; and least squares beside the robust."""
     rows, numbers = [], []
     for claim in found.losses:
@@ -170,7 +170,7 @@ def exclusions_effect_table(found: Claims) -> PaperTable:
     return table_of("fits_both_ways", "The same laws, fitted the other way", caption, rows, numbers)
 
 
-def held_out_table(found: Claims) -> PaperTable:
+def held_out_table(found: Claims) -> ReportTable:
     """A row a test; the CSV has a row a cell, with the runs observed and those of the fit that predicts them."""
     rows, numbers = [], []
     level = found.settings.level
@@ -223,7 +223,7 @@ def held_out_table(found: Claims) -> PaperTable:
     return table_of("held_out", "Prediction of what the fit did not see", caption, rows, numbers)
 
 
-def isoflop_table(iso: IsoFlop, found: Claims) -> PaperTable:
+def isoflop_table(iso: IsoFlop, found: Claims) -> ReportTable:
     """A row a budget; the CSV has the curves' coefficients and the path's exponent too."""
     rows, numbers = [], []
     level = found.settings.level
@@ -297,7 +297,8 @@ def _isoflop_intervals(iso: IsoFlop, level: float) -> str:
     )
 
 
-def exclusions_table(found: Claims) -> PaperTable:
+def exclusions_table(found: Claims) -> ReportTable:
+    """A row a run that a rule excludes."""
     rows = [
         {
             heading: (str(text), run["run_id"])

@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.families import CORPUS, TRAINED_ON, tells_families
-from analysis.tables import axis_value
+from analysis.quantities import axis_value
 
 DATA_AXIS, BUDGET_AXES = "data.hours", "train.budget."
 # Between runs that differ in one of these a lower loss is not a better model.

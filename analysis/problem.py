@@ -8,7 +8,6 @@ other weights or other y, so everything here works on a batch of points, one row
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.laws import Array, Law
+from analysis.workers import num_cores
 
 STARTS = {1: 48, 2: 14}  # grid points a shape, by the number of shapes
 BEST_STARTS = 6
@@ -275,7 +275,7 @@ class Problem:
         first, *others = [slice(first, first + CHUNK) for first in range(0, len(weights), CHUNK)]
         found = [one(first)]
         if np.mean(~found[0][1]) <= 2 * MOST_UNFINISHED:
-            with ThreadPoolExecutor(_num_threads()) as pool:
+            with ThreadPoolExecutor(num_cores()) as pool:
                 found += pool.map(one, others)
         points, done = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return points, float(np.mean(~done))
@@ -323,7 +323,3 @@ def _solved(matrices: Array, vectors: Array) -> Array:
     except np.linalg.LinAlgError:
         rows: list[Array] = [np.linalg.lstsq(m, v, rcond=None)[0] for m, v in zip(matrices, vectors, strict=True)]
         return np.stack(rows)
-
-
-def _num_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.claims import stopped_early
+from analysis.exclusions import stopped_early
 from analysis.gather import UNPROCESSED, Study
 from analysis.quantities import VALIDATION_LOSS
-from analysis.tables import ScalingTable
+from analysis.scaling_table import ScalingTable
 
 # Entries of provenance that differ from run to run by nature.
 PASSING = ("time", "date", "created", "started", "pid", "job_id", "run_id", "argv", "command")

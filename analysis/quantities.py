@@ -65,12 +65,17 @@ CHOSEN_METRICS = (
     Quantity("dnsmos_ovrl", "DNSMOS OVRL"),
 )
 
+# The highest value that a metric can take, where it has one.
+CEILINGS = {"pesq_wb": 4.64, "stoi": 1.0, "estoi": 1.0}
+CEILINGS |= {"csig": 5.0, "cbak": 5.0, "covl": 5.0, "dnsmos_p808": 5.0}
+CEILINGS |= {"dnsmos_sig": 4.443, "dnsmos_bak": 4.521, "dnsmos_ovrl": 4.644}  # the tops of the published polynomials
+
 # The SI-SDR gain on the noisiest quarter of the test utterances (see reading.noisiest_quarter).
 NOISIEST_GAIN = Quantity("noisiest_si_sdr_gain", "SI-SDR gain, noisiest 25 %", digits=2, unit="dB")
 
 
 def metrics_named(keys: Iterable[str]) -> tuple[Quantity, ...]:
-    """The metrics of the table, always, then those among `keys` that it does not know, by name."""
+    """METRICS, always, then those of CHOSEN_METRICS among `keys`, then the unknown ones in the order of their names."""
     given = set(keys)
     chosen = tuple(metric for metric in CHOSEN_METRICS if metric.key in given)
     unknown = given - {metric.key for metric in METRICS + CHOSEN_METRICS}
@@ -126,3 +131,27 @@ def human_hours(hours: float) -> str:
 def round_hours(hours: float) -> float:
     """Hours as a budget: to three significant digits, since whole clips never fill it exactly."""
     return float(f"{hours:.3g}")
+
+
+def mean_and_spread(mean: float | None, std: float | None, quantity: Quantity, sign: str = "") -> str:
+    """Mean ± standard deviation in the quantity's digits; a spread below what they can show is given as a bound."""
+    if mean is None or math.isnan(mean):
+        return MISSING
+    text = f"{mean:{sign}.{quantity.digits}f}"
+    if std is None or math.isnan(std):
+        return text
+    smallest = 10**-quantity.digits
+    spread = f"{std:.{quantity.digits}f}" if std == 0 or std >= smallest / 2 else f"<{smallest:.{quantity.digits}f}"
+    return f"{text} ± {spread}"
+
+
+def steps_text(planned: int, taken: float) -> str:
+    """Steps of a cell: as planned, and before them the mean of what its runs took where any stopped early."""
+    return f"{taken:,.0f} of {planned:,}" if taken < planned else f"{planned:,}"
+
+
+def axis_value(value: object) -> str:
+    """The value of an axis as text."""
+    if value is None or value != value:
+        return MISSING
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -25,7 +25,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis import html, style
+from analysis import style
 from analysis.claims import Claims, claims
 from analysis.command import run_main
 from analysis.comparable import Comparable, comparable
@@ -33,24 +33,15 @@ from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import IsoFlop, isoflop
 from analysis.law_figures import breakdown_figure, isoflop_figure, laws_figure, published_figure
-from analysis.nodes import node_table, nodes_figure
-from analysis.paper_table import PaperTable
-from analysis.paper_tables import paper_tables
+from analysis.markup import markdown_table
+from analysis.process_scaling import process_figure, process_scaling
 from analysis.provenance import provenance, provenance_frame, remarks, trained
 from analysis.published import CORPUS, SOURCES
-from analysis.settings import KEYS, SIZES, Settings, UsageError, parsed, settings_from
-from analysis.tables import (
-    ScalingTable,
-    listed,
-    markdown_table,
-    note,
-    scaling_table,
-    to_csv,
-    to_latex,
-    to_markdown,
-    to_terminal,
-    written,
-)
+from analysis.report_page import Contents, Figures, html_page, no_figure, recorded
+from analysis.result_tables import report_tables
+from analysis.scaling_table import ScalingTable, scaling_table
+from analysis.scaling_table_text import to_csv, to_latex, to_markdown, to_terminal
+from analysis.settings import KEYS, Settings, UsageError, parsed, settings_from
 from scaling.records import RecordError, write_whole
 
 USAGE = "usage: python -m analysis.report study=DIR"
@@ -59,13 +50,9 @@ NO_TERMINAL_WIDTH = 160  # of output into a file: one table, not parts
 
 @dataclass(frozen=True)
 class Report:
-    """What a report is made of, and the files it went to."""
+    """What a report says, and the files it went to."""
 
-    study: Study
-    table: ScalingTable
-    remarks: list[str]
-    claims: Claims
-    isoflop: IsoFlop
+    contents: Contents
     files: list[Path]
 
 
@@ -80,16 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if report.study.finished.empty:
-        states = report.study.runs["state"].value_counts()
+    study = report.contents.study
+    if study.finished.empty:
+        states = study.runs["state"].value_counts()
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
-        listing = report.study.directory.report / "report.md"
-        print(f"no run of the {len(report.study.runs)} planned has finished ({counts}): see {listing}", file=sys.stderr)
+        listing = study.directory.report / "report.md"
+        print(f"no run of the {len(study.runs)} planned has finished ({counts}): see {listing}", file=sys.stderr)
         return 1
     width = None if sys.stdout.isatty() else NO_TERMINAL_WIDTH
     console = Console(width=width, markup=False, emoji=False)
-    console.print(to_terminal(report.table, console.width))
-    for remark in report.remarks:
+    console.print(to_terminal(report.contents.table, console.width))
+    for remark in report.contents.remarks:
         print(f"note: {remark}")
     for path in report.files:
         print(f"wrote {path}")
@@ -98,24 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_report(settings: Settings) -> Report:
     """Gather a study and write its report folder; RecordError if there is no study."""
-    study = gather(settings.study)
-    table = scaling_table(study)
-    found = claims(study, settings)
-    iso = isoflop(found.kept, bootstraps=settings.bootstraps, seed=settings.seed, refusal=found.refusal)
-    nodes = node_table(study)
-    cells = comparable(study, found)
-    tables = paper_tables(study, found, iso, nodes, cells)
-    said = [*filter(None, [found.other_axes.remark]), *remarks(study, table)]
-    figures = _figures(study, table, found, iso, nodes, cells)
-    report = study.directory.report
+    contents = gathered(settings)
+    report, table = contents.study.directory.report, contents.table
     texts = {
         "scaling_table.md": to_markdown(table),
         "scaling_table.csv": to_csv(table),
         "scaling_table.tex": to_latex(table),
-        "runs.csv": study.runs.to_csv(index=False, lineterminator="\n"),
-        "report.md": _report_text(study, table, said, figures),
+        "runs.csv": contents.study.runs.to_csv(index=False, lineterminator="\n"),
+        "report.md": _report_text(contents),
     }
-    for one in tables:
+    for one in contents.tables:
         texts |= {
             f"tables/{one.name}.md": one.to_markdown(),
             f"tables/{one.name}.csv": one.to_csv(),
@@ -126,23 +106,37 @@ def write_report(settings: Settings) -> Report:
         for name, text in texts.items():
             write_whole(report / name, text)
         files = [report / name for name in texts]
-        for name, (figure, _, _) in figures.items():
+        for name, (figure, _, _) in contents.figures.items():
             files += _written_figure(figure, report / name)
-        page = _html_page(study, table, said, found, iso, tables, figures)
-        write_whole(report / "report.html", page)
+        write_whole(report / "report.html", html_page(contents))
     except OSError as error:
         why = error.strerror or str(error)
         raise RecordError(
             f"cannot write the report to {report} ({why}): make it writable and free some space"
         ) from None
-    return Report(study, table, said, found, iso, sorted([*files, report / "report.html"]))
+    return Report(contents, sorted([*files, report / "report.html"]))
 
 
-Figures = dict[str, tuple[Figure | None, str, str]]  # name → figure, its caption, why there is none
+def gathered(settings: Settings) -> Contents:
+    """All that a report says of a study; RecordError if there is none."""
+    study = gather(settings.study)
+    table = scaling_table(study)
+    found = claims(study, settings)
+    iso = isoflop(found.kept, bootstraps=settings.bootstraps, seed=settings.seed, refusal=found.refusal)
+    processes = process_scaling(study)
+    cells = comparable(study, found)
+    return Contents(
+        study=study,
+        table=table,
+        claims=found,
+        tables=report_tables(study, found, iso, processes, cells),
+        figures=_figures(study, table, found, iso, processes, cells),
+        remarks=[*filter(None, [found.other_axes.remark]), *remarks(study, table)],
+    )
 
 
 def _figures(
-    study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, nodes: pd.DataFrame, cells: Comparable
+    study: Study, table: ScalingTable, found: Claims, iso: IsoFlop, processes: pd.DataFrame, cells: Comparable
 ) -> Figures:
     data = ", ".join(str(name) for name in study.runs["data"].dropna().unique()) or "its own data"
     other = (
@@ -179,7 +173,7 @@ def _figures(
             "no run has a finite loss on record",
         ),
         "processes": (
-            nodes_figure(nodes),
+            process_figure(processes),
             "Training speed and efficiency against the number of processes; ideal dashed.",
             "the study has one number of processes",
         ),
@@ -208,134 +202,24 @@ def _written_figure(figure: Figure | None, stem: Path) -> list[Path]:
     return []
 
 
-def _no_figure(name: str, why: str) -> str:
-    return f"No {name.replace('_', ' ')} figure: {why}."
-
-
-def _report_text(study: Study, table: ScalingTable, said: Sequence[str], figures: Figures) -> str:
+def _report_text(contents: Contents) -> str:
+    study, table = contents.study, contents.table
     count = f"{len(study.finished)} of {len(study.runs)} planned runs finished"
     parts = [f"# Scaling study {study.directory.path.resolve().name}", f"{count}, in {len(table.cells)} cells."]
     parts.append("With laws, intervals and all tables: [report.html](report.html).")
-    if said:
-        parts += ["## Remarks", "\n".join(f"- {remark}" for remark in said)]
+    if contents.remarks:
+        parts += ["## Remarks", "\n".join(f"- {remark}" for remark in contents.remarks)]
     parts += ["## Scaling table", to_markdown(table).rstrip()]
     parts.append("The same table: [CSV in full precision](scaling_table.csv), [LaTeX](scaling_table.tex).")
     parts.append("## Figures")
-    for name, (figure, caption, why) in figures.items():
-        parts.append(_no_figure(name, why) if figure is None else f"![{name}]({name}.png)\n\n{caption}")
+    for name, (figure, caption, why) in contents.figures.items():
+        parts.append(no_figure(name, why) if figure is None else f"![{name}]({name}.png)\n\n{caption}")
     parts += ["## Which runs each row comes from", markdown_table(_sources(table))]
     parts.append("Every planned run with its numbers: [runs.csv](runs.csv).")
     if len(settings := trained(study)):
         parts += ["## What was trained", markdown_table(settings)]
     parts += ["## Provenance", _provenance_text(study)]
     return "\n\n".join(parts) + "\n"
-
-
-def _html_page(
-    study: Study,
-    table: ScalingTable,
-    said: Sequence[str],
-    found: Claims,
-    iso: IsoFlop,
-    tables: Sequence[PaperTable],
-    figures: Figures,
-) -> str:
-    registry = html.Registry()
-    by_name = {one.name: one for one in tables}
-    report = study.directory.report
-
-    def shown(*names: str) -> list[str]:
-        parts = []
-        for name in names:
-            if name in by_name:
-                parts.append(html.paper_table(by_name[name], registry))
-            elif name in figures:
-                figure, caption, why = figures[name]
-                parts.append(
-                    html.paragraph(_no_figure(name, why)) if figure is None else html.figure(report / name, caption)
-                )
-        return parts
-
-    text = written(table)
-    sources = pd.DataFrame("", index=text.index, columns=text.columns)
-    for number, ids in enumerate([table.unprocessed["run_ids"], *table.cells["run_ids"]]):
-        sources.iloc[number] = ids
-    scaling = PaperTable("scaling_table", "Every cell of the study", note(table), text, sources)
-    breakdowns = [name for name in figures if name.startswith("breakdown_") and figures[name][0] is not None]
-    sections = [
-        html.Section("Held-out prediction", [*_verdicts(found), *shown("held_out")]),
-        html.Section(
-            "Results",
-            [html.paper_table(scaling, registry), *shown("scaling", "size_table", "data_table", "joint_table")],
-        ),
-        html.Section("What was trained", _trained(study)),
-        html.Section("Laws", shown("laws", "loss_laws", "fits_both_ways", "metric_laws")),
-        html.Section("Equal compute", shown("isoflop", "isoflop_curves")),
-        html.Section("Beside published systems", shown("published")),
-        html.Section("Differences and breakdown", shown("significance", *breakdowns, "breakdown")),
-        html.Section("Cost", shown("efficiency_table", "node_scaling", "processes")),
-        html.Section("Training curves", shown("curves")),
-        html.Section("What is missing", _missing(study, table, found, figures, registry, by_name)),
-        html.Section(
-            "Provenance", [html.paragraph(_recorded(study)), html.plain_table(provenance_frame(provenance(study)))]
-        ),
-    ]
-    sections = [section for section in sections if section.parts]
-    if said:
-        sections.insert(0, html.Section("Remarks", [html.bullets(said)]))
-    lead = (
-        f"{len(study.finished)} of {len(study.runs)} planned runs finished, in {len(table.cells)} cells. In the laws N "
-        f"is {SIZES[found.settings.size]}. Click a table cell to see which runs it comes from."
-    )
-    return html.page(f"Scaling study {study.directory.path.resolve().name}", lead, sections, registry)
-
-
-def _verdicts(found: Claims) -> list[str]:
-    """A pass or fail line for each law of the loss that could be tested, with N as the settings have it."""
-    lines = []
-    for claim in found.losses:
-        if claim.measure != found.settings.size:
-            continue
-        for test in claim.held_out:
-            if test.verdict == "not possible":
-                continue
-            why = f": {test.reason}" if test.reason else ""
-            text = f"{test.verdict.upper()}: {claim.law.name} without {test.left_out}, error {test.error:.2%}"
-            text += f", interval ±{test.half_width:.2%}{why}"
-            lines.append(html.verdict(text, test.verdict))
-    if not lines:
-        reasons = {
-            claim.law.name: claim.held_out[0].reason if claim.fitted.is_usable else claim.fitted.reason
-            for claim in found.losses
-        }
-        lines.append(html.verdict("NOT TESTED: no law of the loss can be fitted without its largest cells", "none"))
-        lines.append(html.bullets([f"{law}: {reason}" for law, reason in reasons.items()]))
-    return lines
-
-
-def _missing(
-    study: Study,
-    table: ScalingTable,
-    found: Claims,
-    figures: Figures,
-    registry: html.Registry,
-    tables: dict[str, PaperTable],
-) -> list[str]:
-    """Runs without a result, runs that no fit uses, figures that could not be drawn, laws that are not identified."""
-    parts = []
-    unfinished = listed(table)
-    if len(unfinished):
-        parts += [html.paragraph(f"{len(unfinished)} planned runs have no result:"), html.plain_table(unfinished)]
-    else:
-        parts.append(html.paragraph("Every planned run has finished."))
-    parts += [html.paper_table(tables[name], registry) for name in ("exclusions", "replaced_crops") if name in tables]
-    said = [_no_figure(name, why) for name, (figure, _, why) in figures.items() if figure is None]
-    for claim in [*found.losses, *found.metrics]:
-        if not claim.fitted.is_usable and claim.measure == found.settings.size:
-            said.append(f"{claim.quantity.label}, {claim.law.name}: {claim.fitted.status}, {claim.fitted.reason}.")
-    if said:
-        parts.append(html.bullets(said))
-    return parts
 
 
 def _sources(table: ScalingTable) -> pd.DataFrame:
@@ -350,18 +234,9 @@ def _sources(table: ScalingTable) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _trained(study: Study) -> list[str]:
-    settings = trained(study)
-    return [html.plain_table(settings)] if len(settings) else []
-
-
-def _recorded(study: Study) -> str:
-    return f"Recorded by {len(study.provenance)} of {len(study.runs)} planned runs."
-
-
 def _provenance_text(study: Study) -> str:
     entries = provenance(study)
-    return f"{_recorded(study)}\n\n{markdown_table(provenance_frame(entries))}" if entries else _recorded(study)
+    return f"{recorded(study)}\n\n{markdown_table(provenance_frame(entries))}" if entries else recorded(study)
 
 
 if __name__ == "__main__":

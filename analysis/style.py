@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.patheffects as effects
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,6 +25,7 @@ from analysis.quantities import human_count
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 REFERENCE: dict[str, Any] = {"color": "0.35", "linestyle": (0, (5, 3)), "linewidth": 1.0}
+HALO = [effects.withStroke(linewidth=2, foreground="white")]  # of text over lines
 PNG_DPI = 200
 MOST_TICKS = 4  # on a logarithmic axis: more would run into each other
 

@@ -1,4 +1,4 @@
-"""Worker processes that read a large study's records."""
+"""How many cores there are to work on, and worker processes on them that read a large study's records."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 
 
+def num_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pool() -> ProcessPoolExecutor:
     """As many processes as this one has cores, for functions of importable modules."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ProcessPoolExecutor(cores, _Context())
+    return ProcessPoolExecutor(num_cores(), _Context())
 
 
 class _Process(SpawnProcess):

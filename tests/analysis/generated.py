@@ -160,10 +160,12 @@ def grid_study(
     return study
 
 
-def sizes_study(path: Path, noise: float = 0.003, seeds: int = 3) -> StudyDirectory:
-    """All sizes at one budget of audio."""
+def sizes_study(
+    path: Path, noise: float = 0.003, seeds: int = 3, sizes: Sequence[str] = tuple(FAMILY)
+) -> StudyDirectory:
+    """Sizes at one budget of audio."""
     study, rng, plans = StudyDirectory(path), np.random.default_rng(1), []
-    for size in FAMILY:
+    for size in sizes:
         for seed in range(seeds):
             plan = run_record(size, 100.0, seed)
             write_run(study, plan, true_loss(size, 100.0) * float(np.exp(rng.normal(0, noise))), rng)

@@ -13,8 +13,9 @@ from analysis.claims import claims
 from analysis.comparable import comparable
 from analysis.gather import gather
 from analysis.report import main
+from analysis.scaling_table import scaling_table
+from analysis.scaling_table_text import written
 from analysis.settings import Settings
-from analysis.tables import scaling_table, written
 from scaling.records import Record, StudyDirectory, to_json, write_records
 from tests.analysis.generated import COST, grid_study, lines, run_record, sizes_study, true_loss, write_run
 

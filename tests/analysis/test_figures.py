@@ -19,8 +19,8 @@ from analysis.figures import MOST_NAMES, curves_figure, scaling_figure
 from analysis.gather import gather
 from analysis.law_figures import laws_figure, published_figure
 from analysis.published import UNPROCESSED
+from analysis.scaling_table import scaling_table
 from analysis.settings import Settings
-from analysis.tables import scaling_table
 from scaling.records import StudyDirectory, read_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 from tests.analysis.generated import FAMILY, lines, run_record, true_loss, write_run

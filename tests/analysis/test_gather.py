@@ -16,7 +16,7 @@ import pytest
 from analysis import provenance
 from analysis.gather import RUNS_A_TASK, gather
 from analysis.reading import noisiest_quarter
-from analysis.tables import scaling_table
+from analysis.scaling_table import scaling_table
 from scaling.records import Record, RecordError, StudyDirectory, append_record, write_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 from tests.analysis.generated import lines, run_record, write_run
@@ -349,3 +349,21 @@ def test_the_first_row_of_speed_counts_only_where_there_is_no_other(
     ]
     write_records(study.run(row["run_id"]).metrics, rows)
     assert gather(study.path).runs["audio_seconds_per_second"].iloc[0] == median
+
+
+def test_hours_of_compute_are_summed_over_sessions_and_processes(tmp_path: Path):
+    study, plan = StudyDirectory(tmp_path / "study"), run_record("t", 1.0)
+    write_run(study, plan, 0.04, np.random.default_rng(0))
+    study.run(plan["run_id"]).events.write_text(
+        lines(
+            [
+                {"event": "started", "time": 0.0, "world_size": 2},
+                {"event": "checkpointed", "time": 1800.0},
+                {"event": "resumed", "time": 9000.0, "world_size": 2},  # killed in between
+                {"event": "evaluating", "time": 9000.0 + 3600},
+                {"event": "finished", "time": 9000.0 + 4000},
+            ]
+        )
+    )
+    study.plan.write_text(lines([plan]))
+    assert gather(study.path).runs.loc[0, "training_hours"] == pytest.approx(2 * 1.5)

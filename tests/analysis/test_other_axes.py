@@ -17,14 +17,15 @@ from analysis.comparable import comparable
 from analysis.figures import curves_figure, scaling_figure
 from analysis.gather import Study, gather
 from analysis.isoflop import isoflop
-from analysis.nodes import node_table
-from analysis.paper_table import PaperTable
-from analysis.paper_tables import paper_tables
+from analysis.process_scaling import process_scaling
 from analysis.provenance import remarks
 from analysis.quantities import MISSING
 from analysis.report import main
+from analysis.report_table import ReportTable
+from analysis.result_tables import report_tables
+from analysis.scaling_table import scaling_table
+from analysis.scaling_table_text import to_markdown, written
 from analysis.settings import Settings
-from analysis.tables import scaling_table, to_markdown, written
 from scaling.records import RunDirectory, StudyDirectory
 from tests.analysis.generated import COST, FAMILY, Record, lines, run_record, true_loss, write_run
 
@@ -48,9 +49,12 @@ def write_grid(path: Path, cells: Sequence[Record], loss: Callable[[Record], flo
     return study
 
 
-def tables_of(study: Study, found: Claims) -> dict[str, PaperTable]:
+def tables_of(study: Study, found: Claims) -> dict[str, ReportTable]:
     iso = isoflop(found.kept, bootstraps=100, seed=0)
-    return {table.name: table for table in paper_tables(study, found, iso, node_table(study), comparable(study, found))}
+    return {
+        table.name: table
+        for table in report_tables(study, found, iso, process_scaling(study), comparable(study, found))
+    }
 
 
 def test_a_size_is_compared_by_its_cell_of_the_most_data_where_all_have_seen_the_same_audio(tmp_path: Path):

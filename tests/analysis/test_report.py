@@ -14,12 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.paper_table import column_kinds, table_of
 from analysis.report import main
-from analysis.tables import markdown_table
 from scaling.records import Record, StudyDirectory, append_record, to_json, write_records, write_whole
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
-from tests.analysis.generated import FAMILY, run_record, true_loss, write_run
+from tests.analysis.generated import FAMILY, run_record, sizes_study, true_loss, write_run
 
 ROOT = Path(__file__).parents[2]
 FILES = ["curves.png", "curves.svg", "report.md", "runs.csv", "scaling.png", "scaling.svg"]
@@ -153,16 +151,6 @@ def test_a_study_with_little_to_say_has_its_report_without_an_empty_table(
     assert ("size_table" in page) == (len({row["size"]["name"] for row in plan}) > 1 and np.isfinite(losses).sum() > 1)
 
 
-def test_columns_of_words_are_left_and_those_of_numbers_right() -> None:
-    rows = [
-        {"Law": ("Loss: L(N, D)", ""), "Verdict": ("fail", ""), "Interval": ("0.1 to 0.2", ""), "Why": ("x" * 40, "")},
-        {"Law": ("PESQ: m(L)", ""), "Verdict": ("pass", ""), "Interval": ("–", ""), "Why": ("", "")},
-    ]
-    table = table_of("held_out", "Title", "Caption.", rows)
-    assert column_kinds(table.text) == ["label", "label", "number", "words"]
-    assert r"\begin{tabular}{llrp{0.18\linewidth}}" in table.to_latex()
-
-
 def test_crops_that_damage_replaced_are_told_of_each_run(write_study: WriteStudy) -> None:
     plan = [plan_row(seed=0), plan_row(seed=1)]
     study = write_study(plan)
@@ -210,12 +198,6 @@ def test_the_lines_for_a_notebook_in_the_documentation_run(tmp_path: Path, capsy
     assert "L(N)" in capsys.readouterr().out
 
 
-def test_headings_of_markdown_tables_are_escaped_like_their_cells() -> None:
-    text = markdown_table(pd.DataFrame({"a|b": ["c|d"], "e\nf": ["g"]}))
-    assert text.splitlines()[0] == r"| a\|b | e f |"
-    assert text.splitlines()[2] == r"| c\|d | g |"
-
-
 def test_a_study_in_a_folder_whose_name_is_no_text_has_its_report(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"odd\xed")
     row = run_record("xt", 100.0)
@@ -225,3 +207,18 @@ def test_a_study_in_a_folder_whose_name_is_no_text_has_its_report(tmp_path: Path
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "# Scaling study odd\\udced" in (path / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_analysis_runs_where_torch_cannot_be_imported(tmp_path: Path):
+    study = sizes_study(tmp_path / "study", seeds=2)
+    blocked = tmp_path / "blocked"
+    for name in ("torch", "hydra", "accelerate", "submitit", "omegaconf"):
+        (blocked / name).mkdir(parents=True)
+        (blocked / name / "__init__.py").write_text("raise ImportError('not installed here')")
+    environment = os.environ | {"PYTHONPATH": f"{blocked}{os.pathsep}{ROOT}"}
+    for command in (["analysis.report"], ["analysis.advise", "gpu_hours=2"]):
+        words = [sys.executable, "-m", command[0], f"study={study.path}", "bootstraps=100", *command[1:]]
+        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stderr
+        assert "Error" not in done.stderr, done.stderr
+    assert (study.report / "report.html").exists()

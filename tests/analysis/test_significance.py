@@ -14,10 +14,10 @@ from analysis.claims import claims
 from analysis.comparable import comparable
 from analysis.gather import gather
 from analysis.isoflop import isoflop
-from analysis.nodes import node_table
-from analysis.paper_table import PaperTable
-from analysis.paper_tables import breakdown_table, paper_tables, significance_table
+from analysis.process_scaling import process_scaling
 from analysis.quantities import METRICS
+from analysis.report_table import ReportTable
+from analysis.result_tables import breakdown_table, report_tables, significance_table
 from analysis.settings import Settings
 from analysis.significance import holm, paired
 from scaling.records import StudyDirectory
@@ -67,7 +67,7 @@ def test_seeds_without_any_scatter_leave_that_of_utterances():
 # --- at one budget -------------------------------------------------------------------------
 
 
-def of_cells(path: Path, cells: Sequence[tuple[str, float]]) -> tuple[PaperTable, PaperTable, dict[str, float]]:
+def of_cells(path: Path, cells: Sequence[tuple[str, float]]) -> tuple[ReportTable, ReportTable, dict[str, float]]:
     """Significance and breakdown of a study of sizes and hours seen, of two seeds; and the hours of its runs."""
     study, rng, plans = StudyDirectory(path), np.random.default_rng(0), []
     for size, hours_seen in cells:
@@ -175,8 +175,8 @@ def test_a_p_that_no_sample_contradicts_is_written_as_a_bound_whatever_the_boots
     path = grid_study(tmp_path / "study", sizes=("c8", "xt", "c24", "t", "c48"), pmacs=(0.3, 3.0), utterances=40).path
     study = gather(path)
     found = claims(study, Settings(path, bootstraps=100))
-    tables = paper_tables(
-        study, found, isoflop(found.kept, bootstraps=100, seed=0), node_table(study), comparable(study, found)
+    tables = report_tables(
+        study, found, isoflop(found.kept, bootstraps=100, seed=0), process_scaling(study), comparable(study, found)
     )
     (table,) = (table for table in tables if table.name == "significance")
     bound = table.data["is_bound"]

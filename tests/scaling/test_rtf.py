@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analysis.gather import gather
-from analysis.tables import scaling_table
+from analysis.scaling_table import scaling_table
 from bsrnn.rtf import measure
 from scaling.cli import load_config
 from scaling.config import RunConfig

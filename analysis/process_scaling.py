@@ -2,7 +2,7 @@
 
 Strong scaling: the same global batch on more processes. Weak scaling: the global batch grows with them. Efficiency is
 audio-seconds per second and process over those of the fewest processes (on the fewest nodes) of the same size, kind and
-setting of all other axes. Of runs that finished.
+setting of all else that decides results or speed, whether an axis names it or not. Of runs that finished.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from analysis import style
+from analysis.families import with_settings
 from analysis.gather import Study
 from analysis.other_axes import BUDGET_AXES
-from analysis.tables import axis_value
+from analysis.quantities import axis_value
 
 # Of what the number of processes and the batch are made; how long training goes on is no matter of its speed either.
 SCALED_AXES = ("cluster.nodes", "cluster.gpus_per_node", "cluster.processes_per_node", "train.global_batch")
+# Of how a run is executed, what decides its speed beside the number of processes.
+OF_SPEED = ("audit", "compile", "device", "micro_batch", "num_workers", "threads", "zero_stage")
 COLUMNS = [
     "size",
     "setting",
@@ -37,10 +40,10 @@ COLUMNS = [
 ]
 
 
-def node_table(study: Study) -> pd.DataFrame:
-    """A row a size, setting of the other axes, kind of scaling, number of processes and of nodes.
+def process_scaling(study: Study) -> pd.DataFrame:
+    """A row a size, setting of all else, kind of scaling, number of processes and of nodes.
 
-    No rows if the study has one number of processes only. setting: "" if no other axis tells runs of a size apart.
+    No rows if the study has one number of processes only. setting: "" if nothing else tells runs of a size apart.
     """
     runs = study.finished[np.isfinite(study.finished["audio_seconds_per_second"].astype(float))]
     runs = runs.assign(processes=runs["world_size"].astype(float), nodes=runs["nodes"].astype(float))
@@ -48,7 +51,7 @@ def node_table(study: Study) -> pd.DataFrame:
     if runs["processes"].nunique() < 2:
         return pd.DataFrame(columns=COLUMNS)
     runs["per_process"] = runs["global_batch"] / runs["processes"]
-    others = [axis for axis in study.axes if axis not in SCALED_AXES and not axis.startswith(BUDGET_AXES)]
+    runs, others = _with_other_axes(runs, study)
     by_size = runs.groupby("size")
     told = [axis for axis in others if (by_size[f"axes.{axis}"].nunique(dropna=False) > 1).any()]
     rows = []
@@ -63,6 +66,20 @@ def node_table(study: Study) -> pd.DataFrame:
                 if group["processes"].nunique() > 1:
                     rows += [about | {"scaling": scaling} | row for row in _rows(group)]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _with_other_axes(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, list[str]]:
+    """(runs with a column axes.SETTING for what tells them apart and no axis shows, all such settings and axes)."""
+    named = [axis for axis in study.axes if axis not in SCALED_AXES and not axis.startswith(BUDGET_AXES)]
+    alike = runs.groupby(["size", *(f"axes.{axis}" for axis in named)], dropna=False).ngroup()
+    of_speed = [f"execution.{name}" for name in OF_SPEED]
+    settings = {
+        run_id: {key: value for key, value in study.science[run_id].items() if key not in SCALED_AXES}
+        | {key: value for key, value in study.execution[run_id].items() if key in of_speed}
+        for run_id in runs["run_id"]
+    }
+    runs, axes = with_settings(runs, study, settings, alike)
+    return runs, named + [axis for axis in axes if axis not in study.axes]
 
 
 def _rows(group: pd.DataFrame) -> list[dict[str, object]]:
@@ -91,7 +108,7 @@ def _rows(group: pd.DataFrame) -> list[dict[str, object]]:
     return rows
 
 
-def nodes_figure(table: pd.DataFrame) -> Figure | None:
+def process_figure(table: pd.DataFrame) -> Figure | None:
     """Speed and efficiency against processes, a line a size, setting and kind of scaling; ideal dashed."""
     if table.empty:
         return None

@@ -10,28 +10,54 @@ import pandas as pd
 
 from analysis.breakdown import breakdown
 from analysis.cells import over_seeds
-from analysis.claims import Claims, stopped_early
+from analysis.claims import Claims
 from analysis.comparable import Comparable
+from analysis.exclusions import stopped_early
 from analysis.gather import Study
 from analysis.isoflop import IsoFlop
 from analysis.law_tables import exclusions_effect_table, exclusions_table, held_out_table, isoflop_table, laws_table
-from analysis.paper_table import PaperTable, table_of
 from analysis.quantities import (
     MISSING,
     VALIDATION_LOSS,
     Quantity,
+    axis_value,
     human_count,
     human_hours,
     human_macs,
     loss_of,
+    mean_and_spread,
     round_hours,
+    steps_text,
 )
+from analysis.report_table import ReportTable, table_of
 from analysis.settings import DATA, Settings
 from analysis.significance import paired
-from analysis.tables import axis_value, mean_and_spread, steps_text
+
+MOST_CLIPS = 4  # named in a cell
+# The tables of cells of one setting of the further axes (`analysis.other_axes`).
+OF_ONE_SETTING = {"size_table", "data_table", "joint_table", "laws", "metric_laws", "fits_both_ways", "held_out"}
+OF_ONE_SETTING |= {"isoflop", "significance", "breakdown"}
+CELL_COLUMNS = (
+    "size",
+    "num_params",
+    "num_params_non_decoder",
+    "macs_per_second",
+    "budget_hours",
+    "audio_hours_seen",
+    "steps",
+    "train_macs",
+)
+# What of a budget tells cells apart, as the heading of a column has it.
+BUDGET_WORDS: dict[str, Callable[[float], str]] = {
+    "budget_hours": lambda hours: f"{human_hours(hours)} h of data",
+    "seen": lambda hours: f"{human_hours(hours)} h seen",
+    "steps": lambda steps: f"{steps:,.0f} steps",
+}
 
 
-def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame, cells: Comparable) -> list[PaperTable]:
+def report_tables(
+    study: Study, found: Claims, iso: IsoFlop, processes: pd.DataFrame, cells: Comparable
+) -> list[ReportTable]:
     """All tables that have rows, in the report's order."""
     level, loss = found.settings.level, found.losses[0].quantity
     tables = [
@@ -46,7 +72,7 @@ def paper_tables(study: Study, found: Claims, iso: IsoFlop, nodes: pd.DataFrame,
         isoflop_table(iso, found),
         significance_table(cells, study.metrics, found.settings),
         breakdown_table(cells, study.metrics),
-        nodes_table(nodes),
+        process_table(processes),
         exclusions_table(found),
         replaced_table(study, found),
     ]
@@ -75,31 +101,15 @@ def _quantity_cells(study: Study, runs: pd.DataFrame) -> dict[str, tuple[str, st
     return {q.heading: _spread(runs, q) for q in quantities if study.runs[q.key].notna().any()}
 
 
-def _numbers(study: Study, runs: pd.DataFrame, about: Sequence[str]) -> pd.DataFrame:
+def _numbers(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
     """A row a cell: what it is, mean, standard deviation and count of each quantity, and the runs."""
     cells = runs.groupby("cell", sort=False)
     values = over_seeds(runs, [quantity.key for quantity in (VALIDATION_LOSS, *study.metrics)])
     taken = cells[["steps_taken", "hours_seen", "macs_spent"]].mean()
-    return cells[list(about)].first().join([values, taken]).assign(run_ids=cells["run_id"].agg(" ".join))
+    return cells[list(CELL_COLUMNS)].first().join([values, taken]).assign(run_ids=cells["run_id"].agg(" ".join))
 
 
-MOST_CLIPS = 4  # named in a cell
-# The tables of cells of one setting of the further axes (`analysis.other_axes`).
-OF_ONE_SETTING = {"size_table", "data_table", "joint_table", "laws", "metric_laws", "fits_both_ways", "held_out"}
-OF_ONE_SETTING |= {"isoflop", "significance", "breakdown"}
-ABOUT = (
-    "size",
-    "num_params",
-    "num_params_non_decoder",
-    "macs_per_second",
-    "budget_hours",
-    "audio_hours_seen",
-    "steps",
-    "train_macs",
-)
-
-
-def size_table(study: Study, found: Claims) -> PaperTable:
+def size_table(study: Study, found: Claims) -> ReportTable:
     """Sizes at one budget."""
     claim = found.loss("L(N)")
     about = claim.about if claim else ""
@@ -118,10 +128,10 @@ def size_table(study: Study, found: Claims) -> PaperTable:
     if len(rows) < 2:
         rows = []
     caption = f"Mean ± sample standard deviation over seeds; {about}."
-    return table_of("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs, ABOUT))
+    return table_of("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs))
 
 
-def data_table(study: Study, found: Claims) -> PaperTable:
+def data_table(study: Study, found: Claims) -> ReportTable:
     """Budgets at one size."""
     claim = found.loss("L(D)")
     runs = found.kept[found.kept["run_id"].isin(claim.run_ids if claim else ())].sort_values("D")
@@ -138,10 +148,10 @@ def data_table(study: Study, found: Claims) -> PaperTable:
     if len(rows) < 2:
         rows = []
     caption = f"Mean ± sample standard deviation over seeds; size {runs['size'].iloc[0] if len(runs) else ''}."
-    return table_of("data_table", "Budgets of data at one size", caption, rows, _numbers(study, runs, ABOUT))
+    return table_of("data_table", "Budgets of data at one size", caption, rows, _numbers(study, runs))
 
 
-def joint_table(found: Claims) -> PaperTable:
+def joint_table(found: Claims) -> ReportTable:
     """Loss by size (rows) and budget (columns: compute where sizes share it, else hours, and what else it needs)."""
     runs = found.kept.sort_values("macs_per_second")
     axis = "axes.train.budget.train_pmacs"
@@ -169,13 +179,6 @@ def joint_table(found: Claims) -> PaperTable:
     return table_of("joint_table", "Sizes and budgets together", caption, rows, data.reset_index() if rows else None)
 
 
-BUDGET_WORDS: dict[str, Callable[[float], str]] = {
-    "budget_hours": lambda hours: f"{human_hours(hours)} h of data",
-    "seen": lambda hours: f"{human_hours(hours)} h seen",
-    "steps": lambda steps: f"{steps:,.0f} steps",
-}
-
-
 def _cell_key(runs: pd.DataFrame) -> list[str]:
     """What beside the size tells cells apart: the budget, and of BUDGET_WORDS as many as it takes."""
     key = ["budget"]
@@ -185,7 +188,7 @@ def _cell_key(runs: pd.DataFrame) -> list[str]:
     return key
 
 
-def efficiency_table(study: Study, found: Claims) -> PaperTable:
+def efficiency_table(study: Study, found: Claims) -> ReportTable:
     """What each cell cost, estimated and actual, and what it bought."""
     rows, numbers = [], []
     for _, cell in (
@@ -234,7 +237,8 @@ def _mean_text(values: pd.Series) -> str:
     return f"{mean:.3g}" if np.isfinite(mean) else MISSING
 
 
-def significance_table(cells: Comparable, metrics: Sequence[Quantity], settings: Settings) -> PaperTable:
+def significance_table(cells: Comparable, metrics: Sequence[Quantity], settings: Settings) -> ReportTable:
+    """A row a metric and pair of sizes: difference, interval and p; the CSV has both sizes' hours too."""
     pairs = paired(cells.scores, metrics, bootstraps=settings.bootstraps, level=settings.level, seed=settings.seed)
     seen = cells.runs.groupby("size")["hours_seen"].mean()
     pairs = pairs.assign(hours_seen=pairs["size"].map(seen), hours_seen_against=pairs["against"].map(seen))
@@ -283,7 +287,8 @@ def _p_text(p: float, is_bound: bool) -> str:
     return f"{'<' if is_bound else ''}{p:.2g}" if np.isfinite(p) else MISSING
 
 
-def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> PaperTable:
+def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> ReportTable:
+    """A row a metric and level of SNR or noise, a column a size."""
     rows, numbers = [], []
     for metric in metrics:
         table = breakdown(cells, metric)
@@ -301,9 +306,10 @@ def breakdown_table(cells: Comparable, metrics: Sequence[Quantity]) -> PaperTabl
     return table_of("breakdown", "Where it helps", caption, rows, data)
 
 
-def nodes_table(nodes: pd.DataFrame) -> PaperTable:
-    rows, has_settings = [], bool((nodes["setting"] != "").any())
-    for _, entry in nodes.iterrows():
+def process_table(processes: pd.DataFrame) -> ReportTable:
+    """A row a number of processes, of each size and setting; processes as `process_scaling` has them."""
+    rows, has_settings = [], bool((processes["setting"] != "").any())
+    for _, entry in processes.iterrows():
         share = entry["communication_share"]
         row = {
             "Size": str(entry["size"]),
@@ -320,10 +326,10 @@ def nodes_table(nodes: pd.DataFrame) -> PaperTable:
         }
         rows.append({heading: (text, str(entry["run_ids"])) for heading, text in row.items()})
     caption = "Of runs that finished. Strong: the same global batch on more processes; weak: the batch grows with them."
-    return table_of("node_scaling", "Training on more processes", caption, rows, nodes)
+    return table_of("node_scaling", "Training on more processes", caption, rows, processes)
 
 
-def replaced_table(study: Study, found: Claims) -> PaperTable:
+def replaced_table(study: Study, found: Claims) -> ReportTable:
     """The runs in whose training damaged clips were replaced; the CSV has a row a crop."""
     runs = {run["run_id"]: run for run in found.runs.to_dict("records")}
     rows = []

@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.markup import booktabs, latex_escape, markdown_table
 from analysis.quantities import MISSING
-from analysis.tables import latex_escape, markdown_table
 
 LATEX_WORDS = r"p{0.18\linewidth}"
 LONGEST_LABEL, LONGEST_NUMBER = 20, 32  # characters: of more, a column has to be broken into lines
@@ -32,7 +32,7 @@ def column_kinds(text: pd.DataFrame) -> list[str]:
 
 
 @dataclass(frozen=True)
-class PaperTable:
+class ReportTable:
     """text: what a reader sees. sources: of the same shape, run ids separated by spaces. data: the numbers, for CSV."""
 
     name: str
@@ -53,25 +53,16 @@ class PaperTable:
     def to_latex(self) -> str:
         r"""A booktabs tabular to \input."""
         columns = "".join({"number": "r", "label": "l", "words": LATEX_WORDS}[kind] for kind in column_kinds(self.text))
-        rows = [[latex_escape(str(value)) for value in row] for row in self.text.itertuples(index=False)]
-        lines = [
-            f"% \\usepackage{{booktabs}}; {latex_escape(self.title)}: {latex_escape(self.caption)}",
-            f"\\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            " & ".join(latex_escape(str(name)) for name in self.text.columns) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-        return "\n".join(lines) + "\n"
+        rows = [[str(value) for value in row] for row in self.text.itertuples(index=False)]
+        comment = f"{latex_escape(self.title)}: {latex_escape(self.caption)}"
+        return booktabs(comment, columns, [[str(name) for name in self.text.columns]], rows)
 
 
 def table_of(
     name: str, title: str, caption: str, rows: Sequence[dict[str, tuple[str, str]]], data: Any = None
-) -> PaperTable:
+) -> ReportTable:
     """rows: heading → (text, run ids)."""
     headings = list(dict.fromkeys(heading for row in rows for heading in row))
     text = pd.DataFrame([{h: row.get(h, (MISSING, ""))[0] for h in headings} for row in rows], columns=headings)
     sources = pd.DataFrame([{h: row.get(h, ("", ""))[1] for h in headings} for row in rows], columns=headings)
-    return PaperTable(name, title, caption, text, sources, pd.DataFrame() if data is None else pd.DataFrame(data))
+    return ReportTable(name, title, caption, text, sources, pd.DataFrame() if data is None else pd.DataFrame(data))

@@ -1,16 +1,17 @@
-"""Speedup, efficiency and hours of compute are sums over processes and sessions."""
+"""Speedup and efficiency over processes are of runs that are alike in all else."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from analysis.gather import gather
-from analysis.nodes import node_table, nodes_figure
-from analysis.paper_tables import nodes_table
-from analysis.tables import axis_value
+from analysis.process_scaling import process_figure, process_scaling
+from analysis.quantities import axis_value
+from analysis.result_tables import process_table
 from scaling.records import Record, StudyDirectory
 from tests.analysis.generated import lines, run_record, write_run
 
@@ -39,7 +40,7 @@ def test_speedup_and_efficiency_over_processes_strong_and_weak(tmp_path: Path):
             write_measured(study, plan, processes, processes, speed, rng)
             plans.append(plan)
     study.plan.write_text(lines(plans))
-    table = node_table(gather(study.path))
+    table = process_scaling(gather(study.path))
     for scaling in ("strong", "weak"):
         rows_of = table[table["scaling"] == scaling]
         assert list(rows_of["processes"]) == [1, 2, 4]
@@ -64,19 +65,58 @@ def test_settings_of_another_axis_scale_each_by_itself(axis: str, values: tuple[
                 write_measured(study, plan, nodes, nodes, speeds[value][nodes], rng)
                 plans.append(plan)
     study.plan.write_text(lines(plans))
-    table = node_table(gather(study.path))
+    table = process_scaling(gather(study.path))
     names = [f"{axis}={axis_value(value)}" for value in values]
     assert list(table["setting"]) == [names[0]] * 2 + [names[1]] * 2
     assert list(table["audio_seconds_per_second"]) == [90, 180, 50, 80]
     assert list(table["efficiency"]) == pytest.approx([1, 1, 1, 0.8])
     assert list(table["runs"]) == [2] * 4
-    shown = nodes_table(table).text
+    shown = process_table(table).text
     assert list(shown["Setting"]) == list(table["setting"])
-    figure = nodes_figure(table)
+    figure = process_figure(table)
     assert figure is not None
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"t, {name}, strong: 64 crops" for name in names
     ]
+
+
+def write_merged(path: Path, group: str, name: str, cells: Sequence[tuple[object, int, float]]) -> StudyDirectory:
+    """A run each of (the value of a setting that no axis names, nodes, speed)."""
+    study, rng, plans = StudyDirectory(path), np.random.default_rng(0), []
+    for value, nodes, speed in cells:
+        plan = run_record("t", 1.0, axes={"cluster.nodes": nodes})
+        plan["run_id"] += f"-{nodes}-{value}"
+        plan["config"] = {group: {name: value}}
+        if group == "train":
+            plan["science"]["train"][name] = value
+        write_measured(study, plan, nodes, nodes, speed, rng)
+        plans.append(plan)
+    study.plan.write_text(lines(plans))
+    return study
+
+
+SETTINGS_OF_NO_AXIS = [("train", "precision", ("bf16", "fp32")), ("execution", "compile", (True, False))]
+
+
+@pytest.mark.parametrize(("group", "name", "values"), SETTINGS_OF_NO_AXIS)
+def test_merged_folders_that_differ_in_a_setting_scale_each_by_itself(
+    group: str, name: str, values: tuple[object, object], tmp_path: Path
+):
+    cells = [(values[0], 1, 90.0), (values[0], 2, 180.0), (values[1], 1, 50.0), (values[1], 2, 80.0)]
+    table = process_scaling(gather(write_merged(tmp_path / "study", group, name, cells).path))
+    names = [f"{group}.{name}={str(value).lower()}" for value in values]
+    assert list(table["setting"]) == [names[0]] * 2 + [names[1]] * 2
+    assert list(table["audio_seconds_per_second"]) == [90, 180, 50, 80]
+    assert list(table["efficiency"]) == pytest.approx([1, 1, 1, 0.8])
+    assert list(table["runs"]) == [1] * 4
+
+
+@pytest.mark.parametrize(("group", "name", "values"), SETTINGS_OF_NO_AXIS)
+def test_a_speed_on_two_nodes_is_not_measured_by_one_of_another_setting_on_one(
+    group: str, name: str, values: tuple[object, object], tmp_path: Path
+):
+    study = write_merged(tmp_path / "study", group, name, [(values[0], 1, 50.0), (values[1], 2, 180.0)])
+    assert process_scaling(gather(study.path)).empty
 
 
 def test_processes_of_one_node_and_of_several_are_rows_of_their_own(tmp_path: Path):
@@ -87,10 +127,10 @@ def test_processes_of_one_node_and_of_several_are_rows_of_their_own(tmp_path: Pa
         write_measured(study, plan, nodes * on_each, nodes, speed, rng)
         plans.append(plan)
     study.plan.write_text(lines(plans))
-    table = node_table(gather(study.path))
+    table = process_scaling(gather(study.path))
     rows = table[["processes", "nodes", "efficiency", "setting"]].to_numpy().tolist()
     assert rows == [[1, 1, 1.0, ""], [2, 1, 1.0, ""], [2, 2, 0.75, ""]]
-    assert "Setting" not in nodes_table(table).text
+    assert "Setting" not in process_table(table).text
 
 
 def test_a_run_that_did_not_finish_has_no_speed_to_compare(tmp_path: Path):
@@ -106,24 +146,6 @@ def test_a_run_that_did_not_finish_has_no_speed_to_compare(tmp_path: Path):
                 failed = {"event": "failed", "failure": "out of memory", "reason": "at step 3", "time": 1.8e9}
                 run.events.write_text(lines([*run.read_events()[:3], failed]))
     study.plan.write_text(lines(plans))
-    table = node_table(gather(study.path))
+    table = process_scaling(gather(study.path))
     assert list(table["audio_seconds_per_second"]) == [20, 40]
     assert [row.split() for row in table["run_ids"]] == [[plans[0]["run_id"]], [plans[1]["run_id"]]]
-
-
-def test_hours_of_compute_are_summed_over_sessions_and_processes(tmp_path: Path):
-    study, plan = StudyDirectory(tmp_path / "study"), run_record("t", 1.0)
-    write_run(study, plan, 0.04, np.random.default_rng(0))
-    study.run(plan["run_id"]).events.write_text(
-        lines(
-            [
-                {"event": "started", "time": 0.0, "world_size": 2},
-                {"event": "checkpointed", "time": 1800.0},
-                {"event": "resumed", "time": 9000.0, "world_size": 2},  # killed in between
-                {"event": "evaluating", "time": 9000.0 + 3600},
-                {"event": "finished", "time": 9000.0 + 4000},
-            ]
-        )
-    )
-    study.plan.write_text(lines([plan]))
-    assert gather(study.path).runs.loc[0, "training_hours"] == pytest.approx(2 * 1.5)
