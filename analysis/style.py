@@ -95,7 +95,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     }
     with mpl.rc_context(_SETTINGS):
         figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once for both kinds: that is most of the time
+    figure.set_layout_engine(None)  # laid out once for both kinds; a placeholder ("none") would have each drawn twice
     for kind, options in kinds.items():
         content = io.BytesIO()
         with mpl.rc_context(_SETTINGS):
