@@ -27,7 +27,16 @@ import numpy as np
 import pandas as pd
 
 from analysis.quantities import NOISIEST_GAIN, Quantity, metrics_named
-from analysis.reading import KINDS, REPLACED, UNPROCESSED, UTTERANCE, RunRecords, flatten, read_run
+from analysis.reading import (
+    KINDS,
+    REPLACED,
+    UNPROCESSED,
+    UTTERANCE,
+    RunRecords,
+    execution_settings,
+    flatten,
+    read_run,
+)
 from analysis.workers import pool
 from scaling.records import Record, RecordError, StudyDirectory
 
@@ -185,7 +194,10 @@ def gather(directory: Path | str) -> Study:
         provenance=pd.DataFrame.from_dict(provenance, orient="index").rename_axis("run_id"),
         science=science,
         settings={run_id: _settings(row) | science[run_id] for run_id, row in plan.items()},
-        execution={run_id: _execution(row) for run_id, row in plan.items()},
+        execution={  # a plan that was made anew may ask for another execution than a run has had
+            run_id: execution_settings(row) if one.execution is None else one.execution
+            for (run_id, row), one in zip(plan.items(), read, strict=True)
+        },
         metrics=metrics,
         axes=axes,
         unplanned=tuple(sorted(path.name for path in _folders(study.runs) if path.name not in plan)),
@@ -372,11 +384,6 @@ def _settings(planned: Record) -> dict[str, str]:
         "train": of("train", lambda name: name != "budget"),
     }
     return _without_seeds(flatten({group: values for group, values in groups.items() if values}))
-
-
-def _execution(planned: Record) -> dict[str, str]:
-    values = _at(planned, ("config", "execution"))
-    return flatten({"execution": values}) if isinstance(values, dict) else {}
 
 
 def _without_seeds(settings: dict[str, str]) -> dict[str, str]:

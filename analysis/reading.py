@@ -40,6 +40,7 @@ class RunRecords:
     refusals: (id, metric, reason) of every score that is missing.
     replaced: (t, id, shard, what, by) of every crop whose clip was damaged.
     provenance: as text, nested entries dotted; None if the run has not been prepared.
+    execution: the flattened settings that it was begun with; None likewise.
     """
 
     outcome: dict[str, Any]
@@ -49,6 +50,7 @@ class RunRecords:
     refusals: list[tuple[str, str, str]]
     replaced: list[tuple[Any, ...]]
     provenance: dict[str, str] | None
+    execution: dict[str, str] | None
 
 
 def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunRecords:
@@ -59,10 +61,11 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
     events = run.read_events()
     curve = _curve(run.read_metrics(orjson.loads))
     about, scores, refusals = _scores(run.read_scores(orjson.loads))
-    provenance = None
+    provenance, execution = None, None
     is_best_kept = False
     if run.plan.exists():
         plan = run.read_plan()
+        execution = execution_settings(plan)
         is_best_kept = _stops_early(plan)
         provenance = flatten(plan.get("provenance") or {}) | _resumed_by(events, plan.get("provenance") or {})
         if hardware := _hardware(events):
@@ -72,7 +75,15 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
     # Means are of double precision; what is kept of each utterance has the seven digits of single.
     single = {name: values if values.dtype == bool else values.astype(np.float32) for name, values in scores.items()}
     replaced = [tuple(row.get(key) for key in REPLACED) for row in run.read_quarantine()]
-    return RunRecords(outcome, _thinned(curve, curve_points), about, single, refusals, replaced, provenance)
+    curve = _thinned(curve, curve_points)
+    return RunRecords(outcome, curve, about, single, refusals, replaced, provenance, execution)
+
+
+def execution_settings(plan: Record) -> dict[str, str]:
+    """The flattened settings of how a run is executed, of its plan or its row of the study's; {} if there are none."""
+    config = plan.get("config")
+    values = config.get("execution") if isinstance(config, dict) else None
+    return flatten({"execution": values}) if isinstance(values, dict) else {}
 
 
 def _resumed_by(events: Sequence[Record], planned: Record) -> dict[str, str]:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -44,7 +44,7 @@ from scaling.command import run_main
 from scaling.errors import UserError
 from scaling.locks import held_lock
 from scaling.plan import RunPlan, require_writable
-from scaling.records import StudyDirectory
+from scaling.records import RecordError, StudyDirectory
 
 SECONDS_TO_WAIT = 120.0  # for another sweep's submission to SLURM
 
@@ -93,7 +93,9 @@ def _lock_of(study: StudyDirectory, config: StudyConfig) -> Iterator[int]:
 def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfig, lock: int) -> int:
     """Write the plan, bring what is not settled to its end (or submit it), report."""
     _tell_other_runs(study, plans)
-    todo = [plan for plan in plans if not plan.directory.is_settled()]
+    settled = [plan.directory.is_settled() for plan in plans]
+    todo = [plan for plan, is_settled in zip(plans, settled, strict=True) if not is_settled]
+    _tell_other_execution([plan for plan, is_settled in zip(plans, settled, strict=True) if is_settled])
     print(f"{len(plans) - len(todo)} of {len(plans)} runs are complete (finished or diverged), {len(todo)} to run")
     if todo and config.cluster.executor == "slurm":
         return _submit(study, plans, todo, config, lock)
@@ -163,6 +165,22 @@ def _tell_other_runs(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
             f"{study.path} holds {len(others)} runs of earlier plans that this sweep does not name: they stay, but its "
             "table is of this plan alone; widen the axes to have both, or give another study=DIR"
         )
+
+
+def _tell_other_execution(complete: Sequence[RunPlan]) -> None:
+    """Of runs that are not executed again, though the command line now asks for another execution than they had."""
+    count = 0
+    told: dict[str, bool] = {}
+    for plan in complete:
+        with suppress(RecordError):  # the report tells
+            there = plan.directory.read_plan()["config"]["execution"]
+            here = vars(plan.config.execution)  # what is null is left to whoever executes the run
+            changed = {key for key in here if here[key] is not None and here[key] != there.get(key, here[key])}
+            count += bool(changed)
+            told |= {f"execution.{key} = {there[key]} and not {here[key]}": True for key in here if key in changed}
+    if told:
+        runs = f"{count} complete run{'s' * (count > 1)}"
+        print(f"of {runs} {'; '.join(told)}: they stay so; to have them anew, give another study=DIR")
 
 
 def _report(study: StudyDirectory) -> bool:

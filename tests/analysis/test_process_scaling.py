@@ -111,6 +111,17 @@ def test_merged_folders_that_differ_in_a_setting_scale_each_by_itself(
     assert list(table["runs"]) == [1] * 4
 
 
+def test_a_plan_made_anew_with_another_execution_does_not_rename_what_was_measured(tmp_path: Path):
+    cells = [(False, 1, 90.0), (False, 2, 180.0), (True, 1, 50.0), (True, 2, 80.0)]
+    study = write_merged(tmp_path / "study", "execution", "compile", cells)
+    plans = study.read_plan()
+    for plan in plans:
+        plan["config"]["execution"]["compile"] = True
+    study.plan.write_text(lines(plans))
+    table = process_scaling(gather(study.path))
+    assert list(table["setting"]) == ["execution.compile=false"] * 2 + ["execution.compile=true"] * 2
+
+
 @pytest.mark.parametrize(("group", "name", "values"), SETTINGS_OF_NO_AXIS)
 def test_a_speed_on_two_nodes_is_not_measured_by_one_of_another_setting_on_one(
     group: str, name: str, values: tuple[object, object], tmp_path: Path

@@ -65,9 +65,10 @@ def test_a_sweep_trains_every_cell_once_and_ends_with_a_report(sweep_words: list
     assert "xxt" in done.stdout
 
     begun = time.monotonic()
-    again = command("launch.sweep", *sweep_words)
+    again = command("launch.sweep", *sweep_words, "execution.log_every=2")
     assert again.returncode == 0, again.stderr
     assert "4 of 4 runs are complete (finished or diverged), 0 to run" in again.stdout
+    assert "of 4 complete runs execution.log_every = 1 and not 2: they stay so" in again.stdout
     assert started(study) == {row["run_id"]: 1 for row in plan}
     assert time.monotonic() - begun < 60
 
@@ -91,6 +92,7 @@ def test_a_failing_cell_leaves_the_others_and_is_named_with_its_log(sweep_words:
         "launch.sweep", *words, "sweep.axes.model=[xxt]", "sweep.axes.train.optimiser.learning_rate=[0.001,1e30]"
     )
     assert again.returncode == 1, "a diverged run is a result: not tried again, still told"
+    assert "they stay so" not in again.stdout
     assert "2 of 2 runs are complete (finished or diverged), 0 to run" in again.stdout
 
 
