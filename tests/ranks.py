@@ -1,7 +1,7 @@
 """Real processes of one run, as a launcher starts them: tests start them, harm them, and read what they say.
 
-They are forked from a server that has imported what they need already, which saves each of them seconds. Beside torch that
-is what torch and Accelerate import for the first optimiser.
+They are forked from a server that has imported what they need already, which saves each of them seconds: beside torch,
+what torch and Accelerate import for the first optimiser.
 """
 
 from __future__ import annotations
