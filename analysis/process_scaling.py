@@ -2,7 +2,7 @@
 
 Strong scaling: the same global batch on more processes. Weak scaling: the global batch grows with them. Efficiency is
 audio-seconds per second and process over those of the fewest processes (on the fewest nodes) of the same size, kind and
-setting of all else that decides results or speed, whether an axis names it or not. Of runs that finished.
+setting of all else that decides results or speed, hardware too, whether an axis names it or not. Of runs that finished.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ COLUMNS = [
 def process_scaling(study: Study) -> pd.DataFrame:
     """A row a size, setting of all else, kind of scaling, number of processes and of nodes.
 
-    No rows if the study has one number of processes only. setting: "" if nothing else tells runs of a size apart.
+    No rows if no two numbers of processes are of one size, setting and kind of hardware.
+    setting: "" if nothing else tells runs of a size apart.
     """
     runs = study.finished[np.isfinite(study.finished["audio_seconds_per_second"].astype(float))]
     runs = runs.assign(processes=runs["world_size"].astype(float), nodes=runs["nodes"].astype(float))
@@ -76,10 +77,20 @@ def _with_other_axes(runs: pd.DataFrame, study: Study) -> tuple[pd.DataFrame, li
     settings = {
         run_id: {key: value for key, value in study.science[run_id].items() if key not in SCALED_AXES}
         | {key: value for key, value in study.execution[run_id].items() if key in of_speed}
+        | _hardware(study, run_id)
         for run_id in runs["run_id"]
     }
     runs, axes = with_settings(runs, study, settings, alike)
     return runs, named + [axis for axis in axes if axis not in study.axes]
+
+
+def _hardware(study: Study, run_id: str) -> dict[str, str]:
+    """What a run trained on, by its kind: GPUs, or CPUs where there was none; {} where it is not on record."""
+    for part in ("hardware.gpu", "hardware.cpu"):
+        kind = study.provenance[part].get(run_id) if part in study.provenance else None
+        if isinstance(kind, str) and kind != "none":
+            return {part: kind}
+    return {}
 
 
 def _rows(group: pd.DataFrame) -> list[dict[str, object]]:

@@ -175,7 +175,7 @@ def _figures(
         "processes": (
             process_figure(processes),
             "Training speed and efficiency against the number of processes; ideal dashed.",
-            "the study has one number of processes",
+            "no two numbers of processes are of one size, setting and kind of hardware",
         ),
     }
     for metric in study.metrics:

@@ -17,13 +17,19 @@ from tests.analysis.generated import lines, run_record, write_run
 
 
 def write_measured(
-    study: StudyDirectory, plan: Record, processes: int, nodes: int, speed: float, rng: np.random.Generator
+    study: StudyDirectory,
+    plan: Record,
+    processes: int,
+    nodes: int,
+    speed: float,
+    rng: np.random.Generator,
+    **hardware: str,
 ) -> None:
     """A run of so many processes and audio-seconds per second."""
     write_run(study, plan, 0.04, rng)
     run = study.run(plan["run_id"])
     events = run.read_events()
-    events[1] |= {"world_size": processes, "nodes": nodes}
+    events[1] |= {"world_size": processes, "nodes": nodes, "hardware": events[1]["hardware"] | hardware}
     run.events.write_text(lines(events))
     rows = run.read_metrics()
     for row in rows:
@@ -128,6 +134,32 @@ def test_a_speed_on_two_nodes_is_not_measured_by_one_of_another_setting_on_one(
 ):
     study = write_merged(tmp_path / "study", group, name, [(values[0], 1, 50.0), (values[1], 2, 180.0)])
     assert process_scaling(gather(study.path)).empty
+
+
+@pytest.mark.parametrize("part", ["gpu", "cpu"])
+def test_speeds_of_two_kinds_of_hardware_are_neither_pooled_nor_compared(part: str, tmp_path: Path):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for kind, nodes, speed in (("fast", 1, 90.0), ("slow", 1, 20.0), ("slow", 2, 36.0), ("third", 4, 300.0)):
+        plan = run_record("t", 1.0, axes={"cluster.nodes": nodes})
+        plan["run_id"] += f"-{nodes}-{kind}"
+        write_measured(study, plan, nodes, nodes, speed, rng, **{part: kind})
+        plans.append(plan)
+    study.plan.write_text(lines(plans))
+    table = process_scaling(gather(study.path))
+    assert list(table["setting"]) == [f"hardware.{part}=slow"] * 2
+    assert list(table["efficiency"]) == pytest.approx([1, 0.9])
+
+
+def test_the_kind_of_cpu_beside_a_gpu_tells_no_speeds_apart(tmp_path: Path):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    for cpu, nodes, speed in (("one", 1, 90.0), ("another", 2, 162.0)):
+        plan = run_record("t", 1.0, axes={"cluster.nodes": nodes})
+        plan["run_id"] += f"-{nodes}"
+        write_measured(study, plan, nodes, nodes, speed, rng, gpu="a GPU", cpu=cpu)
+        plans.append(plan)
+    study.plan.write_text(lines(plans))
+    table = process_scaling(gather(study.path))
+    assert table[["setting", "efficiency"]].to_numpy().tolist() == [["", 1.0], ["", 0.9]]
 
 
 def test_processes_of_one_node_and_of_several_are_rows_of_their_own(tmp_path: Path):
