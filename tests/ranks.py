@@ -1,7 +1,6 @@
 """Real processes of one run, as a launcher starts them: tests start them, harm them, and read what they say.
 
-They are forked from a server that has imported what they need already, which saves each of them seconds: beside torch,
-what torch and Accelerate import for the first optimiser.
+They are forked from a server that has imported torch already, which saves each of them seconds.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import psutil
 from scaling.ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
-OF_A_RUN = ("scaling.run", "pystoi", "torch.utils.tensorboard", "torch._dynamo", "deepspeed", "transformers")
-CONTEXT.set_forkserver_preload([*OF_A_RUN, "tests.ranks"])
+CONTEXT.set_forkserver_preload(["scaling.run", "torch.utils.tensorboard", "deepspeed", "tests.ranks"])
 
 STARTED: list[Rank] = []
 
