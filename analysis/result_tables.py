@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.breakdown import breakdown
 from analysis.cells import over_seeds
-from analysis.claims import Claims
+from analysis.claims import Claim, Claims
 from analysis.comparable import Comparable
 from analysis.exclusions import stopped_early
 from analysis.gather import Study
@@ -112,43 +112,61 @@ def _numbers(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
 def size_table(study: Study, found: Claims) -> ReportTable:
     """Sizes at one budget."""
     claim = found.loss("L(N)")
-    about = claim.about if claim else ""
-    runs = found.kept[found.kept["run_id"].isin(claim.run_ids if claim else ())].sort_values("macs_per_second")
-    rows = []
-    for _, cell in runs.groupby("cell", sort=False):
-        first, ids = cell.iloc[0], _ids(cell)
-        row = {
-            "Size": (str(first["size"]), ids),
-            "Parameters": (human_count(first["num_params"]), ids),
-            "outside decoder": (human_count(float(first["num_params_non_decoder"] or np.nan)), ids),
-            "MACs/s": (human_count(first["macs_per_second"]), ids),
-            "Seeds": (str(len(cell)), ids),
+    runs = _of_claim(found, claim).sort_values("macs_per_second")
+
+    def columns(cell: pd.DataFrame) -> dict[str, str]:
+        first = cell.iloc[0]
+        return {
+            "Size": str(first["size"]),
+            "Parameters": human_count(first["num_params"]),
+            "outside decoder": human_count(float(first["num_params_non_decoder"] or np.nan)),
+            "MACs/s": human_count(first["macs_per_second"]),
         }
-        rows.append(row | _quantity_cells(study, cell))
-    if len(rows) < 2:
-        rows = []
-    caption = f"Mean ± sample standard deviation over seeds; {about}."
-    return table_of("size_table", "Sizes at one budget", caption, rows, _numbers(study, runs))
+
+    about = claim.about if claim else ""
+    return _table_of_cells(study, runs, "size_table", "Sizes at one budget", about, columns)
 
 
 def data_table(study: Study, found: Claims) -> ReportTable:
     """Budgets at one size."""
-    claim = found.loss("L(D)")
-    runs = found.kept[found.kept["run_id"].isin(claim.run_ids if claim else ())].sort_values("D")
+    runs = _of_claim(found, found.loss("L(D)")).sort_values("D")
+
+    def columns(cell: pd.DataFrame) -> dict[str, str]:
+        first = cell.iloc[0]
+        return {
+            "Hours seen": human_hours(float(cell["hours_seen"].mean())),
+            "Hours of data": human_hours(first["budget_hours"]),
+            "Steps": steps_text(first["steps"], cell["steps_taken"].mean()),
+        }
+
+    about = f"size {runs['size'].iloc[0] if len(runs) else ''}"
+    return _table_of_cells(study, runs, "data_table", "Budgets of data at one size", about, columns)
+
+
+def _of_claim(found: Claims, claim: Claim | None) -> pd.DataFrame:
+    """The runs that a law is fitted to."""
+    return found.kept[found.kept["run_id"].isin(claim.run_ids if claim else ())]
+
+
+def _table_of_cells(
+    study: Study,
+    runs: pd.DataFrame,
+    name: str,
+    title: str,
+    about: str,
+    columns: Callable[[pd.DataFrame], dict[str, str]],
+) -> ReportTable:
+    """A row a cell, in the order of the runs, if there are several.
+
+    columns: a cell's runs → what tells it from the others; its seeds and quantities follow.
+    """
     rows = []
     for _, cell in runs.groupby("cell", sort=False):
-        first, ids = cell.iloc[0], _ids(cell)
-        row = {
-            "Hours seen": (human_hours(float(cell["hours_seen"].mean())), ids),
-            "Hours of data": (human_hours(first["budget_hours"]), ids),
-            "Steps": (steps_text(first["steps"], cell["steps_taken"].mean()), ids),
-            "Seeds": (str(len(cell)), ids),
-        }
-        rows.append(row | _quantity_cells(study, cell))
-    if len(rows) < 2:
-        rows = []
-    caption = f"Mean ± sample standard deviation over seeds; size {runs['size'].iloc[0] if len(runs) else ''}."
-    return table_of("data_table", "Budgets of data at one size", caption, rows, _numbers(study, runs))
+        ids = _ids(cell)
+        told = {heading: (text, ids) for heading, text in (columns(cell) | {"Seeds": str(len(cell))}).items()}
+        rows.append(told | _quantity_cells(study, cell))
+    caption = f"Mean ± sample standard deviation over seeds; {about}."
+    return table_of(name, title, caption, rows if len(rows) > 1 else [], _numbers(study, runs))
 
 
 def joint_table(found: Claims) -> ReportTable:

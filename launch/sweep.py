@@ -169,18 +169,17 @@ def _tell_other_runs(study: StudyDirectory, plans: Sequence[RunPlan]) -> None:
 
 def _tell_other_execution(complete: Sequence[RunPlan]) -> None:
     """Of runs that are not executed again, though the command line now asks for another execution than they had."""
-    count = 0
-    told: dict[str, bool] = {}
+    count, told = 0, list[str]()
     for plan in complete:
-        with suppress(RecordError):  # the report tells
+        with suppress(RecordError, KeyError, TypeError):  # of another version; what is damaged the report tells
             there = plan.directory.read_plan()["config"]["execution"]
             here = vars(plan.config.execution)  # what is null is left to whoever executes the run
-            changed = {key for key in here if here[key] is not None and here[key] != there.get(key, here[key])}
+            changed = [key for key in here if here[key] is not None and here[key] != there.get(key, here[key])]
             count += bool(changed)
-            told |= {f"execution.{key} = {there[key]} and not {here[key]}": True for key in here if key in changed}
+            told += [f"execution.{key} = {there[key]} and not {here[key]}" for key in changed]
     if told:
         runs = f"{count} complete run{'s' * (count > 1)}"
-        print(f"of {runs} {'; '.join(told)}: they stay so; to have them anew, give another study=DIR")
+        print(f"of {runs} {'; '.join(dict.fromkeys(told))}: they stay so; to have them anew, give another study=DIR")
 
 
 def _report(study: StudyDirectory) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from scaling.cli import CONFIG_FOLDER
-from scaling.records import RunDirectory, StudyDirectory
+from scaling.records import RunDirectory, StudyDirectory, to_json
 
 AXES = ("sweep.axes.model=[xxt,xt]", "sweep.axes.seed=[0,1]")
 
@@ -64,11 +65,13 @@ def test_a_sweep_trains_every_cell_once_and_ends_with_a_report(sweep_words: list
         assert (report / name).stat().st_size > 100, name
     assert "xxt" in done.stdout
 
+    of_another_version = study.run(plan[0]["run_id"]).plan
+    of_another_version.write_text(to_json(json.loads(of_another_version.read_text()) | {"config": None}))
     begun = time.monotonic()
     again = command("launch.sweep", *sweep_words, "execution.log_every=2")
     assert again.returncode == 0, again.stderr
     assert "4 of 4 runs are complete (finished or diverged), 0 to run" in again.stdout
-    assert "of 4 complete runs execution.log_every = 1 and not 2: they stay so" in again.stdout
+    assert "of 3 complete runs execution.log_every = 1 and not 2: they stay so" in again.stdout
     assert started(study) == {row["run_id"]: 1 for row in plan}
     assert time.monotonic() - begun < 60
 
