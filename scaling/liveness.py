@@ -34,10 +34,11 @@ class LostRankError(Exception):
 class OwnTime:
     """Seconds that this process has lived through: while it is stopped, as SLURM suspends jobs, hardly any pass.
 
-    To be asked more often than every LONGEST_PAUSE seconds, which is the most that counts between two answers.
+    To be asked about every LONGEST_PAUSE seconds, which is the most that counts between two answers: a process that
+    was stopped between two signs has the time of one more for the next, within the shortest silence_timeout allowed.
     """
 
-    LONGEST_PAUSE = 2 * SECONDS_BETWEEN_SIGNS
+    LONGEST_PAUSE = SECONDS_BETWEEN_SIGNS / 2
 
     def __init__(self) -> None:
         self._seconds, self._before, self._lock = 0.0, time.monotonic(), threading.Lock()
@@ -73,7 +74,7 @@ class Watch(threading.Thread):
         """Look every two seconds; whatever a look says, or that it does not return, ends this process."""
         threading.Thread(target=self._keep_looking, daemon=True, name="look").start()
         # A look hangs where rank 0, which keeps the store, is frozen: no timeout of the store's ends that.
-        while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS / 2):
+        while not self._is_closed.wait(OwnTime.LONGEST_PAUSE):
             silent = self._now() - self._last_look
             if self._lost is None and silent > self.silence_timeout:
                 self._lost = f"rank 0, which keeps the store of the run, has given no answer for {silent:.0f} s"

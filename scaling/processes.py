@@ -52,6 +52,7 @@ class Processes:
     local_rank: int = 0
     watch: Watch | None = field(default=None, repr=False)
     timeout: timedelta | None = None  # of a collective
+    _group: distributed.ProcessGroup | None = field(default=None, repr=False)  # that this rank has left
 
     @property
     def is_first(self) -> bool:
@@ -162,6 +163,9 @@ class Processes:
                 self.barrier()
             self.watch.close()
             if wait:
+                # Kept, so that DDP's reducer is not the last to let go of it: that would hold Python's lock while it
+                # waits for the group's threads, and they need the lock to let go of the last collective's tensors.
+                self._group = distributed.group.WORLD
                 distributed.destroy_process_group()
         self.world_size, self.watch = 1, None
 

@@ -16,8 +16,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from scaling.ports import free_port
+from scaling.processes import join
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["scaling.run", "torch.utils.tensorboard", "deepspeed", "tests.ranks"])
@@ -67,7 +70,7 @@ def start_ranks(
     """Start ranks of a run (all, unless some are named), each with a log of its own in the folder.
 
     command: "execute" is what `python -m scaling.train` does; "train" ends with the last step, before the
-        test set is scored, and says the hash of the weights
+        test set is scored, and says the hash of the weights; "meet and part" does that at each port of the words
     """
     port = port or free_port()
     started = []
@@ -117,7 +120,7 @@ def _run(command: str, words: list[str], environment: dict[str, str], log: Path)
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     try:
-        status = _execute(words) if command == "execute" else _train(words)
+        status = {"execute": _execute, "train": _train, "meet and part": _meet_and_part}[command](words)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -141,7 +144,6 @@ def _train(words: list[str]) -> int:
     from scaling.config import RunConfig
     from scaling.plan import plan_run
     from scaling.prepare import open_shards
-    from scaling.processes import join
     from scaling.run import train
     from scaling.stopping import StopFlag
 
@@ -163,4 +165,19 @@ def _train(words: list[str]) -> int:
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         print("weights", digest.hexdigest(), flush=True)
         processes.leave()
+    return 0
+
+
+def _meet_and_part(ports: list[str]) -> int:
+    """Meet, take gradients over all, and part; the model over them is gone at once, as in a run that is stopped."""
+    for port in ports:
+        os.environ["MASTER_PORT"] = port
+        processes = join(60, 5, 60, "cpu")
+        model = DistributedDataParallel(torch.nn.Linear(1, 1))
+        model(torch.ones(1, 1)).sum().backward()
+        assert processes.watch is not None
+        processes.watch.close()
+        processes.watch.close = lambda: None  # it gives the group's threads time to come to rest
+        processes.leave()
+        del model
     return 0

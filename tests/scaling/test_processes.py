@@ -19,7 +19,9 @@ import torch
 from torch import distributed
 
 from scaling.checkpoint import load_newest
+from scaling.config import ExecutionConfig
 from scaling.errors import MeetingError, UserError
+from scaling.liveness import SECONDS_BETWEEN_SIGNS, OwnTime
 from scaling.ports import free_port
 from scaling.processes import VARIABLES, Processes, _check_devices, join
 from scaling.records import RunDirectory
@@ -277,6 +279,27 @@ def test_a_rank_that_dies_or_freezes_is_named_and_ends_the_run(
     state, event = run_of(tmp_path / "study").state()
     assert (state, event["failure"]) == ("failed", "node failure")
     assert f"rank {lost}" in event["reason"]
+
+
+def test_processes_part_though_the_groups_threads_are_still_busy(tmp_path: Path):
+    ports = [str(free_port()) for _ in range(20)]
+    ranks = start_ranks(ports, tmp_path, 2, command="meet and part")
+    assert [rank.wait(60) for rank in ranks] == [0, 0], ranks[0].said
+
+
+def test_the_shortest_silence_that_may_be_set_is_longer_than_a_suspension_between_two_signs(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now = 0.0
+    monkeypatch.setattr("scaling.liveness.time.monotonic", lambda: now)
+    lived = OwnTime()
+    for seconds in (1, 1, 3600, 1, 1):  # a sign, an hour's suspension on the way to the next
+        now += seconds
+        lived()
+    assert lived() == 5
+    with pytest.raises(UserError, match=r"execution.silence_timeout = 4.9: expected at least 5 seconds"):
+        ExecutionConfig(silence_timeout=4.9)
+    assert SECONDS_BETWEEN_SIGNS + 2 * OwnTime.LONGEST_PAUSE < 5
 
 
 def test_a_run_that_is_suspended_whole_goes_on_when_it_is_resumed(long_run: list[str], tmp_path: Path):
