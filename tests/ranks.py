@@ -1,6 +1,7 @@
 """Real processes of one run, as a launcher starts them: tests start them, harm them, and read what they say.
 
-They are forked from a server that has imported torch already, which saves each of them seconds.
+They are forked from a server that has imported what they need already, which saves each of them seconds: beside torch
+what torch and Accelerate import for the first optimiser.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from scaling.ports import free_port
 from scaling.processes import join
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["scaling.run", "torch.utils.tensorboard", "deepspeed", "tests.ranks"])
+OF_A_RUN = ("scaling.run", "pystoi", "torch.utils.tensorboard", "torch._dynamo", "deepspeed", "transformers")
+CONTEXT.set_forkserver_preload([*OF_A_RUN, "tests.ranks"])
 
 STARTED: list[Rank] = []
 
