@@ -69,6 +69,7 @@ def check(submission: Submission, index: int) -> None:
         )
         try:
             _check(submission, plan, processes, stop, started)
+            processes.leave()
         except Exception as error:
             processes.tell_failure(str(error))
             raise

@@ -39,8 +39,9 @@ import soxr
 
 from scaling.corpus import espeak
 from scaling.corpus.espeak import Voice
-from scaling.corpus.noises import NOISES, coloured, in_room
+from scaling.corpus.noises import NOISES
 from scaling.corpus.sentences import draw_text
+from scaling.corpus.sounds import coloured, in_room
 from scaling.corpus.vbd import VALIDATION_SPEAKERS
 from scaling.errors import UserError
 from scaling.locks import held_when_free
