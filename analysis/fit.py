@@ -74,18 +74,30 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Bootstraps:
+    """Laws fitted to resampled data, as they are drawn; empty if there were none.
+
+    values: name of a parameter → (B,) values.
+    resampled: "seeds" or "cells", what was drawn.
+    widening: (B,) by which the distance of each from the optimum counts in an interval.
+    unfinished: share that found no optimum.
+    """
+
+    values: dict[str, Array] = field(default_factory=dict)
+    resampled: str = ""
+    widening: Array = field(default_factory=lambda: np.empty(0))
+    unfinished: float = 0.0
+
+
+@dataclass(frozen=True)
 class Fit:
     """A law fitted to data.
 
     status: converged, at a bound (then `reason` names the parameters), not converged, or
         unidentifiable (then there are no parameters).
     parameters: name → value. objective: of the optimum. huber: delta, or None for least squares.
-    bootstrap: name → (B,) values of the bootstraps; empty if there were none.
-    resampled: "seeds" or "cells", what the bootstraps drew.
-    widening: (B,) by which each bootstrap's distance from the optimum counts in an interval; standard errors are
-        of the bootstraps as drawn.
     residuals: (cells,) of the cells' means, of log y or y.
-    unfinished: share of the bootstraps that found no optimum.
+    bootstraps: what intervals come from; standard errors are of the bootstraps as drawn.
     at_bounds: names of the parameters that stopped at the end of their range.
     lack_of_fit: F of the cells' distance from the law over the scatter of seeds within them, about 1 where the law
         holds, and the degrees of freedom of both; None where no cell has several seeds.
@@ -99,29 +111,26 @@ class Fit:
     objective: float = np.nan
     huber: float | None = None
     residuals: Array = field(default_factory=lambda: np.empty(0))
-    bootstrap: dict[str, Array] = field(default_factory=dict)
-    resampled: str = ""
-    widening: Array = field(default_factory=lambda: np.empty(0))
-    unfinished: float = 0.0
+    bootstraps: Bootstraps = field(default_factory=Bootstraps)
     at_bounds: tuple[str, ...] = ()
 
     @property
     def freedom(self) -> int:
         """Degrees of freedom of the scatter that the bootstraps draw from."""
         within = len(self.data.y) - self.data.num_cells
-        return within if self.resampled == "seeds" else self.data.num_cells - self.law.num_parameters
+        return within if self.bootstraps.resampled == "seeds" else self.data.num_cells - self.law.num_parameters
 
     @property
     def has_interval(self) -> bool:
-        return bool(self.bootstrap) and not self.why_no_interval
+        return bool(self.bootstraps.values) and not self.why_no_interval
 
     @property
     def why_no_interval(self) -> str:
         """Of a law with bootstraps: why they give no interval; "" where they do."""
         if self.freedom < FEWEST_FREEDOM:
             return f"{human_degrees(self.freedom)}, of at least {FEWEST_FREEDOM} for an interval"
-        if self.unfinished > MOST_UNFINISHED:
-            return f"{self.unfinished:.0%} of the bootstraps found no optimum in {BOOTSTRAP_STEPS} steps"
+        if self.bootstraps.unfinished > MOST_UNFINISHED:
+            return f"{self.bootstraps.unfinished:.0%} of the bootstraps found no optimum in {BOOTSTRAP_STEPS} steps"
         return ""
 
     @property
@@ -141,14 +150,15 @@ class Fit:
     def standard_errors(self) -> dict[str, float]:
         """Of each parameter; NaN where the bootstraps reach beyond what a number can hold."""
         with np.errstate(over="ignore", invalid="ignore"):
-            found = {name: float(np.std(values, ddof=1)) for name, values in self.bootstrap.items()}
+            found = {name: float(np.std(values, ddof=1)) for name, values in self.bootstraps.values.items()}
         return {name: value if np.isfinite(value) else np.nan for name, value in found.items()}
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """Of a parameter; NaN where there are too few degrees of freedom."""
         if not self.has_interval:
             return np.nan, np.nan
-        return quantiles(_widened(self.parameters[name], self.bootstrap[name], self.widening), level)
+        drawn = self.bootstraps
+        return quantiles(_widened(self.parameters[name], drawn.values[name], drawn.widening), level)
 
     def predict(self, x: Mapping[str, ArrayLike]) -> Array:
         """The law at x (m,)."""
@@ -157,9 +167,9 @@ class Fit:
     def predict_bootstraps(self, x: Mapping[str, ArrayLike]) -> Array:
         """The bootstraps' laws at x, as they count in an interval: (B, m)."""
         points = {name: np.atleast_1d(np.asarray(values, dtype=float))[None] for name, values in x.items()}
-        curves = self.law.predict(points, {name: values[:, None] for name, values in self.bootstrap.items()})
+        curves = self.law.predict(points, {name: values[:, None] for name, values in self.bootstraps.values.items()})
         optimum = self.law.predict(points, {name: np.float64(value) for name, value in self.parameters.items()})
-        return _widened(optimum, curves, self.widening[:, None])
+        return _widened(optimum, curves, self.bootstraps.widening[:, None])
 
     def band(self, x: Mapping[str, ArrayLike], level: float = 0.95) -> tuple[Array, Array]:
         """Interval of the law itself at x: (m,), (m,); see `has_interval`."""
@@ -271,45 +281,46 @@ def fit(
     if status == UNIDENTIFIABLE:
         return Fit(law, data, status, reason, huber=huber)
     residuals = problem.residuals(point[None])[0]
-    values = {name: float(value[0]) for name, value in problem.named(point[None]).items()}
-    drawn: dict[str, Array] = {}
-    widening, unfinished, resampled = np.empty(0), 0.0, ""
-    if bootstraps:
-        resampled = "seeds" if (data.counts > 1).all() and "L" not in law.variables else "cells"
-        rng = np.random.default_rng(seed)
-        if resampled == "seeds":
-            draws, y = np.tile(weights, (bootstraps, 1)), draw_seeds(data, bootstraps, law.has_log_residuals, rng)
-            # Seeds know nothing of what the law misses: where cells lie farther from it than seeds do, these count.
-            ratio, freedom, _ = _lack_of_fit(law, data, residuals) or (0.0, 1, 0)
-            widening = np.ones(bootstraps)
-            if ratio > 1:
-                widening = np.sqrt(ratio * freedom / rng.chisquare(freedom, bootstraps))
-        else:
-            chosen = rng.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), bootstraps)
-            draws, y = chosen * weights, None
-            # A resample of n cells scatters like the n - p of the residuals, whose own scatter is as chi-squared.
-            freedom = len(weights) - law.num_parameters
-            widening = np.sqrt(len(weights) / rng.chisquare(freedom, bootstraps))
-        # The runner-up valley too: another sample may prefer it.
-        order = np.argsort(objectives)
-        others = [points[i] for i in order[1:] if not np.allclose(points[i], point, rtol=1e-3, atol=1e-6)][:1]
-        best_points, unfinished = problem.minimise_all([point, *others], draws, y)
-        drawn, widening = problem.named(best_points), widening[: len(best_points)]
+    # The runner-up valley too: another sample may prefer it.
+    others = points[np.argsort(objectives)[1:]]
+    valleys = [point, *[other for other in others if not np.allclose(other, point, rtol=1e-3, atol=1e-6)][:1]]
     return Fit(
         law,
         data,
         status,
         reason,
-        values,
-        float(objectives[best]),
-        huber,
-        residuals,
-        drawn,
-        resampled,
-        widening,
-        unfinished,
-        tuple(problem.at_bounds(point)),
+        parameters={name: float(value[0]) for name, value in problem.named(point[None]).items()},
+        objective=float(objectives[best]),
+        huber=huber,
+        residuals=residuals,
+        bootstraps=_bootstrap(problem, data, residuals, valleys, bootstraps, seed) if bootstraps else Bootstraps(),
+        at_bounds=tuple(problem.at_bounds(point)),
     )
+
+
+def _bootstrap(
+    problem: Problem, data: Data, residuals: Array, valleys: list[Array], bootstraps: int, seed: int
+) -> Bootstraps:
+    """Fit the law again to samples of the data. residuals: of the optimum; valleys: where the searches begin."""
+    law, weights = problem.law, data.counts.astype(float)
+    rng = np.random.default_rng(seed)
+    if (data.counts > 1).all() and "L" not in law.variables:
+        resampled = "seeds"
+        draws, y = np.tile(weights, (bootstraps, 1)), draw_seeds(data, bootstraps, law.has_log_residuals, rng)
+        # Seeds know nothing of what the law misses: where cells lie farther from it than seeds do, these count.
+        ratio, freedom, _ = _lack_of_fit(law, data, residuals) or (0.0, 1, 0)
+        widening = np.ones(bootstraps)
+        if ratio > 1:
+            widening = np.sqrt(ratio * freedom / rng.chisquare(freedom, bootstraps))
+    else:
+        resampled = "cells"
+        chosen = rng.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), bootstraps)
+        draws, y = chosen * weights, None
+        # A resample of n cells scatters like the n - p of the residuals, whose own scatter is as chi-squared.
+        freedom = len(weights) - law.num_parameters
+        widening = np.sqrt(len(weights) / rng.chisquare(freedom, bootstraps))
+    points, unfinished = problem.minimise_all(valleys, draws, y)
+    return Bootstraps(problem.named(points), resampled, widening[: len(points)], unfinished)
 
 
 def _lack_of_fit(law: Law, data: Data, residuals: Array) -> tuple[float, int, int] | None:

@@ -22,44 +22,62 @@ def laws_table(
     found: Sequence[Claim], name: str, title: str, level: float, data: str, loss: Quantity = VALIDATION_LOSS
 ) -> ReportTable:
     """A row a law; the CSV has a row a parameter. data: what D is, a key of DATA; loss: what L is."""
-    rows, numbers = [], []
     rivals = Counter((claim.quantity.key, frozenset(claim.run_ids)) for claim in found)
-    for claim in found:
-        ids, law = " ".join(claim.run_ids), claim.fitted
-        values = MISSING
-        if law.is_usable:
-            values = "; ".join(_parameter(claim, parameter, level) for parameter in claim.law.parameters)
-        aicc = law.aicc if rivals[claim.quantity.key, frozenset(claim.run_ids)] > 1 else np.nan
-        test = next((t for t in claim.held_out if t.verdict != "not possible"), None)
-        needs_size = "N" in claim.law.variables
-        row = {
-            "Law": f"{claim.quantity.label}: {claim.law.name}",
-            "Of": claim.about,
-            "N is": SIZES[claim.measure] if needs_size else MISSING,
-            "Cells": str(law.data.num_cells),
-            "Runs": str(len(claim.run_ids)),
-            "Lack of fit": _lack_of_fit(law),
-            "Status": law.status + (f" ({law.reason})" if law.reason else "") + _no_interval(law),
-            "Parameters": values,
-            "AICc": f"{aicc:.1f}" if np.isfinite(aicc) else MISSING,
-            "Held-out error": f"{error_text(claim, test.error)}, without {test.left_out}" if test else MISSING,
-        }
-        rows.append({heading: (text, ids) for heading, text in row.items()})
-        for parameter, value in law.parameters.items() if law.is_usable else ():
-            entry: dict[str, Any] = {
-                "quantity": claim.quantity.key,
-                "law": claim.law.name,
-                "of": claim.about,
-                "measure": claim.measure,
-                "status": law.status,
-                "lack_of_fit": law.lack_of_fit[0] if law.lack_of_fit else np.nan,
-            }
-            entry |= {"parameter": parameter, "value": value, "resampled": law.resampled}
-            if law.has_interval:
-                low, high = law.interval(parameter, level)
-                entry |= {"standard_error": law.standard_errors()[parameter], "low": low, "high": high}
-            numbers.append(entry | {"run_ids": ids})
-    resampled = {c.fitted.resampled for c in found if c.fitted.has_interval}
+    rows = [_law_row(claim, level, rivals[claim.quantity.key, frozenset(claim.run_ids)] > 1) for claim in found]
+    numbers = [
+        _parameter_row(claim, parameter, level)
+        for claim in found
+        if claim.fitted.is_usable
+        for parameter in claim.fitted.parameters
+    ]
+    return table_of(name, title, _laws_caption(found, level, data, loss), rows, numbers)
+
+
+def _law_row(claim: Claim, level: float, has_rivals: bool) -> dict[str, tuple[str, str]]:
+    law = claim.fitted
+    values = MISSING
+    if law.is_usable:
+        values = "; ".join(_parameter(claim, parameter, level) for parameter in claim.law.parameters)
+    aicc = law.aicc if has_rivals else np.nan
+    test = next((t for t in claim.held_out if t.verdict != "not possible"), None)
+    needs_size = "N" in claim.law.variables
+    row = {
+        "Law": f"{claim.quantity.label}: {claim.law.name}",
+        "Of": claim.about,
+        "N is": SIZES[claim.measure] if needs_size else MISSING,
+        "Cells": str(law.data.num_cells),
+        "Runs": str(len(claim.run_ids)),
+        "Lack of fit": _lack_of_fit(law),
+        "Status": law.status + (f" ({law.reason})" if law.reason else "") + _no_interval(law),
+        "Parameters": values,
+        "AICc": f"{aicc:.1f}" if np.isfinite(aicc) else MISSING,
+        "Held-out error": f"{error_text(claim, test.error)}, without {test.left_out}" if test else MISSING,
+    }
+    ids = " ".join(claim.run_ids)
+    return {heading: (text, ids) for heading, text in row.items()}
+
+
+def _parameter_row(claim: Claim, parameter: str, level: float) -> dict[str, Any]:
+    law = claim.fitted
+    row: dict[str, Any] = {
+        "quantity": claim.quantity.key,
+        "law": claim.law.name,
+        "of": claim.about,
+        "measure": claim.measure,
+        "status": law.status,
+        "lack_of_fit": law.lack_of_fit[0] if law.lack_of_fit else np.nan,
+        "parameter": parameter,
+        "value": law.parameters[parameter],
+        "resampled": law.bootstraps.resampled,
+    }
+    if law.has_interval:
+        low, high = law.interval(parameter, level)
+        row |= {"standard_error": law.standard_errors()[parameter], "low": low, "high": high}
+    return row | {"run_ids": " ".join(claim.run_ids)}
+
+
+def _laws_caption(found: Sequence[Claim], level: float, data: str, loss: Quantity) -> str:
+    resampled = {c.fitted.bootstraps.resampled for c in found if c.fitted.has_interval}
     drawn = {"seeds": "seeds within cells", "cells": f"cells ({_why_cells(found)})"}
     how = " or ".join(drawn[r] for r in sorted(resampled))
     intervals = f"{level:.0%} intervals in brackets, of bootstraps over {how}, with Student's tails."
@@ -76,12 +94,12 @@ def laws_table(
             " Lack of fit: F of the cells' distance from the law over their seeds' scatter (degrees of freedom of "
             "both), about 1 where the law holds; above 1 it widens the intervals."
         )
-    return table_of(name, title, caption, rows, numbers)
+    return caption
 
 
 def _why_cells(found: Sequence[Claim]) -> str:
     """Why the bootstraps of some of these laws draw cells and not their seeds."""
-    drawn = [c.fitted for c in found if c.fitted.has_interval and c.fitted.resampled == "cells"]
+    drawn = [c.fitted for c in found if c.fitted.has_interval and c.fitted.bootstraps.resampled == "cells"]
     of_means = any("L" in law.law.variables for law in drawn)
     of_few = any((law.data.counts == 1).any() for law in drawn)
     why = ["their x is a mean over seeds"] * of_means + ["not every cell has several seeds"] * of_few
@@ -130,7 +148,7 @@ def _lack_of_fit(law: Fit) -> str:
 
 def _no_interval(law: Fit) -> str:
     """Why a law that was fitted has no intervals."""
-    if not law.bootstrap or law.has_interval:
+    if not law.bootstraps.values or law.has_interval:
         return ""
     if law.freedom >= FEWEST_FREEDOM:
         return f"; no intervals: {law.why_no_interval}"

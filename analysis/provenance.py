@@ -80,7 +80,7 @@ def trained(study: Study) -> pd.DataFrame:
 
 def remarks(study: Study, table: ScalingTable) -> list[str]:
     """Sentences on what the table rests on, and where that is less than a reader would think."""
-    finished, said = study.finished, []
+    said = []
     if study.unplanned:
         said.append(
             f"{_count(len(study.unplanned), 'folder')} below runs/ that the plan does not name "
@@ -89,10 +89,16 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
     mixed = [entry.key for entry in provenance(study) if entry.is_mixed]
     if mixed:
         said.append(f"Provenance is mixed in {', '.join(mixed)} (see Provenance).")
-    without = sorted(set(finished["run_id"]) - set(study.provenance.index))
+    without = sorted(set(study.finished["run_id"]) - set(study.provenance.index))
     if without:
         said.append(f"No provenance on record: {', '.join(without)}.")
-    said += _mixed_settings(study, table)
+    said += _mixed_settings(study, table) + _training(study) + _records(study) + _refusals(study)
+    return said + _replaced_crops(study) + _test_sets(study, table)
+
+
+def _training(study: Study) -> list[str]:
+    """Of finished runs that were not trained as planned, or on more than the training set."""
+    finished, said = study.finished, []
     if told := stopped_early(finished):
         shares = (finished["steps_taken"] / finished["steps"])[finished["stopped_early"]]
         said.append(
@@ -106,7 +112,13 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
             "data=vbd28 has it): their loss on these shows how well training data is fitted, and chooses no setting, "
             f"no size at equal compute and no advice{_kept_by_loss(study)}."
         )
-    for _, run in finished.iterrows():
+    return said
+
+
+def _records(study: Study) -> list[str]:
+    """Of finished runs that lack a record."""
+    said = []
+    for _, run in study.finished.iterrows():
         if pd.isna(run["validation_step"]):
             said.append(f"{run['run_id']} finished without a validation on record.")
         elif run["last_validation_step"] != run["steps_taken"]:
@@ -118,14 +130,23 @@ def remarks(study: Study, table: ScalingTable) -> list[str]:
             said.append(f"{run['run_id']} finished with a last validation loss that is not finite.")
         if not run["utterances"]:
             said.append(f"{run['run_id']} finished without scores on record.")
-    said += _refusals(study)
-    if len(study.replaced):
-        runs = _count(study.replaced["run_id"].nunique(), "run")
-        clips = _count(study.replaced["id"].nunique(), "clip")
-        said.append(
-            f"{_count(len(study.replaced), 'training crop')} of {runs} replaced, because {clips} of the shards "
-            f"{'is' if clips.startswith('1 ') else 'are'} damaged (table replaced_crops)."
-        )
+    return said
+
+
+def _replaced_crops(study: Study) -> list[str]:
+    if not len(study.replaced):
+        return []
+    runs = _count(study.replaced["run_id"].nunique(), "run")
+    clips = _count(study.replaced["id"].nunique(), "clip")
+    return [
+        f"{_count(len(study.replaced), 'training crop')} of {runs} replaced, because {clips} of the shards "
+        f"{'is' if clips.startswith('1 ') else 'are'} damaged (table replaced_crops)."
+    ]
+
+
+def _test_sets(study: Study, table: ScalingTable) -> list[str]:
+    """Of finished runs that were not measured on the same utterances."""
+    finished, said = study.finished, []
     counts = finished.loc[finished["utterances"] > 0, "utterances"]
     if counts.nunique() > 1:
         said.append(

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_joint_law_of_a_study_is_the_one_that_made_it(found: Claims):
     claim = found.loss("L(N, D)")
     assert claim is not None
-    assert (claim.fitted.status, claim.fitted.resampled) == (CONVERGED, "seeds")
+    assert (claim.fitted.status, claim.fitted.bootstraps.resampled) == (CONVERGED, "seeds")
     assert found.data == "audio_hours_seen"
     for name, truth in LAW.items():
         low, high = claim.fitted.interval(name, 0.999)

@@ -100,7 +100,7 @@ def test_cells_that_lie_farther_from_the_law_than_their_seeds_scatter_widen_its_
         cells = np.repeat(rng.normal(0, 0.01, sizes), 3)
         y = power_law(x, **LAW) * np.exp(cells + rng.normal(0, 0.003, len(x)))
         fitted = fit(loss_law("N"), Data({"N": x}, y, x), huber=HUBER_DELTA, bootstraps=200, seed=trial)
-        assert fitted.resampled == "seeds"
+        assert fitted.bootstraps.resampled == "seeds"
         low, high = fitted.interval("alpha")
         exponents += low <= LAW["alpha"] <= high
         (low,), (high,) = fitted.band({"N": [1e10]})

@@ -165,7 +165,7 @@ def test_intervals_cover_what_made_the_data():
     for trial in range(trials):
         y = power_law(x, E=0.02, A=0.9, alpha=0.25) * np.exp(rng.normal(0, 0.01, len(x)))
         fitted = fit(loss_law("N"), Data({"N": x}, y, x), huber=None, bootstraps=200, seed=trial)
-        assert fitted.resampled == "seeds"
+        assert fitted.bootstraps.resampled == "seeds"
         low, high = fitted.band({"N": [2e10]})
         hits += bool(low[0] <= truth <= high[0])
         low, high = fitted.prediction_interval({"N": [2e10]})
@@ -201,7 +201,7 @@ def test_more_seeds_of_the_same_noise_narrow_the_interval():
 def test_too_few_or_collinear_cells_are_unidentifiable_and_give_no_number():
     few = Data({"N": np.array([1e8, 1e8, 1e9, 1e10])}, np.array([0.31, 0.32, 0.25, 0.22]), np.array([0, 0, 1, 2]))
     fitted = fit(loss_law("N"), few, bootstraps=10)
-    assert (fitted.status, fitted.parameters, fitted.bootstrap) == (UNIDENTIFIABLE, {}, {})
+    assert (fitted.status, fitted.parameters, fitted.bootstraps.values) == (UNIDENTIFIABLE, {}, {})
     assert fitted.reason == "3 distinct points of N for 3 parameters; at least 4 are needed"
     n = np.geomspace(1e8, 1e10, 8)
     y = joint_law(n, n / 1e8, E=0.02, A=0.9, alpha=0.25, B=0.03, beta=0.5)

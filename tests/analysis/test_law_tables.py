@@ -47,7 +47,7 @@ def test_a_law_whose_bootstraps_find_no_optimum_has_no_interval_and_the_reason_i
     study = sizes_study(tmp_path / "study", dict.fromkeys(FAMILY, 3))
     metrics = claims(gather(study.path), Settings(study.path, bootstraps=200)).metrics
     table = laws_table(metrics, "laws", "Laws", 0.95, "audio_hours_seen")
-    unfinished = [claim.fitted for claim in metrics if claim.fitted.unfinished > 0.05]
+    unfinished = [claim.fitted for claim in metrics if claim.fitted.bootstraps.unfinished > 0.05]
     assert unfinished
     for law in unfinished:
         assert not law.has_interval

@@ -98,7 +98,7 @@ def test_four_thousand_bootstraps_of_the_chinchilla_fit_take_under_ten_seconds()
     started, cpu = time.perf_counter(), time.process_time()
     fitted = fit(joint_loss_law(), data, bootstraps=4000)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    assert len(fitted.bootstrap["E"]) == 4000
+    assert len(fitted.bootstraps.values["E"]) == 4000
     write_block(
         PAGE,
         "bootstraps",
