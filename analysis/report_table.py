@@ -1,6 +1,6 @@
 """A table of the report: text under headings, and for every cell the runs that it comes from.
 
-Each is written as Markdown, CSV and LaTeX (booktabs); the HTML report shows a cell's runs when it is pointed at.
+Each is written as Markdown, CSV and LaTeX (booktabs); the HTML report shows a cell's runs on a click.
 """
 
 from __future__ import annotations

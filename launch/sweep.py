@@ -11,7 +11,7 @@ again; one that diverged is a result and is not. On this machine Ctrl-C, or laun
 saved, within two minutes; a second one ends them at once.
 
 Exit status: 0 all runs finished (or were submitted), 1 a run failed, 2 a mistake in the input, 75 SLURM's queue took
-no more jobs: run it again when some have ended.
+no more jobs: run it again when some have ended, 130 interrupted.
 """
 
 from __future__ import annotations
