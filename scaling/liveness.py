@@ -1,7 +1,8 @@
 """That the processes of a run live: a sign from each to all, a last word, and an end where no exception can reach.
 
 Every rank leaves a sign of life in the run's store every two seconds and reads the others'. A rank that
-leaves none for a stated time (killed, frozen, its node gone) is named, and ends the run on all others.
+leaves none for a stated time (killed, frozen, its node gone) is named, and ends the run on all others. So do ranks
+that all live and wait for one another. Last words have a time limit too: the storage that they go to may hang.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SIGNS = 2.0
 SECONDS_TO_BE_HEARD = 3 * SECONDS_BETWEEN_SIGNS  # within which whoever lives has read a last word
+SECONDS_FOR_LAST_WORDS = 30.0  # to put on record why this process ends, and to tell the others
 
 
 class LostRankError(Exception):
@@ -51,13 +53,24 @@ class OwnTime:
             return self._seconds
 
 
+def within(seconds: float, act: Callable[..., None], *arguments: str) -> None:
+    """Do what may hang, in a thread of its own, and go on after so many seconds if it does."""
+    acting = threading.Thread(target=act, args=arguments, daemon=True)
+    acting.start()
+    acting.join(seconds)
+
+
 class Watch(threading.Thread):
     """Signs of life: this rank's own, and a look at all others', over a connection of its own."""
 
-    def __init__(self, store: distributed.TCPStore, rank: int, world_size: int, silence_timeout: float) -> None:
+    def __init__(
+        self, store: distributed.TCPStore, rank: int, world_size: int, silence_timeout: float, longest_wait: float
+    ) -> None:
+        """longest_wait: seconds that this rank may wait in one collective, those in which it is stopped left out"""
         super().__init__(daemon=True, name="watch")
         self.store = distributed.PrefixStore(f"signs-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.rank, self.world_size, self.silence_timeout = rank, world_size, silence_timeout
+        self.longest_wait = longest_wait
         self.phase = "joining"
         self.on_loss: Callable[[str], None] = log.critical  # told of a lost rank, by the lowest that lives
         self._where = f"on {socket.gethostname()} (process {os.getpid()})"
@@ -68,6 +81,7 @@ class Watch(threading.Thread):
         self._lost: str | None = None
         self._now = OwnTime()
         self._last_look = self._now()
+        self._waiting_since: float | None = None
         self._sign()
 
     def run(self) -> None:
@@ -75,16 +89,33 @@ class Watch(threading.Thread):
         threading.Thread(target=self._keep_looking, daemon=True, name="look").start()
         # A look hangs where rank 0, which keeps the store, is frozen: no timeout of the store's ends that.
         while not self._is_closed.wait(OwnTime.LONGEST_PAUSE):
-            silent = self._now() - self._last_look
+            now, since = self._now(), self._waiting_since
+            silent = now - self._last_look
             if self._lost is None and silent > self.silence_timeout:
                 self._lost = f"rank 0, which keeps the store of the run, has given no answer for {silent:.0f} s"
+            if self._lost is None and since is not None and now - since > self.longest_wait:
+                self._lost = f"the ranks wait for one another without end, rank by rank: {self.phases()}"
             if self._lost is not None and not self._is_closed.is_set():
                 try:
-                    self.on_loss(self._lost)
-                    self.tell_and_be_heard(f"lost {self._lost}")
+                    within(SECONDS_FOR_LAST_WORDS, self._end_for_the_lost)
                 finally:
                     # The main thread may sit in a collective that never returns: no exception would reach it.
                     os._exit(LOST)
+
+    def _end_for_the_lost(self) -> None:
+        assert self._lost is not None
+        self.on_loss(self._lost)
+        self.tell_and_be_heard(f"lost {self._lost}")
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context in which this rank waits for the others, not for longer than `longest_wait`."""
+        before = self._waiting_since
+        self._waiting_since = self._now() if before is None else before
+        try:
+            yield
+        finally:
+            self._waiting_since = before
 
     def _keep_looking(self) -> None:
         while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS) and self._lost is None:
@@ -96,9 +127,7 @@ class Watch(threading.Thread):
         if self._is_closed.is_set():
             return
         self._is_closed.set()
-        saying = threading.Thread(target=self._say, args=(word,), daemon=True, name="last word")
-        saying.start()
-        saying.join(SECONDS_TO_BE_HEARD)  # where rank 0 is frozen there is nobody to tell
+        within(SECONDS_TO_BE_HEARD, self._say, word)  # where the store is frozen there is nobody to tell
 
     def _say(self, word: str) -> None:
         with contextlib.suppress(RuntimeError), self._lock:
@@ -107,9 +136,12 @@ class Watch(threading.Thread):
     def tell_and_be_heard(self, word: str) -> None:
         """Leave a last word; rank 0, with whom the store goes, stays until the others have read it."""
         self.tell(word)
-        deadline = time.monotonic() + SECONDS_TO_BE_HEARD
+        if self.rank == 0:
+            within(SECONDS_TO_BE_HEARD, self._stay_while_others_are_there)
+
+    def _stay_while_others_are_there(self) -> None:
         with contextlib.suppress(RuntimeError):
-            while self.rank == 0 and time.monotonic() < deadline and self._is_anyone_there():
+            while self._is_anyone_there():
                 time.sleep(0.1)
 
     def _is_anyone_there(self) -> bool:
@@ -165,17 +197,16 @@ class Watch(threading.Thread):
                     return word.removeprefix("lost ")
                 if word != "left" and now - since > patience:
                     phase = word.partition("\t")[2]
-                    return (
-                        f"rank {rank} {where} has given no sign of life for {now - since:.0f} s, last seen at {phase}: "
-                        "it was killed, is frozen, or its node is gone"
-                    )
+                    seen = f"{where} has given no sign of life for {now - since:.0f} s, last seen at {phase}"
+                    seen = seen if sign else f"has come and given no sign of life in {now - since:.0f} s"
+                    return f"rank {rank} {seen}: it was killed, is frozen, or its node is gone"
         return None
 
     def _look_at_signs(self) -> None:
         for rank in range(self.world_size):
             if rank != self.rank:
-                sign = self.store.get(str(rank)).decode()
-                if sign != self._seen.get(rank, ("", 0.0))[0]:
+                sign = self.store.get(str(rank)).decode() if self.store.check([str(rank)]) else ""
+                if rank not in self._seen or sign != self._seen[rank][0]:
                     self._seen[rank] = (sign, self._now())
 
 
@@ -214,8 +245,9 @@ class Deadline:
             if since is not None and now - since > self.seconds:
                 try:
                     children = psutil.Process().children(recursive=True)
-                    frozen = [str(child.pid) for child in children if _is_stopped(child)]
-                    self.on_expiry(f"worker process {', '.join(frozen)} is frozen" if frozen else "no worker is frozen")
+                    frozen = ", ".join(str(child.pid) for child in children if _is_stopped(child))
+                    what = f"worker process {frozen} is frozen" if frozen else "no worker is frozen"
+                    within(SECONDS_FOR_LAST_WORDS, self.on_expiry, what)
                     for child in children:
                         with contextlib.suppress(psutil.NoSuchProcess):
                             child.kill()

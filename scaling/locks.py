@@ -9,20 +9,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from scaling.errors import UserError
+from scaling.errors import UnreachableError, UserError
 from scaling.records import RunDirectory
 
 log = logging.getLogger(__name__)
 
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.05
+PAUSE = 0.1  # seconds between two attempts at a lock that another process holds
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that keeps none
 
 
@@ -50,19 +52,38 @@ def held_lock(lock: Path, taken: str) -> Iterator[int]:
 
 
 @contextmanager
-def held_when_free(lock: Path, waiting: str = "") -> Iterator[None]:
+def held_when_free(
+    lock: Path, waiting: str = "", patience: float = math.inf, progress: Callable[[], object] = lambda: None
+) -> Iterator[None]:
     """Hold a lock file, waiting for as long as another process holds it, which is logged as `waiting`.
 
-    UserError where the file system keeps no locks.
+    patience: seconds to wait while `progress`, what there is to see of the holder's work, stays the same
+
+    UserError where the file system keeps no locks; UnreachableError after that.
     """
     with _opened(lock) as descriptor:
-        try:
-            _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        seen, since = progress(), time.monotonic()
+        while not _takes(descriptor, lock):
             if waiting:
                 log.info("%s", waiting)
-            _flock(descriptor, lock, fcntl.LOCK_EX)
+                waiting = ""
+            time.sleep(PAUSE)
+            if (now_seen := progress()) != seen:
+                seen, since = now_seen, time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise UnreachableError(
+                    f"{lock} has been held by another process for {patience:g} s, and nothing has come of it: end that "
+                    "process, which is frozen or hangs, and run the same command again"
+                )
         yield
+
+
+def _takes(descriptor: int, lock: Path) -> bool:
+    try:
+        _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
@@ -72,12 +93,7 @@ def held_if_free(lock: Path) -> Iterator[bool]:
     UserError where the file system keeps no locks.
     """
     with _opened(lock) as descriptor:
-        try:
-            _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield _takes(descriptor, lock)
 
 
 @contextmanager

@@ -6,10 +6,11 @@ or by the launcher's jobs. In order:
 
 1. Every rank checks that MASTER_ADDR resolves, meets rank 0 at a store there, and says it is here.
 2. Rank 0 waits for all for a stated time, and tells all the verdict: to go on, or who is missing.
-3. The process group is made, over the same store.
-4. From then on every rank leaves a sign of life in the store every two seconds and reads the
+3. From then on every rank leaves a sign of life in the store every two seconds and reads the
    others'. A rank that leaves none for a stated time (killed, frozen, its node gone) is named,
    and ends the run on all others: a collective would wait for it for ever.
+4. The process group is made, over the same store. Its collectives have no timeout that matters: theirs would count the
+   time for which a run is suspended, and the watch has one that does not.
 
 One process alone needs none of this: `ALONE`.
 """
@@ -19,9 +20,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -31,14 +33,17 @@ from torch import Tensor, distributed
 
 from scaling.device import name_of, shun_broken_links, uses_gpu
 from scaling.errors import MeetingError, UserError, first_line
-from scaling.liveness import LostRankError, Watch
+from scaling.liveness import LostRankError, Watch, within
 from scaling.ports import free_port
 from scaling.records import RecordError
+from scaling.stopping import StoppedError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+UNBOUNDED = timedelta(days=365)  # of a collective: `scaling.liveness.Watch` ends a wait
+LEFT: list[distributed.ProcessGroup] = []  # groups that this process has parted from
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_TO_NAME_THE_LOST = 12.0  # after a collective has broken
 
@@ -51,8 +56,6 @@ class Processes:
     world_size: int = 1
     local_rank: int = 0
     watch: Watch | None = field(default=None, repr=False)
-    timeout: timedelta | None = None  # of a collective
-    _group: distributed.ProcessGroup | None = field(default=None, repr=False)  # that this rank has left
 
     @property
     def is_first(self) -> bool:
@@ -114,7 +117,7 @@ class Processes:
             assert distributed.group.WORLD is not None
             return distributed.group.WORLD
         firsts = range(0, self.world_size, size)
-        groups = [distributed.new_group(list(range(first, first + size)), self.timeout) for first in firsts]
+        groups = [distributed.new_group(list(range(first, first + size)), UNBOUNDED) for first in firsts]
         return groups[self.rank // size]
 
     def at(self, phase: str) -> None:
@@ -127,21 +130,21 @@ class Processes:
         return self.watch is not None and phase in self.watch.phases_of_others().values()
 
     @contextmanager
-    def naming_the_lost(self, whatever_fails: bool = True) -> Iterator[None]:
+    def naming_the_lost(self, whatever_fails: bool = True, is_wait: bool = True) -> Iterator[None]:
         """A context in which a broken collective becomes LostRankError, which names the rank that broke it.
 
         whatever_fails: take every RuntimeError for one that does not say that it is this rank's own, not only those
             that say so
+        is_wait: end the process where it takes longer than ranks may wait for one another
         """
         try:
-            yield
+            with self.watch.waiting() if self.watch is not None and is_wait else nullcontext():
+                yield
         except RuntimeError as error:
             is_of_one = whatever_fails and not _is_of_this_rank(error)
             if self.watch is None or self.world_size == 1 or not (is_of_one or _is_of_a_collective(error)):
                 raise
             lost = self.watch.find_lost(SECONDS_TO_NAME_THE_LOST)
-            if lost is None and "timed out" in str(error).lower():
-                lost = f"the ranks wait for one another without end, rank by rank: {self.watch.phases()}"
             if lost is None:
                 raise
             raise LostRankError(lost) from error
@@ -165,7 +168,8 @@ class Processes:
             if wait:
                 # Kept, so that DDP's reducer is not the last to let go of it: that would hold Python's lock while it
                 # waits for the group's threads, and they need the lock to let go of the last collective's tensors.
-                self._group = distributed.group.WORLD
+                assert distributed.group.WORLD is not None
+                LEFT.append(distributed.group.WORLD)
                 distributed.destroy_process_group()
         self.world_size, self.watch = 1, None
 
@@ -210,27 +214,37 @@ def join(
         raise UserError(f"RANK = {rank}: expected 0 to {world_size - 1}, as WORLD_SIZE = {world_size} says")
     host, port = os.environ["MASTER_ADDR"], _whole_number("MASTER_PORT")
     store = _meet(host, port, rank, world_size, rendezvous_timeout)
+    own = _connect(host, port, world_size, False, silence_timeout)
+    # Longer than what a rank itself allows, so that the one that is late says why before the others give up.
+    watch = Watch(own, rank, world_size, silence_timeout, longest_wait=2 * step_timeout)
+    watch.start()
+    processes = Processes(rank, world_size, local_rank, watch)
+    try:
+        _make_group(store, processes, device)
+    except BaseException as error:
+        said = f"preempted: {error}" if isinstance(error, StoppedError) else first_line(error)
+        processes.tell_failure(said)
+        raise
+    _check_devices(processes, device)
+    return processes
+
+
+def _make_group(store: distributed.Store, processes: Processes, device: str) -> None:
     on_gpu = uses_gpu(device)
     if on_gpu:
         shun_broken_links()  # before NCCL makes any
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
         # Where each process sees its own GPU alone; Accelerate and DeepSpeed take the variable for the GPU's number.
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
-    # Longer than what a rank itself allows, so that the one that is late says why before the others give up.
-    timeout = timedelta(seconds=2 * step_timeout)
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=distributed.PrefixStore("group", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
-    watch = Watch(_connect(host, port, world_size, False, silence_timeout), rank, world_size, silence_timeout)
-    processes = Processes(rank, world_size, local_rank, watch, timeout)
-    processes.barrier()  # every rank has left its first sign
-    watch.start()
-    _check_devices(processes, device)
-    return processes
+    with processes.naming_the_lost():
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=distributed.PrefixStore("group", store),
+            rank=processes.rank,
+            world_size=processes.world_size,
+            timeout=UNBOUNDED,
+        )
+    processes.barrier()
 
 
 def _check_devices(processes: Processes, device: str) -> None:
@@ -274,10 +288,12 @@ def _meet(host: str, port: int, rank: int, world_size: int, timeout: float) -> d
     # Under torchrun its agent keeps the store, else rank 0 does.
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
+        if not keeps_store:
+            _wait_for_port(host, port, time.monotonic() + timeout)
         attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         store = distributed.PrefixStore(attempt, _connect(host, port, world_size, keeps_store, timeout))
         store.set(f"here/{rank}", f"{socket.gethostname()} (process {os.getpid()})")
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if keeps_store:
             reason = f"{here} cannot listen on {host}:{port} ({first_line(error)}): set another port"
             raise MeetingError(reason) from None
@@ -311,12 +327,32 @@ def _connect(host: str, port: int, world_size: int, keeps_store: bool, timeout: 
     )
 
 
+def _wait_for_port(host: str, port: int, deadline: float) -> None:
+    """Until somebody listens there; OSError if nobody does in time. The store's own waiting hears no signal."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 def _is_there(store: distributed.Store, key: str, deadline: float) -> bool:
-    while not store.check([key]):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+    """Whether a key comes in time. It is asked for in a thread: where rank 0 is frozen no timeout ends that."""
+    found = threading.Event()
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # rank 0 has gone
+            while not store.check([key]):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.05)
+            found.set()
+
+    within(max(0.0, deadline - time.monotonic()) + 1, ask)
+    return found.is_set()
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

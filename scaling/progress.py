@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -41,7 +42,8 @@ class ProgressDisplay:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with suppress(OSError):  # a terminal that has gone is no reason to end otherwise than was to be
+                self.bar.stop()
 
     def advance(self, note: str = "") -> None:
         """One more is done."""

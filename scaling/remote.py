@@ -93,7 +93,7 @@ class RemoteRoot:
         num_bytes, sha256 = self.promised[shard]
         if (found := self._find(sha256)) is not None:
             return found
-        with held_when_free(self.cache / f"{sha256}.lock"):
+        with held_when_free(self.cache / f"{sha256}.lock", patience=_patience(), progress=self._fetches):
             if (found := self._find(sha256)) is not None:  # another process was first
                 return found
             return self._fetch(shard, num_bytes, sha256)
@@ -173,7 +173,7 @@ class RemoteRoot:
                 self.cache,
                 self.cache_bytes / 1e9,
             )
-        patience = sum(FETCH_PAUSES) + PART_SECONDS * (len(FETCH_PAUSES) + 1)
+        patience = _patience()
         while seen:
             time.sleep(ROOM_PAUSE)
             others = self._make_room(temporary, num_bytes)
@@ -191,7 +191,7 @@ class RemoteRoot:
         Where they do not fit beside what others are fetching: the names of those files, each with the time when it was
         last written to.
         """
-        with held_when_free(self.cache / "lock"):
+        with held_when_free(self.cache / "lock", patience=_patience()):
             while (held := self._held()) is None:
                 pass
             fetched = [entry for entry in held if entry[2].suffix == ".tmp"]
@@ -207,6 +207,14 @@ class RemoteRoot:
             with temporary.open("wb") as file:
                 file.truncate(num_bytes)
             return set()
+
+    def _fetches(self) -> set[tuple[str, int]]:
+        """The files that are being fetched, each with the time when it was last written to."""
+        found = set()
+        for path in self.cache.glob(".*.tmp"):
+            with suppress(FileNotFoundError):
+                found.add((path.name, path.lstat().st_mtime_ns))
+        return found
 
     def _held(self) -> list[tuple[int, int, Path]] | None:
         """What the cache holds, each with when it was last used and its bytes; what dead processes began is removed.
@@ -224,7 +232,7 @@ class RemoteRoot:
                         continue
             if path.suffix in (".tar", ".damaged", ".tmp"):
                 try:
-                    status = path.stat()
+                    status = path.lstat()  # a link may lead nowhere
                 except FileNotFoundError:
                     return None
                 held.append((status.st_mtime_ns, status.st_size, path))
@@ -232,6 +240,11 @@ class RemoteRoot:
 
 
 Root = Path | RemoteRoot  # of a folder of shards
+
+
+def _patience() -> float:
+    """Seconds that a fetch may take over a part."""
+    return sum(FETCH_PAUSES) + PART_SECONDS * (len(FETCH_PAUSES) + 1)
 
 
 # --- one fetch -----------------------------------------------------------------------------

@@ -73,6 +73,9 @@ def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) ->
             )
         except StoppedError:
             return PREEMPTED
+        except LostRankError as error:
+            log.error("run %s: %s", plan.run_id, error)
+            return LOST
         try:
             return _execute(plan, processes, stop, stack, force)
         except LostRankError as error:  # before this run's records were known to be its own
@@ -104,7 +107,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     if processes.watch is not None:
         processes.watch.on_loss = record_loss
     try:
-        with processes.naming_the_lost(whatever_fails=False):
+        with processes.naming_the_lost(whatever_fails=False, is_wait=False):
             model, step = train(plan, directory, processes, stop)
         processes.leave()
         if processes.is_first:
@@ -120,8 +123,9 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
             log.error("run %s diverged: %s", directory.run_id, error)
         return 1
     except KeyboardInterrupt:
-        if processes.is_first:
+        if processes.is_first or directory.state()[0] != "preempted":
             _log_event(directory, "preempted", reason="interrupt")
+        processes.tell_failure("preempted: interrupt")
         raise
     except LostRankError as error:
         record_loss(str(error))

@@ -18,9 +18,11 @@ import torch
 
 from bsrnn import BSRNN
 from scaling.device import set_arithmetic
+from scaling.errors import UnreachableError
+from scaling.liveness import OwnTime
 from scaling.metrics import METRICS, Waveform, score, versions
 from scaling.plan import RunPlan
-from scaling.pool import spawned_pool
+from scaling.pool import kill, spawned_pool
 from scaling.progress import ProgressDisplay
 from scaling.records import Record, read_records, to_json, write_records, write_whole
 from scaling.shard_reader import ShardReader
@@ -28,6 +30,7 @@ from scaling.shards import Clip, ShardIndex
 from scaling.stream import to_float
 
 BACKLOG = 8  # scorings a process that may wait
+LONGEST_SCORING = 600.0  # seconds in which some scoring of those that wait is done; each takes about a second
 
 # Utterance → metric → (value or None, reason of its refusal or None).
 KnownScores = dict[str, dict[str, tuple[float | None, str | None]]]
@@ -49,6 +52,8 @@ def score_utterances(
     """One row an utterance, in order, in `processes` processes. Scores overlap with whatever makes the utterances.
 
     known: unprocessed scores that need not be taken again
+
+    UnreachableError where the processes give no result for LONGEST_SCORING seconds.
     """
     pool = spawned_pool(processes)
     try:
@@ -62,15 +67,35 @@ def score_utterances(
                 pending.append((utterance.record, enhanced, unprocessed))
                 unfinished |= {enhanced, unprocessed}
                 while len(unfinished) > BACKLOG * processes:  # each holds its waveforms
-                    _, unfinished = wait(unfinished, return_when=FIRST_COMPLETED)
+                    unfinished = _some_done(unfinished)
                 progress.show(sum(future.done() for _, future, _ in pending))
             rows = []
             for record, enhanced, unprocessed in pending:
+                while not (enhanced.done() and unprocessed.done()):
+                    unfinished = _some_done(unfinished)
                 rows.append(_row(record, metrics, enhanced, unprocessed, known))
                 progress.show(max(progress.done, len(rows)))
-            return rows
+    except BaseException:
+        kill(pool)  # what waits is not scored
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt, what waits is not scored
+        pool.shutdown(cancel_futures=True)
+    return rows
+
+
+def _some_done(scorings: set[Future]) -> set[Future]:
+    """Wait until one more scoring is done; those that are not."""
+    now = OwnTime()
+    since = now()
+    while True:
+        done, left = wait(scorings, OwnTime.LONGEST_PAUSE, return_when=FIRST_COMPLETED)
+        if done:
+            return left
+        if now() - since > LONGEST_SCORING:
+            raise UnreachableError(
+                f"the processes of the metrics have given no result for {LONGEST_SCORING:g} s: they are frozen or "
+                "hang; run the same command again"
+            )
 
 
 def _row(record: Record, metrics: Sequence[str], enhanced: Future, unprocessed: Future, known: KnownScores) -> Record:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import multiprocessing
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -346,7 +347,13 @@ class CropLoader(DataLoader[CropBatch]):
     """
 
     def __iter__(self) -> Generator[CropBatch]:  # type: ignore[override]
-        batches: Any = super().__iter__()
+        before = set(multiprocessing.active_children())
+        try:
+            batches: Any = super().__iter__()
+        except BaseException:  # some have begun, and nobody else knows them: Python would wait for them when it ends
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()
+            raise
         try:
             for batch in batches:
                 if isinstance(batch, Exception):

@@ -11,8 +11,8 @@ run with other scientific settings is refused; force=true deletes that run and s
 Settings: docs/configuration.md. Beside run=DIR alone may stand execution.*, data.shards, data.cache, data.cache_gb,
 data.max_damaged_share and force.
 
-Exit status: 0 finished; 1 it diverged, or met an error of the code; 2 a mistake in the input, or data or a disk that
-cannot be used; 75 a signal (SIGTERM, SIGUSR1, SIGUSR2, SIGHUP) asked it to stop and it has saved: run it again to go on;
+Exit status: 0 finished; 1 it diverged, or met an error of the code; 2 a mistake in the input, or data or a disk of no
+use; 75 a signal (SIGTERM, SIGUSR1, SIGUSR2, SIGHUP) asked it to stop and it has saved: run it again to go on;
 76 another process of the run is lost; 130 interrupted, without saving.
 """
 

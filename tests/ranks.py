@@ -7,9 +7,11 @@ what torch and Accelerate import for the first optimiser.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import psutil
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import scaling.processes
 from scaling.ports import free_port
 from scaling.processes import join
 
@@ -72,7 +75,8 @@ def start_ranks(
     """Start ranks of a run (all, unless some are named), each with a log of its own in the folder.
 
     command: "execute" is what `python -m scaling.train` does; "train" ends with the last step, before the
-        test set is scored, and says the hash of the weights; "meet and part" does that at each port of the words
+        test set is scored, and says the hash of the weights; "meet and part" does that at each port of the words;
+        "fall out" lets rank 1 raise or freeze, as the word says, once all have met
     """
     port = port or free_port()
     started = []
@@ -122,7 +126,8 @@ def _run(command: str, words: list[str], environment: dict[str, str], log: Path)
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     try:
-        status = {"execute": _execute, "train": _train, "meet and part": _meet_and_part}[command](words)
+        commands = {"execute": _execute, "train": _train, "meet and part": _meet_and_part, "fall out": _fall_out}
+        status = commands[command](words)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -181,5 +186,18 @@ def _meet_and_part(ports: list[str]) -> int:
         processes.watch.close()
         processes.watch.close = lambda: None  # it gives the group's threads time to come to rest
         processes.leave()
-        del model
+        del model, processes
+        gc.collect()
+    return 0
+
+
+def _fall_out(words: list[str]) -> int:
+    def fall_out(device: str) -> bool:
+        if words == ["freeze"]:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        raise RuntimeError("the GPU is busy")
+
+    if os.environ["RANK"] == "1":
+        scaling.processes.uses_gpu = fall_out
+    join(60, 5, 600, "cpu")
     return 0

@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from scaling.errors import UserError
+from scaling.errors import UnreachableError, UserError
 from scaling.locks import HeldLockError, held_if_free, held_lock, held_when_free, is_held
 from scaling.run import classify
 
@@ -61,6 +62,16 @@ def test_a_lock_that_is_waited_for_comes_when_its_holder_ends_and_one_that_is_no
     with held_if_free(lock) as is_ours:
         assert is_ours
         assert is_held(lock)
+
+
+def test_a_lock_is_waited_for_as_long_as_its_holder_comes_on(holder: subprocess.Popen[str], tmp_path: Path):
+    looks = iter([*range(8), *[8] * 1000])
+    begun = time.monotonic()
+    with pytest.raises(
+        UnreachableError, match=r"lock has been held by another process for 0.5 s, and nothing has come"
+    ):
+        held_when_free(tmp_path / "lock", patience=0.5, progress=lambda: next(looks)).__enter__()
+    assert time.monotonic() - begun > 1.1
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from scaling.config import ExecutionConfig
 from scaling.errors import MeetingError, UserError
 from scaling.liveness import SECONDS_BETWEEN_SIGNS, OwnTime
 from scaling.ports import free_port
-from scaling.processes import VARIABLES, Processes, _check_devices, join
+from scaling.processes import UNBOUNDED, VARIABLES, Processes, _check_devices, join
 from scaling.records import RunDirectory
 from scaling.run import classify
 from scaling.shards import ShardIndex
@@ -142,8 +142,8 @@ def test_ranks_that_do_not_have_a_gpu_each_are_named_before_a_collective_meets_t
 def test_a_group_of_some_ranks_waits_as_long_as_that_of_all(monkeypatch: pytest.MonkeyPatch):
     made = []
     monkeypatch.setattr(distributed, "new_group", lambda *asked: made.append(asked) or len(made))
-    assert Processes(rank=2, world_size=4, timeout=timedelta(hours=5)).subgroup(2) == 2
-    assert made == [([0, 1], timedelta(hours=5)), ([2, 3], timedelta(hours=5))]
+    assert Processes(rank=2, world_size=4).subgroup(2) == 2
+    assert made == [([0, 1], UNBOUNDED), ([2, 3], UNBOUNDED)]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,8 @@ def test_a_lost_rank_is_looked_for_where_an_error_may_be_of_one(error: RuntimeEr
     looked = []
 
     class Looking:
+        waiting = staticmethod(nullcontext)
+
         def find_lost(self, seconds: float) -> None:
             looked.append(seconds)
 
@@ -222,6 +224,31 @@ def test_a_port_that_another_has_taken_is_no_fault_of_the_settings(monkeypatch: 
         with pytest.raises(MeetingError, match=f"cannot listen on 127.0.0.1:{port}") as raised:
             join(rendezvous_timeout=5, silence_timeout=5, step_timeout=5)
     assert classify(raised.value)[0] == "node failure", "it is tried again, at another port"
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("raise", "failed: the GPU is busy"), ("freeze", "has come and given no sign of life|no sign of")]
+)
+def test_a_rank_that_falls_out_between_the_meeting_and_the_group_is_named(tmp_path: Path, how: str, said: str):
+    ranks = start_ranks([how], tmp_path, 2, command="fall out")
+    assert ranks[0].wait(60) != 0
+    assert re.search(f"rank 1 .*({said})", ranks[0].said), ranks[0].said
+
+
+def test_a_rank_that_waits_for_one_that_does_not_come_hears_a_signal(tiny_run: list[str], tmp_path: Path):
+    (rank,) = start_ranks(tiny_run, tmp_path, 2, command="execute", ranks=[1])
+    wait_for(lambda: "run " in rank.said)
+    time.sleep(2)
+    os.kill(rank.pid, signal.SIGTERM)
+    assert rank.wait(10) == 75, rank.said
+
+
+def test_a_rank_that_is_interrupted_says_so_to_the_others(long_run: list[str], tmp_path: Path):
+    ranks = start_and_meet(long_run, tmp_path, tmp_path / "study")
+    os.kill(ranks[1].pid, signal.SIGINT)
+    assert [rank.wait(60) for rank in ranks] == [76, 130], ranks[0].said
+    assert "failed: preempted: interrupt" in ranks[0].said
+    assert run_of(tmp_path / "study").state()[0] == "preempted"
 
 
 def test_processes_with_different_settings_are_refused(tiny_run: list[str], tmp_path: Path):
@@ -303,14 +330,14 @@ def test_the_shortest_silence_that_may_be_set_is_longer_than_a_suspension_betwee
 
 
 def test_a_run_that_is_suspended_whole_goes_on_when_it_is_resumed(long_run: list[str], tmp_path: Path):
-    """As SLURM suspends jobs, for longer than silence is borne."""
-    ranks = start_and_meet(long_run, tmp_path, tmp_path / "study")
+    """As SLURM suspends jobs, for longer than silence, reading and a collective are borne."""
+    ranks = start_and_meet([*long_run, "execution.step_timeout=5"], tmp_path, tmp_path / "study")
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in ranks:
             os.kill(rank.pid, number)
         if number == signal.SIGSTOP:
             steps = len(rows_of(tmp_path / "study"))
-            time.sleep(8)
+            time.sleep(12)
     wait_for(lambda: len(rows_of(tmp_path / "study")) > steps + 5)
     os.kill(ranks[1].pid, signal.SIGTERM)
     assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].said

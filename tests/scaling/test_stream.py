@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import pickle
 import time
@@ -85,6 +86,27 @@ def test_a_reader_that_leaves_off_is_not_kept_by_workers_that_wait_for_storage()
     assert time.monotonic() - begun < 20
     assert len(workers) >= 2
     for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+
+
+def test_workers_that_began_where_others_could_not_are_not_left(monkeypatch: pytest.MonkeyPatch):
+    """Python would wait for them, which ignore its signal, when it ends."""
+    started: list[multiprocessing.Process] = []
+    start = multiprocessing.Process.start
+
+    def start_two(process: multiprocessing.Process) -> None:
+        if len(started) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_two)
+    loader = training_loader(Stuck(), MicroBatchSampler(0, 9, 1, 1), 4)
+    with pytest.raises(OSError, match="Too many open files"):
+        next(iter(loader))
+    assert len(started) == 2
+    for worker in started:
         worker.join(5)
         assert not worker.is_alive()
 
