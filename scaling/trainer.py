@@ -12,8 +12,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Generator
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ class Trainer:
         self.early_stopping = EarlyStopping(patience) if patience is not None else None
         self._unprocessed: dict[str, dict[str, float]] = {}  # of this rank's validation clips: the same every time
         self.validation_is_due = False  # after the committed step, as a signal broke it off
+        self._reading: Callable[[], AbstractContextManager[None]] = nullcontext  # bounded in time while `fit` lasts
         self.step = self._restore()
         clips = training_clips(config, index)
         self.quarantine = Quarantine(directory, index, clips, config.data.max_damaged_share, processes.rank)
@@ -121,7 +122,10 @@ class Trainer:
         LostRankError if a process of the run is dead or frozen.
         """
         config, plan = self.config, self.plan
+        deadline = Deadline(config.execution.step_timeout, self._end_for_hung_reading)
+        self._reading = deadline.running
         with (
+            closing(deadline),
             closing(self._batches()) as batches,
             self._board() as board,
             ProgressDisplay(plan.name, plan.steps, self.step, shown=self.processes.is_first) as progress,
@@ -227,9 +231,11 @@ class Trainer:
                 if self.stop.signal is not None or processes.is_any_at(STOPPING):
                     break
                 lacking = max(0, self.config.train.losses.fewest_samples - clip.num_samples)
+                with self._reading():
+                    parts = reader.read_clip(clip)
                 noisy, clean = (
                     pad(to_float(torch.from_numpy(part), device)[None], (lacking // 2, lacking - lacking // 2))
-                    for part in reader.read_clip(clip)
+                    for part in parts
                 )
                 if clip.id not in self._unprocessed:
                     values = self._score(clip, unprocessed(noisy, model.stft), clean)
@@ -281,21 +287,19 @@ class Trainer:
         )
         for_gpu = self.engine.device.type == "cuda"
         loader = training_loader(self.dataset, sampler, execution.num_workers, for_gpu)
-        deadline = Deadline(execution.step_timeout, self._end_for_a_frozen_worker)
-        with closing(deadline), closing(iter(loader)) as batches:
+        with closing(iter(loader)) as batches:
             while True:
-                with deadline.running():
+                with self._reading():
                     batch = next(batches, None)
                 if batch is None:
                     return
                 self.quarantine.add(batch.replaced)
                 yield batch.noisy, batch.clean
 
-    def _end_for_a_frozen_worker(self, what: str) -> None:
+    def _end_for_hung_reading(self, what: str) -> None:
         """Last words of this rank: on record, and to the other ranks."""
-        reason = (
-            f"rank {self.processes.rank} has read at one batch for {self.config.execution.step_timeout:g} s: {what}"
-        )
+        seconds = self.config.execution.step_timeout
+        reason = f"rank {self.processes.rank} has been reading one batch or clip for {seconds:g} s: {what}"
         log.critical("%s", reason)
         self.directory.log_event("failed", failure="node failure", reason=reason, rank=self.processes.rank)
         self.processes.tell_failure(f"node failure: {reason}")

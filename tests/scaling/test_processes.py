@@ -360,6 +360,22 @@ def test_a_loader_worker_that_dies_or_freezes_is_named_and_ends_the_run(
     assert (state, event["failure"]) == ("failed", "node failure")
 
 
+def test_a_validation_whose_storage_hangs_ends_the_run_in_a_stated_time(
+    tiny_run: list[str], tiny_index: ShardIndex, tmp_path: Path
+):
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_index.root, shards)
+    words = [*tiny_run, f"data.shards={shards}", "train.budget.steps=40", "execution.num_validations=1"]
+    (rank,) = start_and_meet([*words, "execution.step_timeout=5"], tmp_path, tmp_path / "study", world_size=1)
+    for tar in shards.glob("validation-*.tar"):
+        tar.unlink()
+        os.mkfifo(tar)  # whose opening waits
+    assert rank.wait(60) == 76, rank.said
+    state, event = run_of(tmp_path / "study").state()
+    assert (state, event["failure"]) == ("failed", "node failure")
+    assert "rank 0 has been reading one batch or clip for 5 s" in event["reason"]
+
+
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on_the_same(
     tiny_run: list[str], tmp_path: Path
 ):
