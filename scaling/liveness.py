@@ -66,7 +66,7 @@ class Watch(threading.Thread):
     def __init__(
         self, store: distributed.TCPStore, rank: int, world_size: int, silence_timeout: float, longest_wait: float
     ) -> None:
-        """longest_wait: seconds that this rank may wait in one collective, those in which it is stopped left out"""
+        """longest_wait: seconds between two marks of this rank's progress, those in which it is stopped left out"""
         super().__init__(daemon=True, name="watch")
         self.store = distributed.PrefixStore(f"signs-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.rank, self.world_size, self.silence_timeout = rank, world_size, silence_timeout
@@ -81,7 +81,7 @@ class Watch(threading.Thread):
         self._lost: str | None = None
         self._now = OwnTime()
         self._last_look = self._now()
-        self._waiting_since: float | None = None
+        self._marked = self._now()
         self._sign()
 
     def run(self) -> None:
@@ -89,11 +89,11 @@ class Watch(threading.Thread):
         threading.Thread(target=self._keep_looking, daemon=True, name="look").start()
         # A look hangs where rank 0, which keeps the store, is frozen: no timeout of the store's ends that.
         while not self._is_closed.wait(OwnTime.LONGEST_PAUSE):
-            now, since = self._now(), self._waiting_since
+            now = self._now()
             silent = now - self._last_look
             if self._lost is None and silent > self.silence_timeout:
                 self._lost = f"rank 0, which keeps the store of the run, has given no answer for {silent:.0f} s"
-            if self._lost is None and since is not None and now - since > self.longest_wait:
+            if self._lost is None and now - self._marked > self.longest_wait:
                 self._lost = f"the ranks wait for one another without end, rank by rank: {self.phases()}"
             if self._lost is not None and not self._is_closed.is_set():
                 try:
@@ -107,15 +107,9 @@ class Watch(threading.Thread):
         self.on_loss(self._lost)
         self.tell_and_be_heard(f"lost {self._lost}")
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A context in which this rank waits for the others, not for longer than `longest_wait`."""
-        before = self._waiting_since
-        self._waiting_since = self._now() if before is None else before
-        try:
-            yield
-        finally:
-            self._waiting_since = before
+    def mark(self) -> None:
+        """This rank's main thread has come on: it does not wait, neither in a collective nor for a GPU or storage."""
+        self._marked = self._now()
 
     def _keep_looking(self) -> None:
         while not self._is_closed.wait(SECONDS_BETWEEN_SIGNS) and self._lost is None:

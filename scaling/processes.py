@@ -9,8 +9,8 @@ or by the launcher's jobs. In order:
 3. From then on every rank leaves a sign of life in the store every two seconds and reads the
    others'. A rank that leaves none for a stated time (killed, frozen, its node gone) is named,
    and ends the run on all others: a collective would wait for it for ever.
-4. The process group is made, over the same store. Its collectives have no timeout that matters: theirs would count the
-   time for which a run is suspended, and the watch has one that does not.
+4. The process group is made, over the same store. On CPU its collectives have no timeout that matters: theirs would
+   count the time for which a run is suspended. The watch ends a rank that does not come on, in time lived.
 
 One process alone needs none of this: `ALONE`.
 """
@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-UNBOUNDED = timedelta(days=365)  # of a collective: `scaling.liveness.Watch` ends a wait
-LEFT: list[distributed.ProcessGroup] = []  # groups that this process has parted from
+UNBOUNDED = timedelta(days=365)  # of a collective on CPU: `scaling.liveness.Watch` ends a wait
+LEFT: list[distributed.ProcessGroup] = []  # the group that this process has parted from last
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_TO_NAME_THE_LOST = 12.0  # after a collective has broken
 
@@ -56,6 +56,7 @@ class Processes:
     world_size: int = 1
     local_rank: int = 0
     watch: Watch | None = field(default=None, repr=False)
+    timeout: timedelta | None = None  # of a collective
 
     @property
     def is_first(self) -> bool:
@@ -117,29 +118,35 @@ class Processes:
             assert distributed.group.WORLD is not None
             return distributed.group.WORLD
         firsts = range(0, self.world_size, size)
-        groups = [distributed.new_group(list(range(first, first + size)), UNBOUNDED) for first in firsts]
+        groups = [distributed.new_group(list(range(first, first + size)), self.timeout) for first in firsts]
         return groups[self.rank // size]
 
     def at(self, phase: str) -> None:
         """Leave word of what this rank is doing, for the message if it should be lost."""
         if self.watch is not None:
             self.watch.phase = phase
+            self.watch.mark()
+
+    def mark(self) -> None:
+        """Say that this rank has come on; one that does not for two `step_timeout` is taken to hang."""
+        if self.watch is not None:
+            self.watch.mark()
 
     def is_any_at(self, phase: str) -> bool:
         """Whether another rank was doing this when it last gave a sign, at most two seconds ago; no collective."""
         return self.watch is not None and phase in self.watch.phases_of_others().values()
 
     @contextmanager
-    def naming_the_lost(self, whatever_fails: bool = True, is_wait: bool = True) -> Iterator[None]:
+    def naming_the_lost(self, whatever_fails: bool = True) -> Iterator[None]:
         """A context in which a broken collective becomes LostRankError, which names the rank that broke it.
 
         whatever_fails: take every RuntimeError for one that does not say that it is this rank's own, not only those
             that say so
-        is_wait: end the process where it takes longer than ranks may wait for one another
         """
+        self.mark()
         try:
-            with self.watch.waiting() if self.watch is not None and is_wait else nullcontext():
-                yield
+            yield
+            self.mark()
         except RuntimeError as error:
             is_of_one = whatever_fails and not _is_of_this_rank(error)
             if self.watch is None or self.world_size == 1 or not (is_of_one or _is_of_a_collective(error)):
@@ -169,7 +176,7 @@ class Processes:
                 # Kept, so that DDP's reducer is not the last to let go of it: that would hold Python's lock while it
                 # waits for the group's threads, and they need the lock to let go of the last collective's tensors.
                 assert distributed.group.WORLD is not None
-                LEFT.append(distributed.group.WORLD)
+                LEFT[:] = [distributed.group.WORLD]
                 distributed.destroy_process_group()
         self.world_size, self.watch = 1, None
 
@@ -213,36 +220,40 @@ def join(
     if not 0 <= rank < world_size:
         raise UserError(f"RANK = {rank}: expected 0 to {world_size - 1}, as WORLD_SIZE = {world_size} says")
     host, port = os.environ["MASTER_ADDR"], _whole_number("MASTER_PORT")
+    on_gpu = uses_gpu(device)
+    if on_gpu:  # before the meeting, since a GPU may take its time or be broken
+        shun_broken_links()  # before NCCL makes any
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        # Where each process sees its own GPU alone; Accelerate and DeepSpeed take the variable for the GPU's number.
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     store = _meet(host, port, rank, world_size, rendezvous_timeout)
     own = _connect(host, port, world_size, False, silence_timeout)
     # Longer than what a rank itself allows, so that the one that is late says why before the others give up.
     watch = Watch(own, rank, world_size, silence_timeout, longest_wait=2 * step_timeout)
     watch.start()
-    processes = Processes(rank, world_size, local_rank, watch)
+    # NCCL waits for as long as this when a group ends, too, and then no watch is left.
+    timeout = timedelta(seconds=2 * step_timeout) if on_gpu else UNBOUNDED
+    processes = Processes(rank, world_size, local_rank, watch, timeout)
     try:
-        _make_group(store, processes, device)
+        _make_group(store, processes, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    except LostRankError as error:
+        processes.tell_loss(str(error))
+        raise
     except BaseException as error:
-        said = f"preempted: {error}" if isinstance(error, StoppedError) else first_line(error)
-        processes.tell_failure(said)
+        processes.tell_failure(f"preempted: {error}" if isinstance(error, StoppedError) else first_line(error))
         raise
     _check_devices(processes, device)
     return processes
 
 
-def _make_group(store: distributed.Store, processes: Processes, device: str) -> None:
-    on_gpu = uses_gpu(device)
-    if on_gpu:
-        shun_broken_links()  # before NCCL makes any
-        torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
-        # Where each process sees its own GPU alone; Accelerate and DeepSpeed take the variable for the GPU's number.
-        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+def _make_group(store: distributed.Store, processes: Processes, backend: str) -> None:
     with processes.naming_the_lost():
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            backend,
             store=distributed.PrefixStore("group", store),
             rank=processes.rank,
             world_size=processes.world_size,
-            timeout=UNBOUNDED,
+            timeout=processes.timeout,
         )
     processes.barrier()
 
@@ -322,16 +333,30 @@ def _meet(host: str, port: int, rank: int, world_size: int, timeout: float) -> d
 
 
 def _connect(host: str, port: int, world_size: int, keeps_store: bool, timeout: float) -> distributed.TCPStore:
-    return distributed.TCPStore(
-        host, port, world_size, keeps_store, timeout=timedelta(seconds=timeout), wait_for_workers=False
-    )
+    """RuntimeError if there is no answer: made in a thread, since a frozen rank 0 keeps the making for ever."""
+    made: list[distributed.TCPStore] = []
+    errors: list[RuntimeError] = []
+
+    def connect() -> None:
+        limit = timedelta(seconds=timeout)
+        try:
+            made.append(
+                distributed.TCPStore(host, port, world_size, keeps_store, timeout=limit, wait_for_workers=False)
+            )
+        except RuntimeError as error:
+            errors.append(error)
+
+    within(timeout + 1, connect)
+    if not made:
+        raise errors[0] if errors else RuntimeError(f"no answer from {host}:{port} within {timeout:g} s")
+    return made[0]
 
 
 def _wait_for_port(host: str, port: int, deadline: float) -> None:
     """Until somebody listens there; OSError if nobody does in time. The store's own waiting hears no signal."""
     while True:
         try:
-            socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            socket.create_connection((host, port), timeout=5.0).close()
             return
         except OSError:
             if time.monotonic() > deadline:

@@ -107,7 +107,7 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
     if processes.watch is not None:
         processes.watch.on_loss = record_loss
     try:
-        with processes.naming_the_lost(whatever_fails=False, is_wait=False):
+        with processes.naming_the_lost(whatever_fails=False):
             model, step = train(plan, directory, processes, stop)
         processes.leave()
         if processes.is_first:
@@ -123,8 +123,9 @@ def _execute(plan: RunPlan, processes: Processes, stop: StopFlag, stack: ExitSta
             log.error("run %s diverged: %s", directory.run_id, error)
         return 1
     except KeyboardInterrupt:
-        if processes.is_first or directory.state()[0] != "preempted":
-            _log_event(directory, "preempted", reason="interrupt")
+        with suppress(RecordError):
+            if processes.is_first or directory.state()[0] != "preempted":
+                _log_event(directory, "preempted", reason="interrupt")
         processes.tell_failure("preempted: interrupt")
         raise
     except LostRankError as error:

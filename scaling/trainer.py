@@ -231,6 +231,7 @@ class Trainer:
                 if self.stop.signal is not None or processes.is_any_at(STOPPING):
                     break
                 lacking = max(0, self.config.train.losses.fewest_samples - clip.num_samples)
+                processes.mark()
                 with self._reading():
                     parts = reader.read_clip(clip)
                 noisy, clean = (
@@ -293,6 +294,7 @@ class Trainer:
                     batch = next(batches, None)
                 if batch is None:
                     return
+                self.processes.mark()
                 self.quarantine.add(batch.replaced)
                 yield batch.noisy, batch.clean
 

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -76,7 +77,8 @@ def start_ranks(
 
     command: "execute" is what `python -m scaling.train` does; "train" ends with the last step, before the
         test set is scored, and says the hash of the weights; "meet and part" does that at each port of the words;
-        "fall out" lets rank 1 raise or freeze, as the word says, once all have met
+        "fall out" lets rank 1 raise or freeze, as the word says, once all have met; "hang at step 3" is
+        "execute" in which rank 0 hangs there, as it puts the step on record
     """
     port = port or free_port()
     started = []
@@ -126,7 +128,13 @@ def _run(command: str, words: list[str], environment: dict[str, str], log: Path)
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     try:
-        commands = {"execute": _execute, "train": _train, "meet and part": _meet_and_part, "fall out": _fall_out}
+        commands = {
+            "execute": _execute,
+            "train": _train,
+            "meet and part": _meet_and_part,
+            "fall out": _fall_out,
+            "hang at step 3": _hang,
+        }
         status = commands[command](words)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
@@ -192,12 +200,26 @@ def _meet_and_part(ports: list[str]) -> int:
 
 
 def _fall_out(words: list[str]) -> int:
-    def fall_out(device: str) -> bool:
+    def fall_out(*ignored: object) -> None:
         if words == ["freeze"]:
             os.kill(os.getpid(), signal.SIGSTOP)
         raise RuntimeError("the GPU is busy")
 
     if os.environ["RANK"] == "1":
-        scaling.processes.uses_gpu = fall_out
+        scaling.processes._make_group = fall_out
     join(60, 5, 600, "cpu")
     return 0
+
+
+def _hang(words: list[str]) -> int:
+    from scaling.trainer import Trainer
+
+    log = Trainer._log
+
+    def hang(trainer: Trainer, board: object, kind: str, row: dict[str, object]) -> None:
+        if trainer.step == 3 and trainer.processes.is_first:
+            time.sleep(3600)
+        log(trainer, board, kind, row)
+
+    Trainer._log = hang
+    return _execute(words)

@@ -350,7 +350,9 @@ def test_a_shard_whose_fetch_ends_while_room_is_made_counts_under_its_new_name(
             fetched.rename(tmp_path / f"{newer}.tar")
         return iter(names)
 
-    (tmp_path / f"{'0' * 64}.tar").symlink_to("nowhere")  # as where a cache of links was cleared
+    link = tmp_path / f"{'3' * 64}.tar"  # as where a cache of links was cleared
+    link.symlink_to("nowhere")
+    os.utime(link, (0, 0), follow_symlinks=False)
     monkeypatch.setattr(Path, "iterdir", end_fetch_when_listed)
     temporary = tmp_path / f".{own}.host.2.tmp"
     with held_when_free(tmp_path / f"{newer}.lock"), held_when_free(tmp_path / f"{own}.lock"):

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from scaling.config import ExecutionConfig
 from scaling.errors import MeetingError, UserError
 from scaling.liveness import SECONDS_BETWEEN_SIGNS, OwnTime
 from scaling.ports import free_port
-from scaling.processes import UNBOUNDED, VARIABLES, Processes, _check_devices, join
+from scaling.processes import VARIABLES, Processes, _check_devices, join
 from scaling.records import RunDirectory
 from scaling.run import classify
 from scaling.shards import ShardIndex
@@ -142,8 +143,8 @@ def test_ranks_that_do_not_have_a_gpu_each_are_named_before_a_collective_meets_t
 def test_a_group_of_some_ranks_waits_as_long_as_that_of_all(monkeypatch: pytest.MonkeyPatch):
     made = []
     monkeypatch.setattr(distributed, "new_group", lambda *asked: made.append(asked) or len(made))
-    assert Processes(rank=2, world_size=4).subgroup(2) == 2
-    assert made == [([0, 1], UNBOUNDED), ([2, 3], UNBOUNDED)]
+    assert Processes(rank=2, world_size=4, timeout=timedelta(hours=5)).subgroup(2) == 2
+    assert made == [([0, 1], timedelta(hours=5)), ([2, 3], timedelta(hours=5))]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,8 @@ def test_a_lost_rank_is_looked_for_where_an_error_may_be_of_one(error: RuntimeEr
     looked = []
 
     class Looking:
-        waiting = staticmethod(nullcontext)
+        def mark(self) -> None:
+            pass
 
         def find_lost(self, seconds: float) -> None:
             looked.append(seconds)
@@ -233,6 +235,18 @@ def test_a_rank_that_falls_out_between_the_meeting_and_the_group_is_named(tmp_pa
     ranks = start_ranks([how], tmp_path, 2, command="fall out")
     assert ranks[0].wait(60) != 0
     assert re.search(f"rank 1 .*({said})", ranks[0].said), ranks[0].said
+
+
+@pytest.mark.parametrize("norm_batch", [2, 4])
+def test_ranks_that_all_live_and_wait_for_one_another_end_in_a_stated_time(
+    tiny_run: list[str], tmp_path: Path, norm_batch: int
+):
+    """Rank 1 waits in the forward pass for statistics of rank 0 (4), or in the backward pass for its gradients (2)."""
+    words = [*tiny_run, "train.budget.steps=4000", "execution.step_timeout=5", f"train.norm_batch={norm_batch}"]
+    ranks = start_ranks(words, tmp_path, 2, command="hang at step 3")
+    assert [rank.wait(60) for rank in ranks] == [76, 76], ranks[0].said
+    assert "the ranks wait for one another without end" in ranks[0].said
+    assert run_of(tmp_path / "study").state()[1]["failure"] == "node failure"
 
 
 def test_a_rank_that_waits_for_one_that_does_not_come_hears_a_signal(tiny_run: list[str], tmp_path: Path):
