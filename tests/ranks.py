@@ -7,6 +7,7 @@ what torch and Accelerate import for the first optimiser.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import hashlib
 import multiprocessing
@@ -45,12 +46,21 @@ class Rank:
         return self.process.pid
 
     def wait(self, timeout: float = 120) -> int:
-        """The exit status; AssertionError if the rank does not end in time."""
+        """The exit status; AssertionError with where all ranks are if this one does not end in time."""
         self.process.join(timeout)
         if self.process.exitcode is None:
-            self.kill()
-            raise AssertionError(f"rank did not end within {timeout} s; it said:\n{self.said}")
+            said = "\n".join(f"{rank.log.name}, {rank.abort()}:\n{rank.said}" for rank in [*STARTED])
+            raise AssertionError(f"{self.log.name}: rank did not end within {timeout} s\n{said}")
         return self.process.exitcode
+
+    def abort(self) -> str:
+        """End the rank, if it lives, with its threads' stacks in its log; how it ended."""
+        if (status := self.process.exitcode) is not None:
+            return f"ended with {status} before"
+        os.kill(self.pid, signal.SIGABRT)
+        self.process.join(5)
+        self.kill()
+        return "ended now"
 
     def kill(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -125,6 +135,7 @@ def _run(command: str, words: list[str], environment: dict[str, str], log: Path)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.enable()
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     try:
