@@ -20,10 +20,12 @@ import psutil
 from torch import distributed
 
 from scaling.errors import first_line
+from scaling.own_time import OwnTime
 from scaling.statuses import LOST
 
 log = logging.getLogger(__name__)
 
+# With the pause that counts of a suspension two signs come within the shortest silence_timeout that may be set, 5 s.
 SECONDS_BETWEEN_SIGNS = 2.0
 SECONDS_TO_BE_HEARD = 3 * SECONDS_BETWEEN_SIGNS  # within which whoever lives has read a last word
 SECONDS_FOR_LAST_WORDS = 30.0  # to put on record why this process ends, and to tell the others
@@ -31,26 +33,6 @@ SECONDS_FOR_LAST_WORDS = 30.0  # to put on record why this process ends, and to 
 
 class LostRankError(Exception):
     """Another rank of the run has died, is frozen, or has failed."""
-
-
-class OwnTime:
-    """Seconds that this process has lived through: while it is stopped, as SLURM suspends jobs, hardly any pass.
-
-    To be asked about every LONGEST_PAUSE seconds, which is the most that counts between two answers: a process that
-    was stopped between two signs has the time of one more for the next, within the shortest silence_timeout allowed.
-    """
-
-    LONGEST_PAUSE = SECONDS_BETWEEN_SIGNS / 2
-
-    def __init__(self) -> None:
-        self._seconds, self._before, self._lock = 0.0, time.monotonic(), threading.Lock()
-
-    def __call__(self) -> float:
-        with self._lock:
-            now = time.monotonic()
-            self._seconds += min(now - self._before, self.LONGEST_PAUSE)
-            self._before = now
-            return self._seconds
 
 
 def within(seconds: float, act: Callable[..., None], *arguments: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from scaling.errors import UnreachableError, UserError
+from scaling.own_time import OwnTime
 from scaling.records import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,9 @@ def held_lock(lock: Path, taken: str) -> Iterator[int]:
     it holds the lock too.
     """
     with _opened(lock) as descriptor:
-        try:
-            _take(descriptor, lock)  # who only looks (`is_held`) has the lock for a moment too
-        except BlockingIOError:
+        if not _takes_in_the_end(descriptor, lock):
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise HeldLockError(f"{taken} by process {holder}: wait for it, or stop it first") from None
+            raise HeldLockError(f"{taken} by process {holder}: wait for it, or stop it first")
         with suppress(OSError):  # as of a full disk: the number is for messages
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -57,33 +56,28 @@ def held_when_free(
 ) -> Iterator[None]:
     """Hold a lock file, waiting for as long as another process holds it, which is logged as `waiting`.
 
-    patience: seconds to wait while `progress`, what there is to see of the holder's work, stays the same
+    patience: seconds to wait while `progress`, what there is to see of the holder's work, stays the same; those for
+        which this process is stopped do not count
 
     UserError where the file system keeps no locks; UnreachableError after that.
     """
     with _opened(lock) as descriptor:
-        seen, since = progress(), time.monotonic()
+        now = OwnTime()
+        seen, since = progress(), now()
         while not _takes(descriptor, lock):
             if waiting:
                 log.info("%s", waiting)
                 waiting = ""
             time.sleep(PAUSE)
+            lived = now()
             if (now_seen := progress()) != seen:
-                seen, since = now_seen, time.monotonic()
-            elif time.monotonic() - since > patience:
+                seen, since = now_seen, lived
+            elif lived - since > patience:
                 raise UnreachableError(
                     f"{lock} has been held by another process for {patience:g} s, and nothing has come of it: end that "
                     "process, which is frozen or hangs, and run the same command again"
                 )
         yield
-
-
-def _takes(descriptor: int, lock: Path) -> bool:
-    try:
-        _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager
@@ -107,22 +101,14 @@ def _opened(lock: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _take(descriptor: int, lock: Path) -> None:
-    """Take a lock; BlockingIOError if another process holds it at every look."""
+def _takes(descriptor: int, lock: Path) -> bool:
+    """Take a lock unless another process holds it; UserError where there are no locks."""
     for looks_left in reversed(range(LOOKS)):
         try:
-            return _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            if not looks_left:
-                raise
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def _flock(descriptor: int, lock: Path, how: int) -> None:
-    """BlockingIOError if another process holds the lock and `how` does not wait; UserError where there are no locks."""
-    for looks_left in reversed(range(LOOKS)):
-        try:
-            return fcntl.flock(descriptor, how)
+            return False
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -133,6 +119,17 @@ def _flock(descriptor: int, lock: Path, how: int) -> None:
                 f"{lock}: its file system keeps no file locks ({error.strerror}), without which two processes may "
                 "write the same files: mount it with them (Lustre: -o flock; NFS: lockd), or take another folder"
             ) from None
+    raise AssertionError("the last look returns or raises")
+
+
+def _takes_in_the_end(descriptor: int, lock: Path) -> bool:
+    """Take a lock unless another process holds it at every look: who asks `is_held` has it for a moment too."""
+    for looks_left in reversed(range(LOOKS)):
+        if _takes(descriptor, lock):
+            return True
+        if looks_left:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    return False
 
 
 def is_locked(directory: RunDirectory) -> bool:
@@ -147,12 +144,9 @@ def is_held(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        _flock(descriptor, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _takes(descriptor, lock)
     finally:
         os.close(descriptor)
-    return False
 
 
 def holder(lock: Path) -> psutil.Process | None:

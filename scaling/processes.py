@@ -227,7 +227,10 @@ def join(
         # Where each process sees its own GPU alone; Accelerate and DeepSpeed take the variable for the GPU's number.
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     store = _meet(host, port, rank, world_size, rendezvous_timeout)
-    own = _connect(host, port, world_size, False, silence_timeout)
+    try:
+        own = _connect(host, port, world_size, False, silence_timeout)
+    except RuntimeError as error:
+        raise MeetingError(f"rank 0 at {host}:{port} was there and is frozen or gone ({first_line(error)})") from None
     # Longer than what a rank itself allows, so that the one that is late says why before the others give up.
     watch = Watch(own, rank, world_size, silence_timeout, longest_wait=2 * step_timeout)
     watch.start()

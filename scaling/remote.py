@@ -44,6 +44,7 @@ from typing import Any, TypeVar
 
 from scaling.errors import UnreachableError, UserError
 from scaling.locks import held_if_free, held_when_free
+from scaling.own_time import OwnTime
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,8 @@ class RemoteRoot:
         UnreachableError if none of those comes on for as long as a fetch may take over a part, OSError if there is no
         room now and `waits` is not.
         """
-        seen, since = self._make_room(temporary, num_bytes), time.monotonic()
+        now = OwnTime()
+        seen, since = self._make_room(temporary, num_bytes), now()
         if seen and not waits:
             raise OSError(f"the cache {self.cache} is full of shards that are being fetched")
         if seen:
@@ -176,10 +178,10 @@ class RemoteRoot:
         patience = _patience()
         while seen:
             time.sleep(ROOM_PAUSE)
-            others = self._make_room(temporary, num_bytes)
+            others, lived = self._make_room(temporary, num_bytes), now()
             if others != seen:
-                seen, since = others, time.monotonic()
-            elif time.monotonic() - since > patience:
+                seen, since = others, lived
+            elif lived - since > patience:
                 raise UnreachableError(
                     f"the cache {self.cache} is full of shards that are being fetched, of which none has come on for "
                     f"{patience:g} s: raise data.cache_gb = {self.cache_bytes / 1e9:g}, or end what fetches them"
@@ -188,15 +190,14 @@ class RemoteRoot:
     def _make_room(self, temporary: Path, num_bytes: int) -> set[tuple[str, int]]:
         """Let go of the shards used longest ago until `num_bytes` fit, and reserve them in the file `temporary`.
 
-        Where they do not fit beside what others are fetching: the names of those files, each with the time when it was
-        last written to.
+        Where they do not fit beside what others are fetching: what these have come to, see `_fetches`.
         """
         with held_when_free(self.cache / "lock", patience=_patience()):
             while (held := self._held()) is None:
                 pass
             fetched = [entry for entry in held if entry[2].suffix == ".tmp"]
             if sum(size for _, size, _ in fetched) + num_bytes > self.cache_bytes:
-                return {(path.name, written) for written, _, path in fetched}
+                return self._fetches()
             total = sum(size for _, size, _ in held)
             for _, size, path in sorted(held):
                 if total + num_bytes <= self.cache_bytes:

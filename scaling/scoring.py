@@ -19,8 +19,8 @@ import torch
 from bsrnn import BSRNN
 from scaling.device import set_arithmetic
 from scaling.errors import UnreachableError
-from scaling.liveness import OwnTime
 from scaling.metrics import METRICS, Waveform, score, versions
+from scaling.own_time import OwnTime
 from scaling.plan import RunPlan
 from scaling.pool import kill, spawned_pool
 from scaling.progress import ProgressDisplay

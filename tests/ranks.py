@@ -87,7 +87,7 @@ def start_ranks(
 
     command: "execute" is what `python -m scaling.train` does; "train" ends with the last step, before the
         test set is scored, and says the hash of the weights; "meet and part" does that at each port of the words;
-        "fall out" lets rank 1 raise or freeze, as the word says, once all have met; "hang at step 3" is
+        "fall out" lets rank 1 do what the word says once all have met; "hang at step 3" is
         "execute" in which rank 0 hangs there, as it puts the step on record
     """
     port = port or free_port()
@@ -212,12 +212,12 @@ def _meet_and_part(ports: list[str]) -> int:
 
 def _fall_out(words: list[str]) -> int:
     def fall_out(*ignored: object) -> None:
-        if words == ["freeze"]:
+        if words[0].startswith("freezes"):
             os.kill(os.getpid(), signal.SIGSTOP)
         raise RuntimeError("the GPU is busy")
 
     if os.environ["RANK"] == "1":
-        scaling.processes._make_group = fall_out
+        setattr(scaling.processes, "Watch" if "first sign" in words[0] else "_make_group", fall_out)
     join(60, 5, 600, "cpu")
     return 0
 

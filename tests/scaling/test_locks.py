@@ -74,6 +74,21 @@ def test_a_lock_is_waited_for_as_long_as_its_holder_comes_on(holder: subprocess.
     assert time.monotonic() - begun > 1.1
 
 
+def test_a_suspension_is_no_waiting_for_a_lock(
+    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monotonic, looks = time.monotonic, []
+
+    def look() -> None:
+        looks.append(None)
+
+    monkeypatch.setattr("scaling.own_time.time.monotonic", lambda: monotonic() + 3600 * (len(looks) > 3))
+    begun = monotonic()
+    with pytest.raises(UnreachableError, match="for 3 s"):
+        held_when_free(tmp_path / "lock", patience=3, progress=look).__enter__()
+    assert monotonic() - begun > 1.5
+
+
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_a_file_system_without_locks_is_named_with_what_to_do(
     error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
