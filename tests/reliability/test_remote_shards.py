@@ -1,142 +1,28 @@
-"""Shards in an object store: fetched once a machine, verified, bounded, ahead of use; no failure changes them."""
+"""Shards in an object store: fetched once a machine, verified, ahead of use; no failure changes them."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import s3fs
 
 import scaling.remote
-from scaling.config import DataConfig
 from scaling.errors import UnreachableError, UserError
-from scaling.locks import held_when_free
-from scaling.remote import RemoteRoot
 from scaling.shard_reader import DamagedClipError, ShardReader
 from scaling.shards import ShardIndex
-from scaling.stream import CropDataset, MicroBatchSampler, training_loader
+from scaling.stream import CropDataset, MicroBatchSampler
 from scaling.verify import Finding, check_shard
-from tests.reliability.shards_under_test import write_shards
-
-NUM_CLIPS, CROP = 48, 4_000
-
-
-class Store:
-    """The object store of `object_store.py`, in a process of its own."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-
-    def plan_faults(self, *faults: str | float) -> None:
-        request = urllib.request.Request(f"{self.address}/-faults", json.dumps(faults).encode(), method="POST")
-        urllib.request.urlopen(request).close()
-
-    def downloads(self) -> Counter[str]:
-        with urllib.request.urlopen(f"{self.address}/-log") as answer:
-            return Counter(json.load(answer))
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    script = Path(__file__).with_name("object_store.py")
-    errors = (tmp_path_factory.mktemp("store") / "stderr").open("w")
-    with (
-        subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=errors, text=True) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        address = server.stdout.readline().strip()
-        for name, value in (
-            ("AWS_ENDPOINT_URL", address),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            patch.setenv(name, value)
-        patch.setattr(scaling.remote, "FETCH_PAUSES", (0.1, 0.2, 0.4, 0.8))
-        yield Store(address)
-        server.terminate()
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    index = write_shards(tmp_path_factory.mktemp("local"), [6_000 + number for number in range(NUM_CLIPS)], 170_000)
-    assert len(index.shards["train"]) >= 8
-    return index
-
-
-Upload = Callable[[], str]
-
-
-@pytest.fixture(scope="module")
-def upload(store: Store, local: ShardIndex) -> Upload:
-    """Puts the shards into a bucket of their own; its URL."""
-    count = iter(range(1_000))
-
-    def put() -> str:
-        bucket = f"bucket{next(count)}"
-        filesystem = s3fs.S3FileSystem()
-        filesystem.mkdir(bucket)
-        filesystem.put(f"{local.root}/", f"{bucket}/noise/", recursive=True)
-        return f"s3://{bucket}/noise"
-
-    return put
-
-
-def stream(
-    index: ShardIndex, num_workers: int = 0, block_shards: int | None = None, epochs: int = 1, seed: int = 5
-) -> list[bytes]:
-    """The crops of an epoch or more; none may be replaced."""
-    dataset = CropDataset(index.root, index.clips("train"), CROP, seed, block_shards)
-    crops = []
-    for batch in training_loader(dataset, MicroBatchSampler(0, 6 * epochs, 8, 8), num_workers):
-        assert not batch.replaced
-        crops += [noisy.tobytes() + clean.tobytes() for noisy, clean in zip(*map(_rows, batch[:2]), strict=True)]
-    return crops
-
-
-def _rows(part) -> list:
-    return list(part.numpy())
-
-
-def remote(url: str, cache: Path, gigabytes: float = 1.0) -> RemoteRoot:
-    return DataConfig("noise", url, cache=str(cache), cache_gb=gigabytes).shard_root
-
-
-READ_EPOCH = """
-import hashlib, sys
-import scaling.remote
-from pathlib import Path
-from scaling.config import DataConfig
-from scaling.shards import ShardIndex
-from tests.reliability.test_remote_shards import stream
-url, cache, gigabytes, block_shards, seed = sys.argv[1:]
-index = ShardIndex.load(DataConfig("noise", url, cache=cache, cache_gb=float(gigabytes)).shard_root)
-print(hashlib.sha256(b"".join(stream(index, block_shards=int(block_shards) or None, seed=int(seed)))).hexdigest())
-"""
-
-
-def reading(
-    url: str, cache: Path, gigabytes: float = 1.0, block_shards: int = 0, seed: int = 5
-) -> subprocess.Popen[str]:
-    """A process of its own that reads an epoch and prints its hash."""
-    root = Path(__file__).parents[2]
-    numbers = map(str, (gigabytes, block_shards, seed))
-    words = [sys.executable, "-c", READ_EPOCH, url, str(cache), *numbers]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+from tests.reliability.shards_in_store import CROP, Store, Upload, reading, remote, rows, stream
 
 
 def test_processes_of_a_machine_fetch_each_shard_once_and_see_the_same_samples(
@@ -209,53 +95,8 @@ def test_a_killed_fetch_leaves_nothing_that_is_taken_for_a_shard(
     )
 
 
-def _size(folder: Path) -> int:
-    total = 0
-    for entry in list(os.scandir(folder)):
-        with contextlib.suppress(FileNotFoundError):  # let go of meanwhile
-            total += entry.stat().st_size
-    return total
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_the_cache_keeps_its_bound_and_the_next_block_is_there_before_its_use(
-    upload: Upload, local: ShardIndex, tmp_path: Path
-):
-    largest = max(shard.num_bytes for shard in local.shards["train"])
-    bound = 5 * largest
-    own = [tmp_path / "cache" / name for name in ("corpus.tar", "notes.tmp")]  # of whoever named the folder
-    own[0].parent.mkdir()
-    for path in own:
-        path.write_bytes(b"")
-    index = ShardIndex.load(remote(upload(), tmp_path / "cache", bound / 1e9))
-    dataset = CropDataset(index.root, index.clips("train"), CROP, 5, block_shards=2)
-    expected = iter(stream(local, block_shards=2, epochs=3))
-    seen, most = set(), 0
-    for counters in MicroBatchSampler(0, 18, 8, 8):
-        for t in counters:
-            noisy, clean = dataset[t]
-            assert noisy.numpy().tobytes() + clean.numpy().tobytes() == next(expected)
-            most = max(most, _size(tmp_path / "cache"))
-            block = dataset.order.block(t)
-            if block not in seen:
-                seen.add(block)
-                coming = {index.root.promised[shard][1] for shard in dataset.order.upcoming(*block)}
-                for _ in range(600):
-                    here = {path.stem for path in (tmp_path / "cache").glob("*.tar")}
-                    if coming <= here:
-                        break
-                    time.sleep(0.05)
-                assert coming <= here, "the next block is not fetched while this one is used"
-    assert len(seen) > 9
-    assert most <= bound
-    assert all(path.exists() for path in own), "the cache lets go of its own files only"
-    with pytest.raises(UserError, match=r"data.cache_gb = .* does not hold the .* mixes all of them: raise it, or set"):
-        CropDataset(index.root, index.clips("train"), CROP, 5)
-    with pytest.raises(UserError, match=r"data.cache_gb = 1e-05 does not hold shard train-0000\d.tar"):
-        ShardIndex.load(remote(index.root.url, tmp_path / "small", 1e-5))
 
 
 def test_damage_at_the_source_and_damage_in_the_cache_are_told_apart(upload: Upload, local: ShardIndex, tmp_path: Path):
@@ -280,7 +121,7 @@ def test_damage_at_the_source_and_damage_in_the_cache_are_told_apart(upload: Upl
         replaced |= {crop.t: crop.shard for crop in batch.replaced}
         others += [
             (t, noisy.tobytes() + clean.tobytes())
-            for t, noisy, clean in zip(counters, *map(_rows, batch[:2]), strict=True)
+            for t, noisy, clean in zip(counters, *map(rows, batch[:2]), strict=True)
         ]
     assert set(replaced.values()) == {name}
     assert all(crop == expected[t] for t, crop in others if t not in replaced)
@@ -333,84 +174,6 @@ def test_a_source_that_was_mended_is_believed_by_whoever_loads_its_index_after_t
     assert noisy.tobytes() == ShardReader(local.root).read_clip(clip)[0].tobytes()
     assert not list((tmp_path / "cache").glob("*.damaged"))
     assert stream(index) == stream(local)
-
-
-def test_a_shard_whose_fetch_ends_while_room_is_made_counts_under_its_new_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    older, newer, own = ("0" * 64, "1" * 64, "2" * 64)
-    (tmp_path / f"{older}.tar").write_bytes(b"x" * 100)
-    fetched = tmp_path / f".{newer}.host.1.tmp"
-    fetched.write_bytes(b"x" * 100)
-    listed = Path.iterdir
-
-    def end_fetch_when_listed(folder: Path) -> Iterator[Path]:
-        names = list(listed(folder))
-        if fetched.exists():
-            fetched.rename(tmp_path / f"{newer}.tar")
-        return iter(names)
-
-    link = tmp_path / f"{'3' * 64}.tar"  # as where a cache of links was cleared
-    link.symlink_to("nowhere")
-    os.utime(link, (0, 0), follow_symlinks=False)
-    monkeypatch.setattr(Path, "iterdir", end_fetch_when_listed)
-    temporary = tmp_path / f".{own}.host.2.tmp"
-    with held_when_free(tmp_path / f"{newer}.lock"), held_when_free(tmp_path / f"{own}.lock"):
-        assert not RemoteRoot("s3://nowhere", tmp_path, 200)._make_room(temporary, 100)
-    assert sorted(path.name for path in tmp_path.glob("*.t[am][rp]")) == [temporary.name, f"{newer}.tar"]
-
-
-def test_runs_that_share_a_cache_of_two_blocks_wait_for_one_another(
-    store: Store, upload: Upload, local: ShardIndex, tmp_path: Path
-):
-    largest = max(shard.num_bytes for shard in local.shards["train"])
-    url, cache = upload(), tmp_path / "cache"
-    store.plan_faults(*[1.5] * 12)
-    processes = [reading(url, cache, 2 * largest / 1e9, block_shards=1, seed=seed) for seed in range(4)]
-    most = 0
-    while any(process.poll() is None for process in processes):
-        most = max(most, _size(cache) if cache.exists() else 0)
-        time.sleep(0.02)
-    printed = [process.communicate() for process in processes]
-    expected = [hashlib.sha256(b"".join(stream(local, block_shards=1, seed=seed))).hexdigest() for seed in range(4)]
-    assert [out.strip() for out, _ in printed] == expected, printed
-    assert any("waiting for room" in errors for _, errors in printed), "nobody had to wait"
-    assert most <= 2 * largest
-
-
-FETCH_ONE = """
-import sys
-from scaling.config import DataConfig
-from scaling.shards import ShardIndex
-url, cache, shard = sys.argv[1:]
-ShardIndex.load(DataConfig("noise", url, cache=cache, cache_gb=1.0).shard_root).root.fetch(shard)
-"""
-
-
-def test_room_that_a_frozen_fetch_holds_is_not_waited_for_without_end(
-    store: Store, upload: Upload, local: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    url, cache = upload(), tmp_path / "cache"
-    largest = max(shard.num_bytes for shard in local.shards["train"])
-    index = ShardIndex.load(remote(url, cache, largest / 1e9))
-    first, other = (shard.name for shard in local.shards["train"][:2])
-    store.plan_faults(60)
-    frozen = subprocess.Popen([sys.executable, "-c", FETCH_ONE, url, str(cache), first], cwd=Path(__file__).parents[2])
-    try:
-        while not list(cache.glob(".*.tmp")):
-            time.sleep(0.02)
-        os.kill(frozen.pid, signal.SIGSTOP)
-        monkeypatch.setattr(scaling.remote, "PART_SECONDS", 0.2)
-        with pytest.raises(UnreachableError, match=r"of which none has come on for 2.5 s: raise data.cache_gb = 0.000"):
-            index.root.fetch(other)
-        with pytest.raises(OSError, match="is full of shards that are being fetched"):
-            index.root.try_fetch(other)  # what is fetched ahead does not stand in the way of what is needed
-    finally:
-        frozen.kill()
-        frozen.wait()
-        store.plan_faults()
-    monkeypatch.undo()
-    assert index.root.fetch(other).exists(), "what a killed fetch held is free"
 
 
 def test_a_source_that_does_not_answer_ends_the_run_in_one_line(
