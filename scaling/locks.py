@@ -103,7 +103,9 @@ def _opened(lock: Path) -> Iterator[int]:
 
 def _takes(descriptor: int, lock: Path) -> bool:
     """Take a lock unless another process holds it; UserError where there are no locks."""
-    for looks_left in reversed(range(LOOKS)):
+    looks_left = LOOKS
+    while True:
+        looks_left -= 1
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -119,7 +121,6 @@ def _takes(descriptor: int, lock: Path) -> bool:
                 f"{lock}: its file system keeps no file locks ({error.strerror}), without which two processes may "
                 "write the same files: mount it with them (Lustre: -o flock; NFS: lockd), or take another folder"
             ) from None
-    raise AssertionError("the last look returns or raises")
 
 
 def _takes_in_the_end(descriptor: int, lock: Path) -> bool:
