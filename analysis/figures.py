@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -228,7 +227,6 @@ def _panel(
     ax.set_xlabel(AXES[x])
     ax.set_ylabel(quantity.axis)
     ax.grid(axis="y")
-    sns.despine(ax=ax)
     if x != "hours":
         _name_sizes(ax, drawn, x, mean)
 

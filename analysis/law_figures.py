@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -85,7 +84,6 @@ def _law_panel(ax: Axes, found: Claims, claim: Claim) -> None:
     told = f"\nheld-out: {verdict}" if verdict in ("pass", "fail") else ""
     ax.set_title(f"{claim.law.name} = {_written_law(claim)}{told}", fontsize=7.5)
     ax.grid(axis="y")
-    sns.despine(ax=ax)
 
 
 def _written_law(claim: Claim) -> str:
@@ -123,8 +121,6 @@ def isoflop_figure(iso: IsoFlop, found: Claims) -> Figure | None:
             right.set_yticks([])
         right.set_xlabel("Training compute (MACs)")
         right.set_ylabel(f"Best size ({unit})")
-        for ax in (left, right):
-            sns.despine(ax=ax)
     return figure
 
 
@@ -221,7 +217,6 @@ def _published_panel(ax: Axes, runs: pd.DataFrame, metric: Quantity) -> None:
     ax.set_xlabel("MACs per second")
     ax.set_ylabel(metric.axis)
     ax.grid(axis="y")
-    sns.despine(ax=ax)
 
 
 def _published_point(ax: Axes, system: published.Published, value: float) -> None:
@@ -272,7 +267,6 @@ def breakdown_figure(cells: Comparable, metric: Quantity) -> Figure | None:
             ax.axhline(0, zorder=1, **style.REFERENCE)
             ax.grid(axis="y")
             ax.yaxis.set_major_locator(MaxNLocator(5))
-            sns.despine(ax=ax)
         panels[0][0].set_ylabel(f"{metric.axis}: gain")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(sizes), frameon=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -145,7 +144,6 @@ def process_figure(table: pd.DataFrame) -> Figure | None:
             ax.minorticks_off()
             ax.set_xlabel("Processes")
             ax.grid(axis="y")
-            sns.despine(ax=ax)
         left.set_yscale("log", base=2)
         left.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))  # one octave of powers of 2 has one tick
         left.yaxis.set_minor_locator(NullLocator())

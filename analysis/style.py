@@ -1,7 +1,7 @@
 """How the figures look: one palette, one set of markers, one way to save.
 
-The palette is seaborn's colour-blind one; markers and dashes differ with the colour, so that a
-figure printed in grey still tells its lines apart.
+The palette is seaborn's colour-blind one; markers and dashes differ with the colour, so that a figure printed in grey
+still tells its lines apart. It is written out: importing seaborn imports scipy, which takes as long as all else here.
 """
 
 from __future__ import annotations
@@ -16,20 +16,36 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.patheffects as effects
-import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from analysis.quantities import human_count
 
+PALETTE = (
+    "#0173b2",
+    "#de8f05",
+    "#029e73",
+    "#d55e00",
+    "#cc78bc",
+    "#ca9161",
+    "#fbafe4",
+    "#949494",
+    "#ece133",
+    "#56b4e9",
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 REFERENCE: dict[str, Any] = {"color": "0.35", "linestyle": (0, (5, 3)), "linewidth": 1.0}
 HALO = [effects.withStroke(linewidth=2, foreground="white")]  # of text over lines
 PNG_DPI = 200
 MOST_TICKS = 4  # on a logarithmic axis: more would run into each other
 
+_INK = ".15"
 _SETTINGS: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"],
     "font.size": 8,
     "axes.labelsize": 8,
     "axes.titlesize": 8.5,
@@ -37,13 +53,32 @@ _SETTINGS: dict[Any, Any] = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7.5,
     "legend.title_fontsize": 7.5,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
     "axes.linewidth": 0.6,
     "grid.linewidth": 0.4,
     "grid.color": "0.9",
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.8,
+    "ytick.minor.width": 0.8,
+    "xtick.major.size": 4.8,
+    "ytick.major.size": 4.8,
+    "xtick.minor.size": 3.2,
+    "ytick.minor.size": 3.2,
     "lines.linewidth": 1.3,
     "lines.markersize": 4.5,
+    "lines.solid_capstyle": "round",
+    "patch.edgecolor": "w",
+    "patch.force_edgecolor": True,
+    "patch.linewidth": 0.8,
     "svg.hashsalt": "scaling",  # without it every SVG gets ids of its own
 }
 
@@ -51,15 +86,13 @@ _SETTINGS: dict[Any, Any] = {
 @contextmanager
 def applied() -> Iterator[None]:
     """Draw in the study's style; what the caller had set is back afterwards."""
-    with mpl.rc_context():
-        # color_codes would change what "b" and "r" are for the whole process, and not only here.
-        sns.set_theme(context="paper", style="ticks", palette="colorblind", color_codes=False, rc=_SETTINGS)
+    with mpl.rc_context(_SETTINGS):
         yield
 
 
 def color(index: int) -> tuple[float, float, float]:
-    palette: list[tuple[float, float, float]] = sns.color_palette("colorblind")
-    return palette[index % len(palette)]
+    red, green, blue = to_rgb(PALETTE[index % len(PALETTE)])
+    return red, green, blue
 
 
 def marker(index: int) -> str:
