@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 
 from scaling.cores import num_cores
-from scaling.ending import end_at_exit, is_one_of_many
+from scaling.ending import end_at_exit
 from scaling.errors import UnreachableError
 from scaling.plan import RunPlan
 from scaling.statuses import PREEMPTED
@@ -36,8 +36,8 @@ class RunTask:
             except StoppedError:  # before the run began
                 status = PREEMPTED
             finally:
-                if is_one_of_many():  # once submitit has put on file what this returns (a success to it) or raises
-                    end_at_exit(1 if status is None else 0)
+                # once submitit has put on file what this returns (a success to it) or raises
+                end_at_exit(1 if status is None else 0)
         return status
 
     def _execute(self, stop: StopFlag) -> int:

@@ -7,19 +7,25 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
+from scaling.ending import end_after
 from scaling.errors import UserError
 from scaling.records import RecordError
 
 GO_ON = "interrupted: run the same command again to go on"
 
 
-def run_main(main: Callable[[list[str]], int], usage: str, interrupted: str = GO_ON) -> None:
-    """Run a command on the words after its name and exit with its status.
+def run_main(main: Callable[[list[str]], int], usage: str, interrupted: str = GO_ON) -> NoReturn:
+    """Run a command on the words after its name and end with its status (`scaling.ending`).
 
     A user's mistake ends as one line on standard error and status 2; an interrupt as 130, with a line
     that says what it means; a reader of the output that has seen enough (a pager, head) as 0.
     """
+    end_after(lambda: _status_of(main, usage, interrupted))
+
+
+def _status_of(main: Callable[[list[str]], int], usage: str, interrupted: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     words = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -45,4 +51,4 @@ def run_main(main: Callable[[list[str]], int], usage: str, interrupted: str = GO
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         status = 0
-    sys.exit(status)
+    return status

@@ -29,7 +29,6 @@ from scaling.cli import compose_config, load_config, to_object, with_values
 from scaling.command import run_main
 from scaling.config import RunConfig
 from scaling.device import warn_of_idle_gpu
-from scaling.ending import end_after, is_one_of_many
 from scaling.plan import RunPlan, plan_run, read_planned, require_writable
 from scaling.prepare import open_shards
 from scaling.records import RunDirectory
@@ -86,6 +85,4 @@ def _may_change(word: str) -> bool:
 
 
 if __name__ == "__main__":
-    if is_one_of_many():
-        end_after(lambda: run_main(main, __doc__ or ""))
     run_main(main, __doc__ or "")

@@ -29,6 +29,11 @@ from scaling.records import read_records
 from scaling.shards import ShardIndex
 
 
+@pytest.fixture(autouse=True)
+def _tests_do_not_end_as_a_job_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.task.end_at_exit", lambda status: None)
+
+
 @pytest.fixture
 def plans(tiny_run: list[str], tiny_index: ShardIndex) -> list[RunPlan]:
     return [plan_run(load_config(RunConfig, "run", [*tiny_run, f"seed={seed}"]), tiny_index) for seed in range(4)]

@@ -1,4 +1,4 @@
-"""How a process of several ends: with its own status and its last words, whatever is torn down after it."""
+"""How a command or a job ends: with its own status and its last words, whatever is torn down after it."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ runpy.run_module("scaling.train", run_name="__main__")
     [
         (2, "a defect", 1, "ZeroDivisionError: a defect"),
         (2, "a mistake", 2, "error: WORLD_SIZE = 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: "),
-        (1, "a defect", -6, "ZeroDivisionError: a defect"),  # one alone has no group, and ends as Python has it
+        (1, "a defect", 1, "ZeroDivisionError: a defect"),
     ],
 )
-def test_one_of_several_processes_that_fails_is_not_held_up_by_what_is_torn_down(
+def test_a_run_that_fails_is_not_held_up_by_what_is_torn_down(
     library: Path, tiny_run: list[str], world_size: int, what: str, status: int, last_line: str
 ):
     ended = subprocess.run(
