@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes that tests start
 
-# Small enough for a laptop's seconds; everything else is as users have it.
+# Small enough for a laptop's seconds; everything else is as users have it, but for what goes to TensorBoard for the ear.
 TINY_RUN = (
     "model=xxt",
     "train.budget.steps=24",
@@ -34,6 +34,7 @@ TINY_RUN = (
     "execution.log_every=1",
     "execution.checkpoint_every=5",
     "execution.num_validations=1",
+    "execution.samples_every=null",
     "execution.threads=1",
 )
 

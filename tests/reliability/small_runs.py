@@ -14,7 +14,6 @@ SMALL_RUN = (
     "train.crop_seconds=0.25",
     "execution.checkpoint_every=3",
     "execution.num_validations=2",
-    "execution.samples_every=null",
     "execution.metrics=[si_sdr]",
     "execution.silence_timeout=5",
 )

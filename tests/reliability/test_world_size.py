@@ -29,7 +29,7 @@ def test_the_world_size_changes_no_bit_in_audit_mode_and_little_in_the_ordinary(
     tiny_run: list[str], tmp_path: Path, times, report
 ):
     num_steps = times(8, 30)
-    words = [*tiny_run, f"train.budget.steps={num_steps}", "train.global_batch=8", "execution.samples_every=null"]
+    words = [*tiny_run, f"train.budget.steps={num_steps}", "train.global_batch=8"]
     hashes: dict[str, list[str]] = {"audit": [], "ordinary": []}
     for mode, more in (("audit", ["execution.audit=true", "execution.micro_batch=2"]), ("ordinary", [])):
         for world_size in (1, 2, 4):

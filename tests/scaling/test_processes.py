@@ -104,7 +104,7 @@ def test_one_rank_that_is_asked_to_stop_in_a_validation_stops_all_and_the_next_r
     tiny_run: list[str], tmp_path: Path
 ):
     asked = 1  # the one that writes no checkpoint
-    words = [*tiny_run, STEPS, "execution.num_validations=2", "execution.samples_every=null"]
+    words = [*tiny_run, STEPS, "execution.num_validations=2"]
     whole = run_ranks([*words, f"study={tmp_path / 'whole'}"], tmp_path, 2)
     row = '"kind": "train", "step": 4,'
     for attempt in range(4):  # the validation takes a tenth of a second, which a busy machine may miss

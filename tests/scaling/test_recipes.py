@@ -143,7 +143,7 @@ def test_early_stopping_keeps_the_best_weights_and_ends_after_its_patience():
 def test_a_run_stops_early_and_is_scored_with_its_best_weights(tiny_run: list[str], tmp_path: Path, command):
     """A learning rate that explodes after its warm-up makes every later validation worse."""
     words = [*tiny_run, "train.early_stopping={interval: 2, patience: 2}", "train.optimiser.warmup_steps=4"]
-    words += ["train.optimiser.learning_rate=3", "execution.samples_every=null", "execution.metrics=[si_sdr]"]
+    words += ["train.optimiser.learning_rate=3", "execution.metrics=[si_sdr]"]
     done = command("scaling.train", *words)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "study" / "runs").iterdir()
@@ -209,9 +209,8 @@ def test_a_folder_of_ones_own_is_not_taken_from_another_run_and_goes_on_alone(
 def test_enhanced_utterances_and_spectrograms_go_to_tensorboard(tiny_run: list[str], tmp_path: Path, command):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    done = command(
-        "scaling.train", *tiny_run, "train.budget.steps=4", "execution.num_validations=2", "execution.metrics=[si_sdr]"
-    )
+    words = [*tiny_run, "train.budget.steps=4", "execution.metrics=[si_sdr]"]
+    done = command("scaling.train", *words, "execution.num_validations=2", "execution.samples_every=1")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "study" / "runs").iterdir()
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"audio": 0, "images": 0})
@@ -230,7 +229,7 @@ def test_enhanced_utterances_and_spectrograms_go_to_tensorboard(tiny_run: list[s
 
 
 def test_a_sample_that_the_test_set_lacks_is_refused(tiny_run: list[str], command):
-    done = command("scaling.train", *tiny_run, "data.samples=[p999_001]")
+    done = command("scaling.train", *tiny_run, "execution.samples_every=1", "data.samples=[p999_001]")
     assert done.returncode == 2
     assert "data.samples: p999_001 is not a test utterance of" in done.stderr
 

@@ -82,14 +82,7 @@ def test_a_run_stopped_in_a_validation_saves_there_and_goes_on_as_the_one_left_a
     tiny_run: list[str], tmp_path: Path, command, stopping: list[str]
 ):
     """Two validations, of which the last is broken off too."""
-    words = [
-        *tiny_run,
-        *stopping,
-        "train.budget.steps=8",
-        "execution.num_validations=2",
-        "execution.samples_every=null",
-    ]
-    words.append("execution.metrics=[si_sdr]")
+    words = [*tiny_run, *stopping, "train.budget.steps=8", "execution.num_validations=2", "execution.metrics=[si_sdr]"]
     assert command("scaling.train", *words).returncode == 0
     alone = only_run(tmp_path / "study")
     study = tmp_path / "broken-off"

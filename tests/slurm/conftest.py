@@ -27,6 +27,7 @@ SLURM_RUN = (
     "train.global_batch=4",
     "train.norm_batch=2",
     "execution.micro_batch=2",
+    "execution.metrics=[si_sdr]",
 )
 
 
