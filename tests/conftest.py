@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes that tests start
 
-# Small enough for a laptop's seconds; everything else is as users have it, but for what goes to TensorBoard for the ear.
+# Small enough for a laptop's seconds, and no sounds for the ear; everything else is as users have it.
 TINY_RUN = (
     "model=xxt",
     "train.budget.steps=24",
