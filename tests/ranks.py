@@ -19,6 +19,7 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
@@ -156,13 +157,12 @@ def _run(command: str, words: list[str], environment: dict[str, str], log: Path)
     os._exit(status)
 
 
-def _execute(words: list[str]) -> int:
+def _execute(words: list[str]) -> NoReturn:
     from scaling.command import run_main
     from scaling.train import main
 
     sys.argv = ["scaling.train", *words]
     run_main(main, "")
-    return 0
 
 
 def _train(words: list[str]) -> int:
@@ -222,7 +222,7 @@ def _fall_out(words: list[str]) -> int:
     return 0
 
 
-def _hang(words: list[str]) -> int:
+def _hang(words: list[str]) -> NoReturn:
     from scaling.trainer import Trainer
 
     log = Trainer._log
@@ -233,4 +233,4 @@ def _hang(words: list[str]) -> int:
         log(trainer, board, kind, row)
 
     Trainer._log = hang
-    return _execute(words)
+    _execute(words)

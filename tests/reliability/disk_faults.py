@@ -10,6 +10,7 @@ Writes FOLDER/found.json.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import itertools
 import json
@@ -101,18 +102,12 @@ def break_runs(folder: Path, faults: list[str], words: list[str]) -> list[dict[s
         began = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            status = 70
-            try:
-                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-                os.dup2(descriptor, 1)
-                os.dup2(descriptor, 2)
-                disk.arm(study, int(at), int(error), all_after == "1")
-                _execute([*words, f"study={study}"])
-            except SystemExit as ended:
-                status = ended.code if isinstance(ended.code, int) else 1
-            finally:
-                counts.write_text(json.dumps(disk.found()))
-                os._exit(status)
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            disk.arm(study, int(at), int(error), all_after == "1")
+            atexit.register(lambda path=counts: path.write_text(json.dumps(disk.found())))
+            _execute([*words, f"study={study}"])
         _, ended = os.waitpid(pid, 0)
         row = json.loads(counts.read_text())
         found.append(row | {"name": name, "status": os.waitstatus_to_exitcode(ended), "log": log.read_text()})
