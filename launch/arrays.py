@@ -158,11 +158,17 @@ def _max_array_size() -> int:
 
 
 def _shares(total: int | None, sizes: Sequence[int]) -> list[int]:
-    """How many elements of each array may run at once, `total` in all over the arrays that run side by side."""
+    """How many elements of each array may run at once, `total` in all over the arrays that run side by side.
+
+    What a small array cannot use the others have.
+    """
     if total is None:
         return list(sizes)
-    side_by_side = min(total, len(sizes))
-    return [
-        min(size, total // side_by_side + (1 if number % side_by_side < total % side_by_side else 0))
-        for number, size in enumerate(sizes)
-    ]
+    shares = [1] * len(sizes)
+    if total > len(sizes):
+        left = total
+        smallest_first = sorted(range(len(sizes)), key=lambda number: (sizes[number], -number))
+        for num_done, number in enumerate(smallest_first):
+            shares[number] = min(sizes[number], left // (len(sizes) - num_done))
+            left -= shares[number]
+    return shares

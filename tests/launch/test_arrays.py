@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.arrays import submit_to_slurm
+from launch.arrays import _shares, submit_to_slurm
 from launch.config import ClusterConfig
 from launch.submission import last_job, submissions
 from scaling.cli import load_config
@@ -83,7 +83,7 @@ def test_as_many_runs_are_queued_as_a_limit_on_submitted_jobs_lets_in(submitted,
 
 def test_what_a_limit_cuts_off_runs_beside_as_far_as_runs_at_once_allow_and_then_after(submitted):
     _, _, scripts = submitted(9, replace(FEW, max_parallel=10))  # the site lets six into an array
-    assert [options_of(script) for script in scripts] == [("0-5%5", ""), ("0-1%2", ""), ("0-0%1", "")]
+    assert [options_of(script) for script in scripts] == [("0-5%6", ""), ("0-1%2", ""), ("0-0%1", "")]
 
 
 def test_what_a_limit_cuts_off_waits_where_no_more_runs_may_go_at_once(submitted):
@@ -94,6 +94,23 @@ def test_what_a_limit_cuts_off_waits_where_no_more_runs_may_go_at_once(submitted
         ("0-1%1", "afterany:101"),
         ("0-0%1", "afterany:103"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("total", "sizes", "shares"),
+    [
+        (16, [3, 15, 3], [3, 10, 3]),
+        (4, [1, 1, 30], [1, 1, 2]),
+        (5, [9, 9], [3, 2]),
+        (50, [9, 9], [9, 9]),
+        (2, [9, 9, 9], [1, 1, 1]),
+        (None, [9, 1], [9, 1]),
+    ],
+)
+def test_what_a_small_array_cannot_use_of_the_runs_at_once_the_others_have(
+    total: int | None, sizes: list[int], shares: list[int]
+):
+    assert _shares(total, sizes) == shares
 
 
 def test_a_limit_on_one_partition_keeps_no_run_of_another_out(submitted):
