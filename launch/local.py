@@ -100,7 +100,8 @@ def _controller(plan: RunPlan) -> psutil.Process | None:
     if submitted.get("executor") == "local":
         with contextlib.suppress(psutil.Error, ValueError):
             process = psutil.Process(int(submitted["job"]))
-            return process if "submitit" in " ".join(process.cmdline()) else None
+            # Numbers come again, and what has this one now may be of another study: submitit is told the jobs' folder.
+            return process if str(plan.directory.jobs.absolute()) in process.cmdline() else None
     return None
 
 

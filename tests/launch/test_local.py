@@ -191,6 +191,20 @@ def test_runs_whose_controllers_have_not_started_them_yet_are_not_left_to_begin(
     assert not plan.directory.read_metrics()
 
 
+def test_a_number_that_a_process_of_another_study_has_now_names_no_job_of_this_one(plans, tmp_path: Path):
+    def starts(jobs: Path) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit.local._local", jobs])
+
+    for jobs, is_own in ((plans[0].directory.jobs, True), (tmp_path / "another", False)):
+        controller = starts(jobs)
+        try:
+            plans[0].write().log_event("submitted", job=str(controller.pid), executor="local")
+            assert local.is_alive(plans[0]) == is_own
+        finally:
+            controller.kill()
+            controller.wait()
+
+
 def test_a_signal_before_a_run_has_begun_is_not_passed_over(plans, monkeypatch: pytest.MonkeyPatch):
     """While it loads what it needs; submitit's own handler only says that it has heard it."""
     heard: list[int] = []
