@@ -5,6 +5,7 @@ The model's commands have a parser of their own in `bsrnn.command`: their packag
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from scaling.errors import UserError
@@ -24,7 +25,7 @@ def parsed(words: Sequence[str], keys: Mapping[str, str], flags: Sequence[str] =
         if word in flags:
             values[word] = ""
         elif equals and key in keys and value:
-            values[key] = value
+            values[key] = os.path.expanduser(value) if key == "study" else value
         elif rest and not equals and not word.startswith("-"):
             others.append(word)
         else:

@@ -12,6 +12,7 @@ Exit status: 0 all passed, 1 a check failed (which, and the evidence), 2 a mista
 
 from __future__ import annotations
 
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -39,15 +40,13 @@ SECONDS_BETWEEN_LOOKS, SECONDS_AT_MOST = 1.0, 15.0  # longer the longer it has w
 
 
 def main(words: list[str]) -> int:
-    study = next((word.partition("=")[2] for word in words if word.startswith("study=")), "studies/preflight")
-    config = load_config(
-        StudyConfig, "study", [*(word for word in words if not word.startswith("study=")), f"study={study}"]
-    )
+    is_named = any(word.startswith("study=") for word in words)
+    config = load_config(StudyConfig, "study", words if is_named else [*words, "study=studies/preflight"])
     shape = config.cluster.for_run(config.model.name, {})
     run = RunConfig.part_of(config)
-    if shape.num_processes > 1:
-        run.micro_batches(shape.num_processes)
-    plan = plan_run(replace(run, study=f"{study}/{time.strftime('%y%m%d-%H%M%S')}"), open_shards(run.data))
+    run.micro_batches(shape.num_processes)
+    own = f"{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # two may start within a second
+    plan = plan_run(replace(run, study=f"{config.study}/{own}"), open_shards(run.data))
     plan.check_steps()
     folder = StudyDirectory(Path(plan.config.study))
     require_writable(folder.path, "name another folder with study=DIR")

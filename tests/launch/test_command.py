@@ -18,6 +18,11 @@ def test_settings_flags_and_names_are_told_apart():
     assert given == {"runs": "xt t", "--follow": "", "study": "a=b"}
 
 
+def test_a_study_in_the_home_folder_is_named_by_a_tilde(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parsed(["study=~/sizes"], KEYS) == {"study": "/home/somebody/sizes"}
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from launch import preflight
+from launch.config import ClusterConfig
 from launch.submission import Settings, Submission
 from scaling.cli import load_config
 from scaling.config import RunConfig
 from scaling.errors import UnreachableError
-from scaling.plan import plan_run
+from scaling.plan import RunPlan, plan_run
 from scaling.records import StudyDirectory, read_records
 from scaling.shards import ShardIndex
 
@@ -53,6 +54,24 @@ def test_a_preflight_computes_with_the_threads_and_the_arithmetic_of_the_run(
     assert json.loads(rank.stdout) == [2, False, True]  # torch's own choice is TF32 in cuDNN
     checks = [row["check"] for row in read_records(submission.path / "checks.jsonl")]
     assert checks == ["rendezvous", "all-reduce", "training step", "checkpoint"]
+
+
+def test_preflights_of_one_second_have_folders_of_their_own_below_the_study_wherever_it_is(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def run_here(folder: StudyDirectory, plan: RunPlan, shape: ClusterConfig) -> None:
+        folders.append(folder.path)
+        raise InterruptedError
+
+    folders: list[Path] = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(preflight, "_run_here", run_here)
+    monkeypatch.setattr("time.strftime", lambda form: "261129-154837")
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            preflight.main([*tiny_run, "study=~/checks"])
+    assert {path.parent for path in folders} == {tmp_path / "checks"}
+    assert len({*folders}) == 2
 
 
 def test_a_preflight_of_this_machine_says_that_torch_cannot_use_its_gpu(
