@@ -42,7 +42,7 @@ from launch.submission import last_job, reconcile, require_own
 from scaling.cli import CONFIG_FOLDER
 from scaling.command import run_main
 from scaling.errors import UserError
-from scaling.locks import held_lock
+from scaling.locks import HeldLockError, held_lock
 from scaling.plan import RunPlan, require_writable
 from scaling.records import RecordError, StudyDirectory
 
@@ -84,7 +84,7 @@ def _lock_of(study: StudyDirectory, config: StudyConfig) -> Iterator[int]:
             try:
                 lock = stack.enter_context(held_lock(study.lock, f"study {study.path} is being swept"))
                 break
-            except UserError:
+            except HeldLockError:
                 if time.monotonic() > deadline:
                     raise
         yield lock
@@ -93,6 +93,9 @@ def _lock_of(study: StudyDirectory, config: StudyConfig) -> Iterator[int]:
 def _execute(study: StudyDirectory, plans: Sequence[RunPlan], config: StudyConfig, lock: int) -> int:
     """Write the plan, bring what is not settled to its end (or submit it), report."""
     _tell_other_runs(study, plans)
+    for plan in plans:
+        if plan.config.train.test and plan.directory.is_settled():  # a quick check starts anew every time
+            plan.directory.clear()
     settled = [plan.directory.is_settled() for plan in plans]
     todo = [plan for plan, is_settled in zip(plans, settled, strict=True) if not is_settled]
     _tell_other_execution([plan for plan, is_settled in zip(plans, settled, strict=True) if is_settled])

@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch import sweep
 from scaling.cli import CONFIG_FOLDER
+from scaling.plan import RunPlan
 from scaling.records import RunDirectory, StudyDirectory, to_json
 
 AXES = ("sweep.axes.model=[xxt,xt]", "sweep.axes.seed=[0,1]")
@@ -167,6 +169,23 @@ def test_a_budget_can_be_an_axis_and_quick_checks_stay_out_of_the_study(
     assert run.read_events()[0]["event"] == "submitted"
     logs = command("launch.logs", run.run_id, f"study={study.path}")
     assert "test set: " in logs.stdout, "a quick check starts anew every time, and leaves its job's files alone"
+
+
+def test_a_quick_check_of_a_sweep_starts_anew_every_time_and_complete_runs_do_not(
+    sweep_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def run_locally(todo: list[RunPlan], *_: object) -> None:
+        executed.append(len(todo))
+        for plan in todo:
+            plan.write().log_event("finished")
+
+    executed: list[int] = []
+    monkeypatch.setattr(sweep, "run_locally", run_locally)
+    monkeypatch.setattr(sweep, "_report", lambda study: True)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for words in ([*sweep_words, "train.test=true"], sweep_words):
+        assert [sweep.main(words), sweep.main(words)] == [0, 0]
+    assert executed == [4, 4, 4]
 
 
 @pytest.mark.parametrize(("how", "num_processes"), [("interrupt", 1), ("cancel", 2), ("cancel a run", 1)])
