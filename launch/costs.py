@@ -39,8 +39,7 @@ class Costs:
         UserError if the run's batch cannot be shared out to the processes of its job.
         """
         config, (shape, record) = plan.config, self._shape(plan)
-        if shape.num_processes > 1:
-            config.micro_batches(shape.num_processes)
+        config.micro_batches(shape.num_processes)
         if record is not None and (speed := self._speed(plan, record)):
             return plan.audio_seconds_seen / speed / 3600
         if self._takes_gpus_here(plan):

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from bsrnn import BSRNN
 from scaling.config import DataConfig
-from scaling.errors import UserError
+from scaling.plan import sample_clips
 from scaling.shard_reader import ShardReader
-from scaling.shards import SAMPLE_RATE, Clip, ShardIndex
+from scaling.shards import SAMPLE_RATE, ShardIndex
 from scaling.stream import to_float
 
-NUM_SAMPLES = 4  # where the corpus names none
 WINDOW, HOP = 512, 128  # samples
 RANGE_DB = 80.0  # below full scale
 
@@ -32,7 +31,7 @@ class SampleBoard:
     def __init__(self, board: Any, data: DataConfig, index: ShardIndex) -> None:
         """board: a SummaryWriter; UserError if `data.samples` names an utterance that the test set lacks"""
         self.board = board
-        self.clips = choose_clips(data, index)
+        self.clips = sample_clips(data, index)
         self.reader = ShardReader(index.root)
         self.has_originals = False
 
@@ -57,21 +56,6 @@ class SampleBoard:
             warnings.simplefilter("ignore", UserWarning)  # that samples beyond full scale are clipped
             self.board.add_audio(tag, signal.clamp(-1, 1)[None], step, SAMPLE_RATE)
         self.board.add_image(f"{tag}/spectrogram", spectrogram_image(signal), step, dataformats="HWC")
-
-
-def choose_clips(data: DataConfig, index: ShardIndex) -> list[Clip]:
-    """The test clips that `data.samples` names; without names, a few spread over the test set."""
-    clips = {clip.id: clip for clip in sorted(index.clips("test"), key=lambda clip: clip.id)}
-    if data.samples is None:
-        spread = list(clips.values())
-        return spread[:: max(1, len(spread) // NUM_SAMPLES)][:NUM_SAMPLES]
-    for name in data.samples:
-        if name not in clips:
-            raise UserError(
-                f"data.samples: {name} is not a test utterance of {index.root}; expected names like "
-                f"{', '.join(list(clips)[:2])}, or null for any {NUM_SAMPLES}"
-            )
-    return [clips[name] for name in data.samples]
 
 
 def spectrogram_image(signal: Tensor) -> np.ndarray:

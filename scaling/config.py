@@ -314,6 +314,11 @@ class RunConfig:
                 f"that is a multiple or a divisor of train.norm_batch = {norm_batch}"
             )
         span = max(1, norm_batch // micro_batch)
+        if span > 1 and self.execution.audit:
+            raise UserError(
+                f"execution.audit needs whole norm batches in a process: a micro-batch has {micro_batch} crops and "
+                f"train.norm_batch = {norm_batch}; raise execution.micro_batch, or take fewer processes"
+            )
         if norms_may_span:
             return micro_batch, span
         if (global_batch // micro_batch) % world_size:

@@ -19,7 +19,7 @@ from typing import Any
 from bsrnn.counting import count_macs, count_parameters
 from scaling.budget import select_hours
 from scaling.cli import to_object
-from scaling.config import RunConfig
+from scaling.config import DataConfig, RunConfig
 from scaling.errors import UserError
 from scaling.grid import flat_settings
 from scaling.provenance import provenance
@@ -30,6 +30,7 @@ from scaling.shards import Clip, ShardIndex
 # the activations, gradient of the weights (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 TRAINING_PASSES = 3
 TEST_STEPS = 10
+NUM_SAMPLES = 4  # to listen to, where the corpus names none
 HASH_DIGITS = 8  # of a run's id: among 10,000 runs of one name, two would share them in one study of a hundred
 
 
@@ -228,6 +229,24 @@ def require_writable(folder: Path, remedy: str) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror}): {remedy}") from None
 
 
+def sample_clips(data: DataConfig, index: ShardIndex) -> list[Clip]:
+    """The test clips to listen to, which `data.samples` names; without names, a few spread over the test set.
+
+    UserError for a name that the test set lacks.
+    """
+    clips = {clip.id: clip for clip in sorted(index.clips("test"), key=lambda clip: clip.id)}
+    if data.samples is None:
+        spread = list(clips.values())
+        return spread[:: max(1, len(spread) // NUM_SAMPLES)][:NUM_SAMPLES]
+    for name in data.samples:
+        if name not in clips:
+            raise UserError(
+                f"data.samples: {name} is not a test utterance of {index.root}; expected names like "
+                f"{', '.join(list(clips)[:2])}, or null for any {NUM_SAMPLES}"
+            )
+    return [clips[name] for name in data.samples]
+
+
 @dataclass(frozen=True)
 class DataBudget:
     """What a run trains on: the same for all runs with the same hours of the same shards."""
@@ -237,7 +256,9 @@ class DataBudget:
 
     @classmethod
     def of(cls, config: RunConfig, index: ShardIndex) -> DataBudget:
-        """UserError if the shards hold less."""
+        """UserError if the shards hold less, or lack an utterance that is to be listened to."""
+        if config.execution.samples_every is not None:
+            sample_clips(config.data, index)
         clips = training_clips(config, index)
         return cls(sum(clip.duration for clip in clips) / 3600, len(clips))
 

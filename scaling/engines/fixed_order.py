@@ -13,7 +13,6 @@ from bsrnn.norm import batch_norms, running_statistics
 from scaling.config import RunConfig
 from scaling.engines.base import Step
 from scaling.engines.data_parallel import DataParallel
-from scaling.errors import UserError
 from scaling.optimiser import set_learning_rate
 from scaling.processes import Processes
 
@@ -23,11 +22,6 @@ class FixedOrder(DataParallel):
 
     def __init__(self, config: RunConfig, processes: Processes) -> None:
         super().__init__(config, processes)
-        if self.span > 1:
-            raise UserError(
-                f"execution.audit needs whole norm batches in a process: {processes.world_size} processes have "
-                f"{self.micro_batch} crops each and train.norm_batch = {config.train.norm_batch}; take fewer processes"
-            )
         # Never synchronised by DistributedDataParallel: its wrapper is not called.
         self.network = self.model
 

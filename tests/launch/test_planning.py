@@ -70,6 +70,20 @@ def test_a_point_without_a_shape_has_the_clusters_and_not_the_first_cells(planne
     assert costs.shape(only(plans, model="xxt", seed=0, cluster__nodes=2)).nodes == 2
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("execution.micro_batch=2", "its batch norms span 4 processes and there are 1"),
+        ("cluster.processes_per_node=4 execution.micro_batch=4", "2 micro-batches of 4 crops cannot be shared out"),
+        ("cluster.processes_per_node=2 execution.audit=true", "execution.audit needs whole norm batches in a process"),
+        ("data.samples=[p999_001]", "data.samples: p999_001 is not a test utterance"),
+    ],
+)
+def test_what_no_job_could_execute_is_refused_when_it_is_planned(planned, said: str, told: str):
+    with pytest.raises(UserError, match=re.escape(told)):
+        planned("sweep.axes={model: [xt], seed: [0]}", *said.split())
+
+
 def test_a_cluster_that_no_run_has_needs_to_make_no_sense(planned):
     axes = "sweep.axes={model: [xxt,xt], cluster.timeout_min: [3000], seed: [0]}"
     too_long = "cluster.signal_seconds=100000"  # for the 1440 minutes that no cell has
