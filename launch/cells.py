@@ -3,7 +3,7 @@
 Hydra composes the files once for each combination of choices (`model=xt`). A cell's other values
 are typed and checked one by one against that, as Hydra's overrides are, and put into a copy of the
 dataclasses of the first cell that sets the same settings, which check themselves and each other again.
-What an interpolation (`${...}`) in the files refers to, or what is no plain value, is composed anew, at
+What an interpolation (`${...}`) in the files refers to, what is no plain value, or lies in a list, is composed anew, at
 some ten milliseconds a cell.
 """
 
@@ -25,6 +25,7 @@ from scaling.grid import Cell
 Choices = tuple[str, ...]
 Config = TypeVar("Config")
 RUN_PARTS = {field.name for field in fields(RunConfig)}
+OF_A_LIST = re.compile(r"\.\d+(\.|$)|\[")  # groups.0.lr_scale, groups[0].lr_scale
 LEAVES = (str, int, float, bool, type(None))
 
 
@@ -65,7 +66,7 @@ class CellComposer:
         base = self.bases.get(choices)
         if base is None:
             base = self.bases[choices] = self._base(choices)
-        if any(key.split(".")[0] not in RUN_PARTS for key in values) or any(
+        if any(key.split(".")[0] not in RUN_PARTS or OF_A_LIST.search(key) for key in values) or any(
             _is_related(key, referred) for key in values for referred in base.referred
         ):
             return self._composed(base.composed, values)

@@ -16,12 +16,16 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bsrnn import BSRNN, BSRNNConfig
 from bsrnn.counting import count_macs, count_parameters
 from scaling.budget import select_hours
 from scaling.cli import to_object
 from scaling.config import DataConfig, RunConfig
 from scaling.errors import UserError
 from scaling.grid import flat_settings
+from scaling.optimiser import parameter_groups
 from scaling.provenance import provenance
 from scaling.records import Record, RecordError, RunDirectory, StudyDirectory, to_json, write_whole
 from scaling.shards import Clip, ShardIndex
@@ -263,14 +267,24 @@ class DataBudget:
         return cls(sum(clip.duration for clip in clips) / 3600, len(clips))
 
 
+@lru_cache
+def _model_without_weights(config: BSRNNConfig) -> BSRNN:
+    with torch.device("meta"):
+        return BSRNN(config)
+
+
 def plan_run(
     config: RunConfig, index: ShardIndex, axes: dict[str, Any] | None = None, budget: DataBudget | None = None
 ) -> RunPlan:
     """Resolve a configuration against the prepared data; UserError if the hours of data are not there.
 
+    UserError too for a group of the optimiser that would be empty.
+
     budget: the data's, if it is known from another run
     """
     budget = budget or DataBudget.of(config, index)
+    if config.train.optimiser.groups:
+        parameter_groups(config.train.optimiser, _model_without_weights(config.model.architecture(None)))
     if config.train.test:
         steps = TEST_STEPS
     else:

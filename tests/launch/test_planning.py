@@ -77,11 +77,19 @@ def test_a_point_without_a_shape_has_the_clusters_and_not_the_first_cells(planne
         ("cluster.processes_per_node=4 execution.micro_batch=4", "2 micro-batches of 4 crops cannot be shared out"),
         ("cluster.processes_per_node=2 execution.audit=true", "execution.audit needs whole norm batches in a process"),
         ("data.samples=[p999_001]", "data.samples: p999_001 is not a test utterance"),
+        ("train.optimiser.groups=[{pattern:none}]", "pattern 'none' is the first match of no parameter"),
     ],
 )
 def test_what_no_job_could_execute_is_refused_when_it_is_planned(planned, said: str, told: str):
     with pytest.raises(UserError, match=re.escape(told)):
         planned("sweep.axes={model: [xt], seed: [0]}", *said.split())
+
+
+def test_a_setting_in_a_list_may_be_an_axis(planned):
+    groups = "train.optimiser.groups=[{pattern: '*bias*', weight_decay: 0}]"
+    _, plans = planned(groups, "sweep.axes={model: [xt], train.optimiser.groups.0.lr_scale: [0.5, 1]}")
+    assert sorted(plan.config.train.optimiser.groups[0].lr_scale for plan in plans) == [0.5, 1]
+    assert {plan.config.train.optimiser.groups[0].weight_decay for plan in plans} == {0}
 
 
 def test_a_cluster_that_no_run_has_needs_to_make_no_sense(planned):
