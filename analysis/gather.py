@@ -79,7 +79,7 @@ class Study:
     runs: one row a planned run, in the order of the plan.
         run_id, name, size, num_params, num_params_folded, num_params_non_decoder,
         macs_per_second, data, hours, num_clips, index_hash, steps, global_batch, crop_seconds,
-        audio_hours_seen, train_macs, estimated_hours, seed: from the plan.
+        audio_hours_seen, train_macs, estimated_hours (of the whole job's time), seed: from the plan.
         axes.NAME: the value of each axis of the sweep (JSON text where it is not a scalar).
         train_on_validation: whether it trained on the speakers of validation too, whose loss then is of training.
         state: planned, submitted, running, preempted, finished or failed; failure: its class if it failed;

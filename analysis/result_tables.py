@@ -213,7 +213,8 @@ def efficiency_table(study: Study, found: Claims) -> ReportTable:
         found.runs[found.runs["state"] == "finished"].sort_values(["macs_per_second", "D"]).groupby("cell", sort=False)
     ):
         first, ids = cell.iloc[0], _ids(cell)
-        estimated, actual = float(cell["estimated_hours"].astype(float).mean()), float(cell["training_hours"].mean())
+        planned = cell["estimated_hours"].astype(float) * cell["world_size"].fillna(1)  # the plan's: the job's time
+        estimated, actual = float(planned.mean()), float(cell["training_hours"].mean())
         speed = float(cell["audio_seconds_per_second"].median())
         spent = {name: float(cell[name].mean()) for name in ("steps_taken", "hours_seen", "macs_spent")}
         trained = spent["macs_spent"] / (spent["hours_seen"] * 3600) * speed
@@ -242,10 +243,10 @@ def efficiency_table(study: Study, found: Claims) -> ReportTable:
             | {name: float(cell[name].astype(float).mean()) for name in ("attempts", "device_hours")}
         )
     caption = (
-        "Hours are of one process (estimated: one core or GPU as the plan has it, for all steps; actual: wall hours "
-        "times processes, all sessions of a run, evaluation left out), a mean over seeds. Jobs and device-hours: of a "
-        "cluster, all included that a run's jobs took. Training MACs per wall second: three times the MACs of a "
-        "forward pass, which elsewhere are counted per second of audio. Loss removed: of the unprocessed input's."
+        "Hours are wall hours times processes (estimated: as the plan has it, for all steps; actual: all sessions of a "
+        "run, evaluation left out), a mean over seeds. Jobs and device-hours: of a cluster, all included that a run's "
+        "jobs took. Training MACs per wall second: three times the MACs of a forward pass, which elsewhere are counted "
+        "per second of audio. Loss removed: of the unprocessed input's."
     )
     return table_of("efficiency_table", "What it cost, and what it bought", caption, rows, numbers)
 

@@ -74,7 +74,7 @@ class RunPlan:
     hours: float  # of audio the budget's clips hold
     num_clips: int
     steps: int
-    estimated_hours: float | None = None  # on one core or GPU, from the cluster's throughput
+    estimated_hours: float | None = None  # of the whole job's time, from the cluster's throughput
     label: str = ""  # of the name: how the run is executed, in a sweep that compares that
     folder: str | None = None  # where the run lies, if not in its study under its id
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from analysis.claims import Claims, claims
@@ -15,7 +16,7 @@ from analysis.quantities import human_count
 from analysis.result_tables import efficiency_table, report_tables
 from analysis.settings import Settings
 from scaling.records import StudyDirectory
-from tests.analysis.generated import FAMILY, sizes_study
+from tests.analysis.generated import FAMILY, lines, run_record, sizes_study, write_run
 
 
 def test_every_table_cell_with_a_number_names_the_runs_that_it_comes_from(grid: StudyDirectory, found: Claims):
@@ -55,3 +56,27 @@ def test_training_macs_per_wall_second_are_three_forward_passes_at_the_speed_of_
     shown = human_count(table.data["training_macs_per_wall_second"][1])
     assert table.text.loc[1, "Training MACs per wall second"] == shown
     assert "Training MACs per wall second: three times the MACs of a forward pass" in table.caption
+
+
+def test_an_estimate_that_came_true_is_one_of_what_it_cost_on_any_number_of_processes(tmp_path: Path):
+    study, rng, plans = StudyDirectory(tmp_path / "study"), np.random.default_rng(0), []
+    hours, world_sizes = 0.5, (1, 8, None)  # a record of an earlier version does not say
+    for world_size in world_sizes:
+        plan = run_record("t", 100.0, axes={"cluster.nodes": world_size}) | {"estimated_hours": hours}
+        plan["run_id"] += f"-{world_size}"
+        write_run(study, plan, 0.04, rng)
+        began = 1.7e9
+        events = [
+            {"event": "started", "time": began, "world_size": world_size},
+            {"event": "evaluating", "time": began + hours * 3600, "step": plan["steps"]},
+            {"event": "finished", "time": began + hours * 3600 + 60, "step": plan["steps"]},
+        ]
+        study.run(plan["run_id"]).events.write_text(lines(events))
+        plans.append(plan)
+    study.plan.write_text(lines(plans))
+    gathered = gather(study.path)
+    table = efficiency_table(gathered, claims(gathered, Settings(study.path, bootstraps=100)))
+    assert list(table.text["Estimated hours"]) == list(table.text["Actual hours"]) == ["0.5", "4", "0.5"]
+    assert set(table.text["Actual / estimated"]) == {"1.00"}
+    assert list(table.data["estimated_hours"]) == pytest.approx([0.5, 4.0, 0.5])
+    assert "Hours are wall hours times processes" in table.caption
