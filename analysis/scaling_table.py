@@ -43,7 +43,7 @@ class ScalingTable:
         below the planned steps where any stopped early), seeds_finished, seeds_planned, run_ids
         and unfinished_run_ids (separated by spaces), and for each quantity QUANTITY_mean, QUANTITY_std (NaN below
         two seeds) and QUANTITY_n (seeds with a value); for metrics the same of METRIC_gain.
-    unprocessed: the columns of the first row, the unprocessed input; NaN where corpora differ in it.
+    unprocessed: the columns of the first row, the unprocessed input; NaN where runs differ in it.
     loss: what the validation loss is: of held-out speakers or not.
     axes: the axes that tell rows apart beyond size, hours and steps.
     unfinished: run_id, label, state, reason and log of every planned run without a result.

@@ -206,7 +206,7 @@ def test_runs_on_other_shards_are_in_no_law_with_these(tmp_path: Path, hours: fl
     table = scaling_table(study)
     assert np.isnan(table.unprocessed["validation_loss_mean"])
     assert table.unprocessed["pesq_wb_mean"] > 0, "which both have alike"
-    told = "The unprocessed validation_loss differs between finished runs (0.0567 to 0.09); the table shows none, since"
+    told = "The unprocessed validation_loss differs between finished runs (0.0567 to 0.09): their inputs,"
     assert told in " ".join(remarks(study, table))
     figure = scaling_figure(table)
     assert max(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == 3, "a line joins two corpora"
@@ -247,6 +247,37 @@ def test_a_setting_of_the_loss_is_not_chosen_by_the_loss(tmp_path: Path):
     other = claims(gather(path), Settings(path, bootstraps=100)).other_axes
     assert other.setting == f"{pesq}=0.001"
     assert f"of 2 that do so the first of the plan, since losses do not compare where {pesq} differs." in other.remark
+
+
+def test_the_unprocessed_input_has_no_loss_where_runs_measure_it_by_several(tmp_path: Path):
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {"train.losses.pesq": weight}}
+        | {"science": {"train": {"losses": {"pesq": weight}}}}
+        for size in ("c8", "xt")
+        for weight in (0.0, 1.0)
+    ]
+    losses = {0.0: 0.0567, 1.0: 2.1567}
+    path = write_grid(
+        tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0) + cell["axes"]["train.losses.pesq"]
+    ).path
+    for plan in StudyDirectory(path).read_plan():
+        run = StudyDirectory(path).run(plan["run_id"])
+        own = {"unprocessed_loss": losses[plan["axes"]["train.losses.pesq"]]}
+        run.metrics.write_text(
+            lines([row | (own if row["kind"] == "validation" else {}) for row in run.read_metrics()])
+        )
+    study = gather(path)
+    table = scaling_table(study)
+    text = written(table)
+    assert text.loc[0, "Validation loss ↓"] == MISSING
+    assert MISSING not in set(text.loc[1:, "Validation loss ↓"])
+    assert text.loc[0, "PESQ-WB ↑"] != MISSING, "measured alike by all"
+    (told,) = (remark for remark in remarks(study, table) if remark.startswith("The unprocessed"))
+    assert told.startswith("The unprocessed validation_loss differs between finished runs (0.0567 to 2.157): ")
+    assert told.endswith("the table and the figures show none.")
+    for ax in (*scaling_figure(table).axes[:1], *curves_figure(study).axes):
+        assert not any(line.get_linestyle() == "--" for line in ax.get_lines())
+        assert not any("unprocessed" in drawn.get_text() for drawn in ax.texts)
 
 
 @pytest.mark.parametrize("hours", [9.0, 10.0])
