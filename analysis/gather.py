@@ -112,7 +112,8 @@ class Study:
         record is a column, nested ones dotted (terms.magnitude); NaN where there is none. In a study of more than
         MOST_CURVE_ROWS training rows are means over stretches of steps, under the last step of each.
     provenance: one row a planned run that has been prepared, indexed by run_id; the entries of
-        its recorded provenance as text, nested ones dotted.
+        its recorded provenance as text, nested ones dotted; hardware.PART: of its last session; metrics.NAME: the
+        version of each metric that it has scores of.
     science: run_id → the flattened settings that decide its result, the seed left out; those that came with a later
         version are missing where they stand at their default.
     settings: run_id → the same with these.

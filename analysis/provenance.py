@@ -1,7 +1,7 @@
 """Where a study's numbers come from, and what a reader of its table must know.
 
-Numbers of one table should come from one commit, one set of package versions and one data
-index. Where they don't, the table still stands, and the report says so.
+Numbers of one table should come from one commit, one set of package versions, one version of each metric and one
+data index. Where they don't, the table still stands, and the report says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from analysis.scaling_table import ScalingTable
 
 # Entries of provenance that differ from run to run by nature.
 PASSING = ("time", "date", "created", "started", "pid", "job_id", "run_id", "argv", "command")
+LATER = ("hardware.", "metrics.")  # on record from a run's start, or its scores, on
 FIRST = ("commit", "dirty", "diff", "index_hash")
 LONGEST_VALUE = 64
 MOST_VALUES = 4
@@ -57,8 +58,8 @@ def provenance(study: Study) -> list[Entry]:
     keys = [key for key in recorded.columns if key.rpartition(".")[2] not in PASSING]
     order = {name: rank for rank, name in enumerate(FIRST)}
     keys.sort(key=lambda key: next((rank for name, rank in order.items() if name in key.lower()), len(order)))
-    # Hardware is on record from a run's start on; one that has not started has none, which is no mixture.
-    found = {key: recorded[key].dropna() if key.startswith("hardware.") else recorded[key] for key in keys}
+    # A run that has none yet is no mixture.
+    found = {key: recorded[key].dropna() if key.startswith(LATER) else recorded[key] for key in keys}
     return [Entry(key, _counted(values)) for key, values in found.items()] + indexes
 
 

@@ -39,7 +39,8 @@ class RunRecords:
     scores: METRIC and unprocessed_METRIC, noisiest_quarter, (U,) each.
     refusals: (id, metric, reason) of every score that is missing.
     replaced: (t, id, shard, what, by) of every crop whose clip was damaged.
-    provenance: as text, nested entries dotted; None if the run has not been prepared.
+    provenance: as text, nested entries dotted, with hardware and the versions of the scores' metrics; None if the run
+        has not been prepared.
     execution: the flattened settings that it was begun with; None likewise.
     """
 
@@ -70,6 +71,7 @@ def read_run(run: RunDirectory, steps: int, curve_points: int | None) -> RunReco
         provenance = flatten(plan.get("provenance") or {}) | _resumed_by(events, plan.get("provenance") or {})
         if hardware := _hardware(events):
             provenance |= flatten({"hardware": hardware})
+        provenance |= _metric_versions(run, events, scores)
     outcome = {**_outcome(run, curve, steps), **_validation(curve, is_best_kept)}
     outcome |= {**_execution(run, events, curve), **_means(scores)}
     # Means are of double precision; what is kept of each utterance has the seven digits of single.
@@ -306,6 +308,21 @@ def _scores(records: Sequence[Record]) -> tuple[tuple[tuple[Any, ...], ...], Col
     return about, columns, refusals
 
 
+def _metric_versions(run: RunDirectory, events: Sequence[Record], scores: Columns) -> dict[str, str]:
+    """metrics.NAME → version of each metric that the run has scores of, by the file beside these or else its events."""
+    names = _metrics(scores)
+    if not names:
+        return {}
+    said = [event.get("metrics") for event in events if event.get("event") == "evaluating"]
+    of_events = next((versions for versions in reversed(said) if isinstance(versions, dict)), {})
+    known = next(read_records(run.versions, orjson.loads), of_events)
+    return flatten({"metrics": {name: known.get(name, "not recorded") for name in names}})
+
+
+def _metrics(scores: Columns) -> list[str]:
+    return [name for name in scores if not name.startswith(UNPROCESSED) and name != "noisiest_quarter"]
+
+
 def noisiest_quarter(snr_db: np.ndarray, unprocessed_si_sdr: np.ndarray, ids: Sequence[Any]) -> np.ndarray:
     """Which utterances (U,) are the quarter with the lowest SNR, as a boolean array (U,).
 
@@ -323,10 +340,8 @@ def noisiest_quarter(snr_db: np.ndarray, unprocessed_si_sdr: np.ndarray, ids: Se
 
 def _means(scores: Columns) -> dict[str, Any]:
     means: dict[str, Any] = {"utterances": len(scores["noisiest_quarter"]), "noisiest_si_sdr_gain": np.nan}
-    for key, enhanced in scores.items():
-        if key.startswith(UNPROCESSED) or key == "noisiest_quarter":
-            continue
-        unprocessed = scores[UNPROCESSED + key]
+    for key in _metrics(scores):
+        enhanced, unprocessed = scores[key], scores[UNPROCESSED + key]
         gain = enhanced - unprocessed
         scored = int(np.isfinite(enhanced).sum())
         means |= {

@@ -6,7 +6,7 @@ Every fact a table needs passes through here as a line of JSON that a person can
     STUDY/runs/RUN_ID/plan.json        the same row, with provenance (commit, versions)
     STUDY/runs/RUN_ID/metrics.jsonl    training steps and validations
     STUDY/runs/RUN_ID/events.jsonl     submitted, started (on what hardware), checkpointed, ..., finished or failed
-    STUDY/runs/RUN_ID/scores.jsonl     one row a test utterance
+    STUDY/runs/RUN_ID/scores.jsonl     one row a test utterance; scores.versions.json: the versions of its metrics
     STUDY/runs/RUN_ID/quarantine/      one row a crop whose clip was damaged, a file a process
     STUDY/rtf.jsonl                    one row an architecture: its real-time factor, all of one machine
     STUDY/report/                      what the analysis makes of them
@@ -228,6 +228,11 @@ class RunDirectory:
         return self.path / "scores.jsonl"
 
     @property
+    def versions(self) -> Path:
+        """Of the metrics that gave the scores."""
+        return self.scores.with_suffix(".versions.json")
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -263,8 +268,7 @@ class RunDirectory:
         of_jobs = [event for event in self.read_events() if keep_jobs and event.get("event") in OF_JOBS]
         for folder in (self.checkpoints, self.tensorboard, self.quarantine, *(() if keep_jobs else (self.jobs,))):
             shutil.rmtree(folder, ignore_errors=not folder.exists())
-        versions = self.scores.with_suffix(".versions.json")
-        for file in (self.metrics, self.scores, versions, self.model, self.plan):
+        for file in (self.metrics, self.scores, self.versions, self.model, self.plan):
             file.unlink(missing_ok=True)
         if of_jobs:
             write_records(self.events, of_jobs)

@@ -166,6 +166,37 @@ def test_the_validation_loss_is_that_of_the_weights_that_were_kept(
     assert (run["validation_loss"], run["validation_step"]) == expected
 
 
+@pytest.mark.parametrize("place", ["file", "event"])
+def test_scores_by_several_versions_of_a_metric_are_remarked_on(write_study: WriteStudy, place: str) -> None:
+    plan = [plan_row(seed=seed) for seed in range(4)]
+    of_first, again, silent, unscored = (row["run_id"] for row in plan)
+    study = write_study(plan, scores={unscored: []})
+    older = {"pesq_wb": "1, pesq 0.0.4", "stoi": "1, pystoi 0.4.1", "estoi": "1, pystoi 0.4.1", "si_sdr": "1"}
+    newer = older | {"pesq_wb": "1, pesq 0.0.5"}
+    for run_id in (of_first, again, silent):
+        study.run(run_id).log_event("evaluating", metrics=older)
+    if place == "file":
+        write_records(study.run(again).versions, [newer])  # scored again: no event tells of it
+    else:
+        study.run(again).log_event("evaluating", metrics=newer)
+    gathered = gather(study.path)
+    assert gathered.provenance.loc[again, "metrics.pesq_wb"] == "1, pesq 0.0.5"
+    entries = {entry.key: str(entry) for entry in provenance.provenance(gathered)}
+    assert entries["metrics.pesq_wb"] == "1, pesq 0.0.4 (2 runs), 1, pesq 0.0.5 (1 run)"
+    assert entries["metrics.si_sdr"] == "1", "a run without scores is no mixture"
+    told = "Provenance is mixed in metrics.pesq_wb (see Provenance)."
+    assert told in provenance.remarks(gathered, scaling_table(gathered))
+
+    run = study.run(silent)
+    run.events.write_text("".join(line for line in run.events.open() if "evaluating" not in line))
+    run.versions.write_text("{torn")
+    gathered = gather(study.path)
+    assert gathered.provenance.loc[silent, "metrics.si_sdr"] == "not recorded"
+    assert {entry.key for entry in provenance.provenance(gathered) if entry.is_mixed} == {
+        f"metrics.{name}" for name in older
+    }
+
+
 def test_a_metric_unknown_to_the_tables_is_carried_along(write_study: WriteStudy) -> None:
     row = plan_row()
     scores = [score_row(0, dnsmos=3.0, unprocessed_dnsmos=2.0)]
