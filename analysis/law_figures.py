@@ -181,10 +181,10 @@ def published_figure(found: Claims, metrics: tuple[Quantity, ...], data: str) ->
     chosen = largest_budgets(found.kept)
     with style.applied():
         figure = Figure(figsize=(6.9, 2.7 * ((len(shown) + 1) // 2) + 0.4), layout="constrained")
-        panels = figure.subplots((len(shown) + 1) // 2, 2, squeeze=False).flat
+        panels = list(figure.subplots((len(shown) + 1) // 2, 2, squeeze=False).flat)
         for ax, metric in zip(panels, shown, strict=False):
             _published_panel(ax, chosen, metric)
-        for ax in list(panels):
+        for ax in panels[len(shown) :]:
             ax.set_axis_off()
         ours = f"this study ({data}), of each size its largest budget"
         handles = [

@@ -23,7 +23,7 @@ from analysis.scaling_table import scaling_table
 from analysis.settings import Settings
 from scaling.records import StudyDirectory, read_records
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
-from tests.analysis.generated import FAMILY, lines, run_record, true_loss, write_run
+from tests.analysis.generated import FAMILY, lines, run_record, sizes_study, true_loss, write_run
 
 
 def bars(ax: Axes) -> list[ErrorbarContainer]:
@@ -165,6 +165,24 @@ def test_beside_published_systems_stand_the_cells_of_the_largest_budgets_in_ever
         if ax.get_ylabel() in expected:
             np.testing.assert_allclose(ax.lines[0].get_xydata(), expected.pop(ax.get_ylabel()), rtol=1e-6)
     assert not expected
+
+
+@pytest.mark.parametrize("missing", [("stoi", "estoi", "si_sdr"), ("stoi",)])
+def test_beside_published_systems_an_odd_number_of_metrics_leaves_no_empty_panel(
+    tmp_path: Path, missing: tuple[str, ...]
+) -> None:
+    study = sizes_study(tmp_path / "study", seeds=1, sizes=("xt", "t"))
+    for plan in study.read_plan():
+        scores = study.run(plan["run_id"]).scores
+        rows = read_records(scores)
+        left = [{key: row[key] for key in row if key.removeprefix("unprocessed_") not in missing} for row in rows]
+        scores.write_text(lines(left))
+    gathered = gather(study.path)
+    figure = published_figure(claims(gathered, Settings(study.path, bootstraps=100)), gathered.metrics, "generated")
+    assert figure is not None
+    shown = [bool(ax.get_ylabel()) for ax in figure.axes]
+    assert sum(shown) == 4 - len(missing)
+    assert [ax.axison for ax in figure.axes] == shown
 
 
 def test_a_seed_that_blew_up_leaves_limits_and_bars_of_a_logarithmic_axis_above_zero(
