@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis import style
 from analysis.families import family_names, has_shared_sizes, tells_families, unprocessed_mean, with_families
 from analysis.gather import Study
-from analysis.quantities import MISSING, Quantity, human_hours, round_hours
+from analysis.quantities import MISSING, Quantity, axis_value, human_hours, round_hours
 from analysis.scaling_table import ScalingTable
 
 AXES = {"num_params": "Parameters", "macs_per_second": "MACs per second", "hours": "Hours of training audio"}
@@ -179,7 +179,8 @@ def _series(cells: pd.DataFrame, axes: Sequence[str], x: str) -> tuple[list[str]
             telling.append(column)
     texts = pd.Series("", index=cells.index)
     for number, column in enumerate(telling):
-        texts = texts.str.cat(cells[column].map(_text), sep=", " if number else "")
+        of_axis = column.startswith("axes.")
+        texts = texts.str.cat(cells[column].map(axis_value if of_axis else _text), sep=", " if number else "")
     names = [(candidates | families)[column] for column in telling]
     return names, texts
 

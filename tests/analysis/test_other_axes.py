@@ -233,6 +233,21 @@ def test_no_line_joins_families_that_an_axis_tells_apart_where_sizes_settle_it(t
     assert legend_of(figure) == {"Family": ["c8, xt", "t, s"]}
 
 
+def test_a_boolean_axis_is_written_in_legends_as_in_tables(tmp_path: Path):
+    axis = "train.optimiser.amsgrad"
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0, "axes": {axis: value}}
+        for value in (False, True)
+        for size in ("c8", "xt", "t")
+    ]
+    study = gather(write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0)).path)
+    table = scaling_table(study)
+    assert sorted(set(written(table)[axis]) - {MISSING}) == ["False", "True"]
+    assert legend_of(scaling_figure(table)) == {axis: ["False", "True"]}
+    curves = {text.get_text() for text in curves_figure(study).legends[0].get_texts()}
+    assert {f"{axis} False", f"{axis} True"} <= curves
+
+
 def test_a_setting_of_the_loss_is_not_chosen_by_the_loss(tmp_path: Path):
     pesq = "train.losses.pesq"
     cells = [
