@@ -72,7 +72,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Law:
-    """A family of curves: see the module. `function` is the law as written, of its `parameters`."""
+    """A family of curves: see the module. `function` is the law as written, of its `parameters`.
+
+    shown_as: (shape, parameter) of each shape that is no parameter, but with others determines one.
+    """
 
     name: str
     formula: str
@@ -86,6 +89,7 @@ class Law:
     has_log_residuals: bool = True  # residuals are of log y
     offset: float = 0.0
     unbounded: tuple[str, ...] = ()  # coefficients that may be negative
+    shown_as: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -213,6 +217,7 @@ def metric_sigmoid(variable: str, ceiling: float | None = None) -> Law:
         has_log_residuals=False,
         offset=ceiling or 0.0,
         unbounded=("floor",) if ceiling is None else (),
+        shown_as=(("shift", "midpoint"),),
     )
 
 

@@ -281,10 +281,10 @@ class Problem:
         return points, float(np.mean(~done))
 
     def at_bounds(self, point: Array) -> dict[str, float]:
-        """The parameters of a point (P,) that stopped at the end of their range, and where."""
-        names = [*(term.coefficient for term in self.law.terms), *self.law.shapes]
-        held = self._held(point)
-        return {name: float(value) for name, value, is_held in zip(names, point, held, strict=True) if is_held}
+        """The law's parameters that stopped, at a point (P,), at the end of their range, and where."""
+        shown_as, named = dict(self.law.shown_as), self.named(point[None])
+        names = [*(term.coefficient for term in self.law.terms), *(shown_as.get(s, s) for s in self.law.shapes)]
+        return {name: float(named[name][0]) for name, held in zip(names, self._held(point), strict=True) if held}
 
     def free_shapes(self, point: Array) -> NDArray[np.intp]:
         """Which shapes of a point (P,) are neither at their bounds nor of terms that are 0."""

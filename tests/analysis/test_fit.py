@@ -235,6 +235,22 @@ def test_a_parameter_at_its_bound_is_named():
     assert rising.status in (BOUND, UNIDENTIFIABLE), "a loss that rises with size has no falling power law"
 
 
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+def test_whatever_stops_at_a_bound_is_named_as_a_parameter_of_the_law_with_its_value(law: Law):
+    problem = Problem(law, some(law).x, some(law).y, None)
+    point = np.array([0.0] * problem.K + [high for _, high in law.bounds])
+    named = {name: float(value[0]) for name, value in problem.named(point[None]).items()}
+    free = [name for name in law.parameters if name in law.unbounded]
+    assert problem.at_bounds(point) == {name: named[name] for name in named if name not in free}
+
+
+def test_cells_that_show_one_arm_of_a_sigmoid_have_its_midpoint_at_a_bound():
+    x = np.geomspace(1e8, 1e10, 8)
+    fitted = fit(metric_sigmoid("N"), Data({"N": x}, 2 + 0.1 * (x / 1e9) ** 0.5, np.arange(8)), huber=None)
+    assert (fitted.status, fitted.at_bounds) == (BOUND, ("midpoint",))
+    assert fitted.reason.startswith(f"midpoint = {fitted.parameters['midpoint']:.3g}: ")
+
+
 def test_cells_that_are_all_alike_determine_no_exponent():
     x = np.geomspace(1e8, 1e10, 8)
     assert fit(loss_law("N"), Data({"N": x}, np.full(8, 0.3), np.arange(8))).status in (BOUND, UNIDENTIFIABLE)
