@@ -3,8 +3,8 @@
     python -m analysis.advise study=DIR gpu_hours=H
 
 The answer rests on the study's L(N, D) with its bootstraps, on the speeds at which its sizes trained, and on
-nothing else: hours buy audio at the speed of the study's hardware (audio-seconds per second and process), and of the
-sizes between the smallest and the largest trained the one with the least predicted loss is recommended. Speeds
+nothing else: hours buy audio at the speed of the study's hardware (audio-seconds per second and GPU, or core), and of
+the sizes between the smallest and the largest trained the one with the least predicted loss is recommended. Speeds
 between sizes are interpolated; no size is extrapolated to. Where the law is not identified it is refused.
 
 Exit status: 0; 1 if the study cannot answer, with the reason; 2 for a mistake in the command.
@@ -122,17 +122,23 @@ def advise(found: Claims, gpu_hours: float) -> Advice:
 
 
 def training_speeds(runs: pd.DataFrame) -> pd.DataFrame:
-    """Audio-seconds that one process trains on per second, a row a size: N, size, speed, runs; by N."""
+    """Audio-seconds that one GPU or core trains on per second, a row a size: N, size, speed, runs; by N."""
     runs = runs[np.isfinite(runs["audio_seconds_per_second"])]
     if runs.empty:
         raise RefusalError("no run has its speed (audio_seconds_per_second) on record")
-    speed = runs["audio_seconds_per_second"] / runs["world_size"].fillna(1)
+    devices = runs["world_size"].fillna(1) * _cpu_threads(runs).fillna(1)
+    speed = runs["audio_seconds_per_second"] / devices
     grouped = (
         runs.assign(speed=speed).groupby("size").agg(N=("N", "first"), speed=("speed", "median"), runs=("N", "size"))
     )
     if len(grouped) < 2:
         raise RefusalError("speeds are on record for one size only; two are needed to interpolate between")
     return grouped.reset_index().sort_values("N")
+
+
+def _cpu_threads(runs: pd.DataFrame) -> pd.Series:
+    """Of a process of each run on CPUs; NaN of those on GPUs, and where it is not on record."""
+    return pd.to_numeric(runs["hardware.threads"], errors="coerce").astype(float).where(runs["hardware.gpu"] == "none")
 
 
 def _speed_at(speeds: pd.DataFrame, sizes: Array) -> Array:
@@ -194,12 +200,18 @@ def _remarks(found: Claims, runs: pd.DataFrame, claim: Claim, hours: float, size
 def _mixed_hardware(runs: pd.DataFrame) -> list[str]:
     """A remark for each part of the machines that differs between these runs: hours of one are not those of another."""
     said = []
-    for part, what in (("hardware.gpu", "GPUs"), ("hardware.cpu", "CPUs")):
+    runs = runs.assign(threads=_cpu_threads(runs).astype("Int64"))
+    parts = {
+        "hardware.gpu": "kinds of GPUs",
+        "hardware.cpu": "kinds of CPUs",
+        "threads": "numbers of threads a process",
+    }
+    for part, what in parts.items():
         kinds = runs.loc[runs[part].notna(), ["size", "N", part]].sort_values("N", kind="stable")
         sizes = kinds.groupby(part, sort=False)["size"].agg(lambda of: ", ".join(dict.fromkeys(of)))
         if len(sizes) > 1:
             on = "; ".join(f"{sizes[kind]} on {kind}" for kind in sizes.index)
-            said.append(f"The runs trained on {len(sizes)} kinds of {what} ({on}): the hours are of no one kind.")
+            said.append(f"The runs trained on {len(sizes)} {what} ({on}): the hours are of no one kind.")
     return said
 
 

@@ -16,7 +16,7 @@ def varying_data(runs: pd.DataFrame) -> str:
 
 
 def with_variables(study: Study, size: str, data: str) -> pd.DataFrame:
-    """The study's runs with N, D, C, budget_hours, label, hardware.gpu and hardware.cpu.
+    """The study's runs with N, D, C, budget_hours, label, hardware.gpu, hardware.cpu and hardware.threads.
 
     A size that an axis changes is several sizes; hours_seen and macs_spent are as planned where a run has not finished.
     size: what N is, a key of SIZES; data: what D is, a key of DATA.
@@ -38,6 +38,6 @@ def with_variables(study: Study, size: str, data: str) -> pd.DataFrame:
         f"{name}, {'up to ' if stopped else ''}{human_hours(seen)} h seen"
         for name, seen, stopped in zip(runs["size"], runs["audio_hours_seen"].astype(float), is_at_most, strict=True)
     ]
-    for part in ("hardware.gpu", "hardware.cpu"):
+    for part in ("hardware.gpu", "hardware.cpu", "hardware.threads"):
         runs[part] = runs["run_id"].map(study.provenance[part]) if part in study.provenance else None
     return runs

@@ -170,3 +170,33 @@ def test_the_planner_says_when_the_sizes_trained_on_different_machines(tmp_path:
     told = "The runs trained on 2 kinds of GPUs (c8, xt, c24 on T4; t, c48, s on H200): the hours are of no one kind."
     assert told in remarks
     assert not any("CPUs" in remark for remark in remarks)
+
+
+def trained_with_threads(path: Path, threads: dict[str, int], gpu: str | None = None) -> Claims:
+    """Of a study whose sizes have so many threads a process and are as many times as fast; a GPU's speed is its own."""
+    study = grid_study(path, seeds=1, rows=6, utterances=0)
+    for row in study.read_plan():
+        run, number = study.run(row["run_id"]), threads.get(row["size"]["name"], 1)
+        events, metrics = run.read_events(), run.read_metrics()
+        events[1]["hardware"] |= {"threads": number, "gpu": gpu}
+        for record in metrics:
+            if record["kind"] == "train" and gpu is None:
+                record["audio_seconds_per_second"] *= number
+        run.events.write_text(lines(events))
+        run.metrics.write_text(lines(metrics))
+    return claims(gather(study.path), Settings(path, bootstraps=100))
+
+
+def test_hours_of_a_cpu_are_of_its_cores_whatever_the_threads_of_a_process(tmp_path: Path):
+    alone = advise(trained_with_threads(tmp_path / "one", {}), 0.05)
+    for name, threads in (("all", dict.fromkeys(FAMILY, 8)), ("some", dict.fromkeys(("t", "c48", "s"), 8))):
+        advice = advise(trained_with_threads(tmp_path / name, threads), 0.05)
+        assert list(advice.options["hours"]) == pytest.approx(list(alone.options["hours"]))
+        assert advice.best_size == alone.best_size
+        told = (
+            "The runs trained on 2 numbers of threads a process (c8, xt, c24 on 1; t, c48, s on 8): the hours are of no"
+        )
+        assert [told in remark for remark in advice.remarks if "threads" in remark] == [True] * (name == "some")
+    on_gpus = advise(trained_with_threads(tmp_path / "gpu", dict.fromkeys(("t", "s"), 8), gpu="H200"), 0.05)
+    assert list(on_gpus.options["hours"]) == pytest.approx(list(alone.options["hours"])), "of a process, which has one"
+    assert not any("threads" in remark for remark in on_gpus.remarks)
