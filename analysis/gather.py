@@ -100,7 +100,8 @@ class Study:
         attempts: jobs of a cluster that executed it; device_hours: what those took in all, of GPUs, or of cores
         where they had none (loading, validation, scoring and what was cut off included); NaN where it was no job;
         world_size, nodes: processes and nodes of the last session, NaN where not on record;
-        audio_seconds_per_second, step_seconds, communication_seconds: medians over training.
+        audio_seconds_per_second, step_seconds, communication_seconds: medians over training, on as many processes
+        as the last session's.
         replaced_crops: training crops up to last_step whose clips were damaged.
     scores: one row a run and utterance.
         run_id, id, speaker, noise, snr_db, duration, noisiest_quarter (bool); for each metric

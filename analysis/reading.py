@@ -221,10 +221,16 @@ def _hardware(events: Sequence[Record]) -> Record:
 
 
 def _execution(run: RunDirectory, events: Sequence[Record], curve: Columns) -> dict[str, Any]:
-    """Hours and speed of training: hours are those of processes, so twice the time for two."""
+    """Hours and speed of training: hours are those of processes, so twice the time for two.
+
+    Speed is of the sessions on as many processes as the last had, which are on record beside it.
+    """
     sessions = _sessions(run, events)
     nodes = [session.nodes for session in sessions if session.nodes is not None]
     train = curve["kind"] == 0
+    alike = list(itertools.takewhile(lambda each: each.size == sessions[-1].size, reversed(sessions)))
+    if len(alike) < len(sessions) and "time" in curve:
+        train &= ~(curve["time"] < alike[-1].began)
 
     def median(name: str) -> float:
         values = curve[name][train] if name in curve else np.empty(0)
@@ -248,8 +254,9 @@ def _execution(run: RunDirectory, events: Sequence[Record], curve: Columns) -> d
 
 @dataclass(frozen=True)
 class _Session:
-    """One execution of a run: seconds of training, processes, and nodes where they are on record."""
+    """One execution of a run: when it began, seconds of training, processes, and nodes where they are on record."""
 
+    began: float
     seconds: float
     size: int
     nodes: int | None
@@ -276,6 +283,7 @@ def _sessions(run: RunDirectory, events: Sequence[Record]) -> list[_Session]:
         size, nodes = first.get("world_size"), first.get("nodes")
         sessions.append(
             _Session(
+                first["time"],
                 max(0.0, over - first["time"]),
                 int(size) if isinstance(size, (int, float)) and size >= 1 else 1,
                 int(nodes) if isinstance(nodes, (int, float)) else None,

@@ -382,6 +382,26 @@ def test_the_first_row_of_speed_counts_only_where_there_is_no_other(
     assert gather(study.path).runs["audio_seconds_per_second"].iloc[0] == median
 
 
+def test_the_speed_is_of_the_number_of_processes_beside_it(write_study: WriteStudy) -> None:
+    """A run that went on with other processes than it began with, and was killed once more."""
+    row = plan_row()
+    study = write_study([row], skip=[row["run_id"]])
+    run, rows = study.run(row["run_id"]), []
+    for number, (world_size, speed) in enumerate([(1, 10.0), (8, 80.0), (8, 81.0)]):
+        began = 1.7e9 + 3600 * number
+        event = {"event": "resumed" if number else "started", "time": began, "world_size": world_size}
+        append_record(run.events, event)
+        rows += [
+            {"kind": "train", "step": 10 * number + step, "time": began + step, "loss": 0.1}
+            | {"audio_seconds_per_second": speed}
+            for step in range(1, 10 if number else 60)
+        ]
+    write_records(run.metrics, rows)
+    gathered = gather(study.path).runs.loc[0]
+    assert gathered["world_size"] == 8
+    assert 80.0 <= gathered["audio_seconds_per_second"] <= 81.0
+
+
 def test_hours_of_compute_are_summed_over_sessions_and_processes(tmp_path: Path):
     study, plan = StudyDirectory(tmp_path / "study"), run_record("t", 1.0)
     write_run(study, plan, 0.04, np.random.default_rng(0))
