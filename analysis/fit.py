@@ -80,12 +80,14 @@ class Bootstraps:
     values: name of a parameter → (B,) values.
     resampled: "seeds" or "cells", what was drawn.
     widening: (B,) by which the distance of each from the optimum counts in an interval.
+    scale: what `widening` is without Student's tails, by which their standard deviation counts in a standard error.
     unfinished: share that found no optimum.
     """
 
     values: dict[str, Array] = field(default_factory=dict)
     resampled: str = ""
     widening: Array = field(default_factory=lambda: np.empty(0))
+    scale: float = 1.0
     unfinished: float = 0.0
 
 
@@ -97,7 +99,7 @@ class Fit:
         unidentifiable (then there are no parameters).
     parameters: name → value. objective: of the optimum. huber: delta, or None for least squares.
     residuals: (cells,) of the cells' means, of log y or y.
-    bootstraps: what intervals come from; standard errors are of the bootstraps as drawn.
+    bootstraps: what intervals and standard errors come from.
     at_bounds: names of the parameters that stopped at the end of their range.
     lack_of_fit: F of the cells' distance from the law over the scatter of seeds within them, about 1 where the law
         holds, and the degrees of freedom of both; None where no cell has several seeds.
@@ -148,9 +150,13 @@ class Fit:
         return _lack_of_fit(self.law, self.data, self.residuals) if len(self.residuals) else None
 
     def standard_errors(self) -> dict[str, float]:
-        """Of each parameter; NaN where the bootstraps reach beyond what a number can hold."""
+        """Of each parameter: the bootstraps' standard deviation times their scale, so with what the law misses.
+
+        NaN where the bootstraps reach beyond what a number can hold.
+        """
+        drawn = self.bootstraps
         with np.errstate(over="ignore", invalid="ignore"):
-            found = {name: float(np.std(values, ddof=1)) for name, values in self.bootstraps.values.items()}
+            found = {name: drawn.scale * float(np.std(values, ddof=1)) for name, values in drawn.values.items()}
         return {name: value if np.isfinite(value) else np.nan for name, value in found.items()}
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
@@ -309,7 +315,7 @@ def _bootstrap(
         draws, y = np.tile(weights, (bootstraps, 1)), draw_seeds(data, bootstraps, law.has_log_residuals, rng)
         # Seeds know nothing of what the law misses: where cells lie farther from it than seeds do, these count.
         ratio, freedom, _ = _lack_of_fit(law, data, residuals) or (0.0, 1, 0)
-        widening = np.ones(bootstraps)
+        widening, scale = np.ones(bootstraps), float(np.sqrt(max(ratio, 1.0)))
         if ratio > 1:
             widening = np.sqrt(ratio * freedom / rng.chisquare(freedom, bootstraps))
     else:
@@ -319,8 +325,9 @@ def _bootstrap(
         # A resample of n cells scatters like the n - p of the residuals, whose own scatter is as chi-squared.
         freedom = len(weights) - law.num_parameters
         widening = np.sqrt(len(weights) / rng.chisquare(freedom, bootstraps))
+        scale = float(np.sqrt(len(weights) / freedom))
     points, unfinished = problem.minimise_all(valleys, draws, y)
-    return Bootstraps(problem.named(points), resampled, widening[: len(points)], unfinished)
+    return Bootstraps(problem.named(points), resampled, widening[: len(points)], scale, unfinished)
 
 
 def _lack_of_fit(law: Law, data: Data, residuals: Array) -> tuple[float, int, int] | None:

@@ -90,10 +90,13 @@ def test_the_exponent_and_the_law_lie_in_their_intervals(sizes: int, seeds: int)
     assert min(exponents, values) / trials >= FEWEST_COVERED
 
 
-@pytest.mark.parametrize(("sizes", "fewest"), [(6, FEWEST_COVERED), (4, 0.75)])  # 3 degrees of freedom, and 1
-def test_cells_that_lie_farther_from_the_law_than_their_seeds_scatter_widen_its_intervals(sizes: int, fewest: float):
+# 3 degrees of freedom, and 1; a standard error has no Student's tails
+@pytest.mark.parametrize(("sizes", "fewest", "fewest_by_errors"), [(6, FEWEST_COVERED, 0.8), (4, 0.75, 0.6)])
+def test_cells_that_lie_farther_from_the_law_than_their_seeds_scatter_widen_its_intervals_and_standard_errors(
+    sizes: int, fewest: float, fewest_by_errors: float
+):
     """As sizes do that one learning rate does not suit alike: bootstraps of seeds alone would cover a third."""
-    rng, exponents, values, trials = np.random.default_rng(0), 0, 0, 60
+    rng, exponents, values, by_errors, trials = np.random.default_rng(0), 0, 0, 0, 60
     n = np.geomspace(1e8, 1e10, sizes)
     x = np.repeat(n, 3)
     for trial in range(trials):
@@ -105,7 +108,9 @@ def test_cells_that_lie_farther_from_the_law_than_their_seeds_scatter_widen_its_
         exponents += low <= LAW["alpha"] <= high
         (low,), (high,) = fitted.band({"N": [1e10]})
         values += low <= power_law(1e10, **LAW) <= high
+        by_errors += abs(fitted.parameters["alpha"] - LAW["alpha"]) < 1.96 * fitted.standard_errors()["alpha"]
     assert min(exponents, values) / trials >= fewest
+    assert by_errors / trials >= fewest_by_errors
 
 
 def test_the_lack_of_fit_is_about_1_where_the_law_holds_and_large_where_it_does_not():
