@@ -92,6 +92,14 @@ def set_value(config: DictConfig, key: str, value: Any, schema: type) -> None:
         raise UserError(f"{key}: sets a part of something that is null here; leave it out") from None
 
 
+def get_value(config: DictConfig, key: str, schema: type) -> Any:
+    """A setting (dotted key) of a composed configuration, before its checks; UserError as in `load_config`."""
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, schema, ())) from None
+
+
 def to_object(schema: type[Config], config: DictConfig | dict[str, Any], is_checked: bool = False) -> Config:
     """A composed or stored configuration as an object of `schema`, its checks made.
 

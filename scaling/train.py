@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from scaling.cli import compose_config, load_config, to_object, with_values
+from scaling.cli import compose_config, get_value, to_object, with_values
 from scaling.command import run_main
 from scaling.config import RunConfig
 from scaling.device import warn_of_idle_gpu
@@ -47,30 +47,33 @@ class TrainCommandConfig(RunConfig):
 
 
 def main(words: list[str]) -> int:
-    config, plan = _plan(words)
-    require_writable(plan.directory.path, f"name another folder with {'run' if config.run else 'study'}=DIR")
+    composed = compose_config(TrainCommandConfig, "run", words)
+    folder, force = (get_value(composed, key, TrainCommandConfig) for key in ("run", "force"))
+    plan = _plan(words, composed, Path(folder).resolve() if folder is not None else None)
+    require_writable(plan.directory.path, f"name another folder with {'run' if folder else 'study'}=DIR")
     if os.environ.get("RANK", "0") == "0":
         warn_of_idle_gpu(plan.config.execution.device)
     print(f"run {plan.run_id}: {plan.steps} steps, in {plan.directory.path}", flush=True)
-    return execute(plan, force=config.force)
+    return execute(plan, force=force)
 
 
-def _plan(words: Sequence[str]) -> tuple[TrainCommandConfig, RunPlan]:
-    config = load_config(TrainCommandConfig, "run", words)
-    if config.run is not None and all(_key(word) in ("run", "force") or _may_change(word) for word in words):
-        return config, _planned(Path(config.run).resolve(), words)
+def _plan(words: Sequence[str], composed: DictConfig, folder: Path | None) -> RunPlan:
+    """The run of a command: the one that its folder holds, where the words set nothing that makes it another run."""
+    if folder is not None and all(_key(word) in ("run", "force") or _may_change(word) for word in words):
+        return _planned(folder, [_key(word) for word in words if _may_change(word)], composed)
+    config = to_object(TrainCommandConfig, composed)
     plan = plan_run(RunConfig.part_of(config), open_shards(config.data))
     plan.check_steps()
-    return config, plan if config.run is None else replace(plan, folder=str(Path(config.run).resolve()))
+    return plan if folder is None else replace(plan, folder=str(folder))
 
 
-def _planned(folder: Path, words: Sequence[str]) -> RunPlan:
-    """The run that a folder holds, as planned but for what the words set that leaves it the same run."""
+def _planned(folder: Path, keys: Sequence[str], composed: DictConfig) -> RunPlan:
+    """The run that a folder holds, as planned but for the settings of these keys, which are as composed.
+
+    Checked is that run alone: what else is composed are the defaults, which need not go with these settings.
+    """
     plan = read_planned(RunDirectory(folder))
-    overrides = [word for word in words if _may_change(word)]
-    composed = compose_config(RunConfig, "run", overrides)
-    keys = [_key(word) for word in overrides]
-    values = {key: OmegaConf.select(composed, key) for key in keys}
+    values = {key: get_value(composed, key, TrainCommandConfig) for key in keys}
     stored = OmegaConf.create(asdict(plan.config))
     return replace(plan, config=to_object(RunConfig, with_values(stored, values, RunConfig)))
 

@@ -206,6 +206,28 @@ def test_a_folder_of_ones_own_is_not_taken_from_another_run_and_goes_on_alone(
     assert f"no run at {tmp_path / 'nothing'}" in done.stderr
 
 
+def test_going_on_is_checked_against_the_folders_run_and_not_the_default_one(
+    tiny_run: list[str], tmp_path: Path, command
+):
+    folder = f"run={tmp_path / 'mine'}"
+    words = [*tiny_run, "train.budget.steps=4", "train.global_batch=16", "train.norm_batch=16", folder]
+    done = command("scaling.train", *words, "execution.metrics=[si_sdr]")
+    assert done.returncode == 0, done.stderr
+    done = command("scaling.train", folder, "execution.micro_batch=16")  # the default run's global batch is 8
+    assert done.returncode == 0, done.stderr
+    for more, expected in (
+        (["execution.micro_batch=5"], "execution.micro_batch = 5: expected a divisor of train.global_batch = 16 that"),
+        (["execution.micro_batc=16"], "execution.micro_batc: no such setting; did you mean execution.micro_batch?"),
+        (["+execution.micro_batc=16"], "execution.micro_batc: no such setting; did you mean execution.micro_batch?"),
+        (["execution.log_every=${nothing}"], "execution.log_every: Interpolation key 'nothing' not found"),
+        (["seed=0", "execution.micro_batch=16"], "expected a divisor of train.global_batch = 8 that"),
+        (["seed=0", "+execution.micro_batc=16"], "execution.micro_batc: no such setting; did you mean"),
+    ):
+        done = command("scaling.train", folder, *more)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert expected in done.stderr
+
+
 def test_enhanced_utterances_and_spectrograms_go_to_tensorboard(tiny_run: list[str], tmp_path: Path, command):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
