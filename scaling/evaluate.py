@@ -162,8 +162,9 @@ def main(words: list[str]) -> int:
         folders = (config.noisy, config.clean, config.enhanced)
         count, utterances = read_wav_triples(*(Path(str(folder)) for folder in folders))
         metrics = config.metrics or [*DEFAULT_METRICS]
-        rows = score_utterances(utterances, count, processes, metrics, {})
         target = Path(str(config.scores))
+        require_writable(target.parent, "name another file with scores=FILE")  # before hours
+        rows = score_utterances(utterances, count, processes, metrics, {})
     write_scores(target, rows, metrics, add=config.run is not None)
     print(json.dumps(summary(rows, metrics), indent=2))
     print(f"{len(rows)} utterances, one row each: {target}")

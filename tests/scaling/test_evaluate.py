@@ -65,6 +65,11 @@ def test_folders_of_wavs_are_scored_one_row_an_utterance(speech, tmp_path: Path,
         done = command("scaling.evaluate", *words[:3], f"scores={wrong}")
         assert (done.returncode, done.stdout) == (2, ""), "before anything is scored"
         assert f"scores = {wrong}: expected a file to write, named like scores.jsonl" in done.stderr
+    (tmp_path / "file").touch()
+    for folder, why in (("file", "File exists"), ("file/below", "Not a directory")):
+        done = command("scaling.evaluate", *words[:3], f"scores={folder}/x.jsonl", "processes=1")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), "before anything is scored"
+        assert f"error: {folder} cannot be written ({why}): name another file with scores=FILE" in done.stderr
     for given in (["noisy"], ["run", "scores"]):
         done = command("scaling.evaluate", *(f"{name}={name}.jsonl" for name in given))
         assert done.returncode == 2
