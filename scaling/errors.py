@@ -14,6 +14,9 @@ from collections.abc import Iterable
 # later or elsewhere, not the settings'.
 NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
+# A disk's, not a program's: full, over its quota, a file over the limit on its size, read only.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 class UserError(Exception):
     """Bad input, said in one line: the thing, its value, what was expected, the remedy."""

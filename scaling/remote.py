@@ -36,13 +36,13 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scaling.errors import UnreachableError, UserError
+from scaling.errors import DISK_ERRORS, UnreachableError, UserError
 from scaling.locks import held_if_free, held_when_free
 from scaling.own_time import OwnTime
 
@@ -89,15 +89,17 @@ class RemoteRoot:
     def fetch(self, shard: str) -> Path:
         """The file of a shard on this machine, brought here first if it is not there yet.
 
-        UnreachableError if its source does not answer, FileNotFoundError if there is nothing.
+        UnreachableError if its source does not answer, FileNotFoundError if there is nothing, UserError if the cache's
+        disk takes no more.
         """
         num_bytes, sha256 = self.promised[shard]
-        if (found := self._find(sha256)) is not None:
-            return found
-        with held_when_free(self.cache / f"{sha256}.lock", patience=_patience(), progress=self._fetches):
-            if (found := self._find(sha256)) is not None:  # another process was first
+        with self._on_disk():
+            if (found := self._find(sha256)) is not None:
                 return found
-            return self._fetch(shard, num_bytes, sha256)
+            with held_when_free(self.cache / f"{sha256}.lock", patience=_patience(), progress=self._fetches):
+                if (found := self._find(sha256)) is not None:  # another process was first
+                    return found
+                return self._fetch(shard, num_bytes, sha256)
 
     def open(self, shard: str) -> int:
         """A descriptor of a shard, which stays readable whatever the cache lets go of; errors as in `fetch`."""
@@ -106,9 +108,12 @@ class RemoteRoot:
             with suppress(FileNotFoundError):  # another run made room in between
                 return os.open(path, os.O_RDONLY)
 
-    def discard(self, shard: str) -> None:
-        """Give up this machine's copy of a shard, unless its source is known to be damaged."""
-        (self.cache / f"{self.promised[shard][1]}.tar").unlink(missing_ok=True)
+    def discard(self, shard: str) -> bool:
+        """Give up this machine's copy of a shard, unless its source is known to be damaged; whether there was one."""
+        with self._on_disk(), suppress(FileNotFoundError):
+            (self.cache / f"{self.promised[shard][1]}.tar").unlink()
+            return True
+        return False
 
     def prefetch(self, shards: Sequence[str]) -> None:
         """Fetch shards in the background, in this order; those asked for earlier and not begun are forgotten."""
@@ -117,10 +122,24 @@ class RemoteRoot:
     def try_fetch(self, shard: str) -> None:
         """Fetch a shard unless it is here, another process is at it or others' fetches fill the cache."""
         num_bytes, sha256 = self.promised[shard]
-        if self._find(sha256) is None:
-            with held_if_free(self.cache / f"{sha256}.lock") as got_it:
-                if got_it and self._find(sha256) is None:
-                    self._fetch(shard, num_bytes, sha256, waits=False)
+        with self._on_disk():
+            if self._find(sha256) is None:
+                with held_if_free(self.cache / f"{sha256}.lock") as got_it:
+                    if got_it and self._find(sha256) is None:
+                        self._fetch(shard, num_bytes, sha256, waits=False)
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """UserError where the cache's disk takes no more; what a source answers has become other errors by then."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(
+                f"data.cache = {self.cache} cannot be written ({error.strerror}): make its disk writable and free some "
+                f"space, lower data.cache_gb = {self.cache_bytes / 1e9:g}, or name another folder with data.cache=DIR"
+            ) from error
 
     def _find(self, sha256: str) -> Path | None:
         """The shard's file if it is here and need not be looked for anew; one that is whole is marked as used now."""

@@ -7,7 +7,6 @@ test set when the others have gone.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -27,7 +26,15 @@ from scaling.checkpoint import is_failed_write, take_up
 from scaling.config import RunConfig
 from scaling.cores import num_cores
 from scaling.device import set_arithmetic
-from scaling.errors import NO_ANSWER, BadDataError, MeetingError, UnreachableError, UserError, refused_write
+from scaling.errors import (
+    DISK_ERRORS,
+    NO_ANSWER,
+    BadDataError,
+    MeetingError,
+    UnreachableError,
+    UserError,
+    refused_write,
+)
 from scaling.liveness import LostRankError
 from scaling.locks import HeldLockError, held_lock
 from scaling.metrics import versions
@@ -42,9 +49,6 @@ from scaling.stopping import StopFlag, StoppedError
 from scaling.trainer import DivergedError, Trainer
 
 log = logging.getLogger(__name__)
-
-# A disk's, not a program's: full, over its quota, a file over the limit on its size, read only.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def execute(plan: RunPlan, stop: StopFlag | None = None, force: bool = False) -> int:

@@ -11,6 +11,7 @@ beside it; with the default counts it does nothing.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +49,15 @@ def report(full: bool, request: pytest.FixtureRequest) -> Callable[[str, str], N
             write_block(RELIABILITY, block, f"{markdown.strip()}\n\n{command}  \n{measured_on('torch')}")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of faulty_disk.c, to be preloaded."""
+    library = tmp_path_factory.mktemp("faulty-disk") / "faulty_disk.so"
+    command = [os.environ.get("CC", "cc"), "-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([*command, "-o", str(library), str(Path(__file__).with_name("faulty_disk.c")), "-ldl"], check=True)
+    return library
 
 
 # --- shards in an object store -------------------------------------------------------------

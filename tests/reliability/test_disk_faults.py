@@ -20,15 +20,6 @@ from tests.ranks import end_all, run_ranks, start_ranks
 from tests.reliability.small_runs import SMALL_RUN, run_of
 
 ERRORS = {errno.ENOSPC: "full disk", errno.EDQUOT: "quota", errno.EIO: "input or output error"}
-SOURCE = Path(__file__).with_name("faulty_disk.c")
-
-
-@pytest.fixture(scope="session")
-def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("faulty-disk") / "faulty_disk.so"
-    command = [os.environ.get("CC", "cc"), "-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([*command, "-o", str(library), str(SOURCE), "-ldl"], check=True)
-    return library
 
 
 def break_disk(library: Path, what: str, folder: Path, faults: list[str], words: list[str]) -> list[dict]:

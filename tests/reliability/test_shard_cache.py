@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -148,3 +149,55 @@ def test_room_that_a_frozen_fetch_holds_is_not_waited_for_without_end(
         store.plan_faults()
     monkeypatch.undo()
     assert index.root.fetch(other).exists(), "what a killed fetch held is free"
+
+
+READ_ON_FAULTY_DISK = """
+import itertools, shutil, sys
+from pathlib import Path
+from scaling.errors import UserError
+from scaling.shard_reader import ShardReader
+from scaling.shards import ShardIndex
+from scaling.verify import check_shard
+from tests.reliability.disk_faults import FaultyDisk
+from tests.reliability.shards_in_store import remote
+url, cache, error = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+disk = FaultyDisk()
+for at in itertools.count(1):
+    for read in (
+        lambda index: ShardReader(index.root).read_clip(index.clips("train")[0]),
+        lambda index: check_shard(index, "train", 0),
+    ):
+        shutil.rmtree(cache, ignore_errors=True)
+        index = ShardIndex.load(remote(url, cache))
+        disk.arm(cache, at, error, all_after=True)
+        try:
+            read(index)
+        except UserError as told:
+            print(f"{type(told).__name__}: {told}")
+        failed = disk.found()["fails"]
+        disk.arm(cache, 0, 0)
+    if not failed:
+        break
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_cache_whose_disk_takes_no_more_is_told_by_its_own_settings(
+    local: ShardIndex, tmp_path: Path, faulty_disk: Path, number: int
+):
+    cache = tmp_path / "cache"
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ON_FAULTY_DISK, f"file://{local.root}", str(cache), str(number)],
+        env=os.environ | {"LD_PRELOAD": str(faulty_disk)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 2 * 5, "a folder, a lock, a temporary file, its bytes, its flush, its name"
+    assert set(lines) == {
+        f"UserError: data.cache = {cache} cannot be written ({os.strerror(number)}): make its disk writable and free "
+        "some space, lower data.cache_gb = 1, or name another folder with data.cache=DIR"
+    }
