@@ -18,6 +18,7 @@ from scaling.shards import BLOCK_BYTES, CRC_DIGITS, SAMPLE_BYTES, Clip, Samples,
 
 MAX_RETIRED = 64
 READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before the second, third and fourth attempt to read
+OF_THE_SHARD = (errno.EIO, errno.ENOENT)  # what a file system says of bytes that are lost, rather than of itself
 
 
 class DamagedClipError(BadDataError):
@@ -80,12 +81,9 @@ class ShardReader:
                 return
             except (OSError, _Damage) as error:
                 what = "its shard is missing" if isinstance(error, FileNotFoundError) else str(error)
-                if pause is None and isinstance(error, OSError) and error.errno not in (errno.EIO, errno.ENOENT):
+                if pause is None and isinstance(error, OSError) and error.errno not in OF_THE_SHARD:
                     # says nothing of the data: the run should stop and go on from here when the file system is back
-                    raise UnreachableError(
-                        f"shard {self.root}/{clip.shard} cannot be read ({what}), in {len(READ_PAUSES) + 1} attempts: "
-                        "check the file system, then run the same command again"
-                    ) from None
+                    raise unreachable(self.root, clip.shard, error) from None
                 if pause is None:
                     message = f"clip {clip.id} in {self.root}/{clip.shard}: {what}; {remedy(self.root)}"
                     raise DamagedClipError(message, clip.id, clip.shard, what) from None
@@ -136,6 +134,14 @@ class ShardReader:
             self._retired.append(descriptor)
         while len(self._retired) > MAX_RETIRED:
             os.close(self._retired.pop(0))
+
+
+def unreachable(root: Root, shard: str, error: OSError) -> UnreachableError:
+    """The error of a shard whose file system failed at every attempt, which says nothing of the data."""
+    return UnreachableError(
+        f"shard {root}/{shard} cannot be read ({error}), in {len(READ_PAUSES) + 1} attempts: "
+        "check the file system, then run the same command again"
+    )
 
 
 def _read_blocks(

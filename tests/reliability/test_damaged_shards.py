@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -389,6 +390,61 @@ def test_reads_that_fail_for_a_moment_are_tried_again_and_change_nothing(index: 
         "was replaced. A file system that goes on failing otherwise than by EIO or a missing file ends the run with a "
         "message; it is not taken for damage.",
     )
+
+
+LOST_BYTES = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+/* Bytes LOST_FROM to LOST_TO of the file LOST_IN are not read but fail with READ_ERRNO; those before them come. */
+ssize_t read(int fd, void *data, size_t size) {
+    ssize_t (*real)(int, void *, size_t) = dlsym(RTLD_NEXT, "read");
+    const char *name = getenv("LOST_IN");
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (!name || length < 0 || (path[length] = 0, strcmp(path, name))) return real(fd, data, size);
+    off_t at = lseek(fd, 0, SEEK_CUR), from = atol(getenv("LOST_FROM"));
+    if (at >= atol(getenv("LOST_TO")) || at + (off_t)size <= from) return real(fd, data, size);
+    if (at < from) return real(fd, data, from - at);
+    errno = atoi(getenv("READ_ERRNO"));
+    return -1;
+}
+"""
+
+
+def test_verify_names_the_clip_that_cannot_be_read_and_goes_on_to_the_other_shards(tmp_path: Path):
+    index = write_shards(tmp_path / "shards", LENGTHS, shard_bytes=200_000)
+    shards, clip = [shard.name for shard in index.shards["train"]], index.clips("train")[2]
+    assert clip.shard == shards[0] != shards[-1]
+    (tmp_path / "lost.c").write_text(LOST_BYTES)
+    library, lost = tmp_path / "lost.so", clip.noisy_offset + 1_000
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "lost.c", "-ldl"], check=True)
+
+    def verify(number: int) -> subprocess.CompletedProcess[str]:
+        where = {"LOST_IN": str(index.root / shards[0]), "LOST_FROM": str(lost), "LOST_TO": str(lost + 512)}
+        return subprocess.run(
+            [sys.executable, "-m", "scaling.verify", "data=vbd", f"data.shards={index.root}"],
+            env=os.environ | where | {"READ_ERRNO": str(number), "LD_PRELOAD": str(library)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = verify(errno.EIO)
+    assert (done.returncode, done.stderr) == (1, "")
+    first, *others, last = done.stdout.splitlines()
+    assert first == f"{shards[0]}: clip {clip.id}: bytes damaged (Input/output error)"
+    assert [line.split(", ")[0] for line in others] == [f"{name}: whole" for name in shards[1:]]
+    assert last.startswith(f"1 of the shards at {index.root} are damaged: delete")
+    stale = verify(errno.ESTALE)  # says nothing of the data
+    assert (stale.returncode, stale.stderr.count("\n")) == (2, 1), stale.stderr
+    assert f"{shards[0]} cannot be read ([Errno 116] Stale file handle), in 4 attempts: check the" in stale.stderr
 
 
 def test_what_stock_webdataset_makes_of_the_same_damage(index: ShardIndex, times, report, full: bool):

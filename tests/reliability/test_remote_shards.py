@@ -145,6 +145,21 @@ def test_the_remedy_for_damage_at_the_source_makes_it_whole(local: ShardIndex, t
     assert command("scaling.verify", *words).returncode == 0
 
 
+def test_a_rotten_copy_in_the_cache_is_fetched_anew_before_verify_blames_the_source(
+    local: ShardIndex, tmp_path: Path, command
+):
+    words = ["data=vbd", f"data.shards=file://{local.root}", f"data.cache={tmp_path / 'cache'}"]
+    first = command("scaling.verify", *words)
+    assert first.returncode == 0, first.stderr
+    shard = local.shards["train"][2]
+    copy = tmp_path / "cache" / f"{shard.sha256}.tar"
+    content = copy.read_bytes()
+    copy.write_bytes(content[:5_000] + bytes([content[5_000] ^ 1]) + content[5_001:])
+    again = command("scaling.verify", *words)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert copy.read_bytes() == content
+
+
 def test_a_source_that_was_mended_is_believed_by_whoever_loads_its_index_after_that(
     store: Store, upload: Upload, local: ShardIndex, tmp_path: Path
 ):
