@@ -35,6 +35,8 @@ MOST_LINES = 200
 MOST_NAMES = 8  # of lines in a legend
 LEGEND_ROOM = 0.2  # inches beside a legend
 LONGEST_LABEL = 24  # letters of a label beside a row; longer ones are broken
+BREAK = ",\n"  # between the settings of a label
+ROW_HEIGHT, LEGEND_LINE = 1.95, 0.16  # inches of a row of the scaling figure at the least, and of a line of its legend
 
 
 def scaling_figure(table: ScalingTable) -> Figure | None:
@@ -53,21 +55,26 @@ def scaling_figure(table: ScalingTable) -> Figure | None:
     with style.applied():
         lines = {x: _series(cells, table.axes, x) for x in rows}
         several = any(names for names, _ in lines.values())
+        has_level = any(np.isfinite(table.unprocessed.get(f"{quantity.key}_mean", np.nan)) for quantity in quantities)
+        legends = {x: _row_legend(names, series, has_level) for x, (names, series) in lines.items()} if several else {}
+        # 1.0 for a row of the usual height
+        heights = [_row_height(*legends[x]) / ROW_HEIGHT if several else 1.0 for x in rows]
         beside = (
             max(_legend_width(_in_lines(text) for text in series) for _, series in lines.values()) if several else 0
         )
         width = max(4.2, 2.0 * len(quantities)) + beside
         # Letters of a legend come out a little wider at another resolution than the one of the layout.
         layout = ConstrainedLayoutEngine(rect=(0, 0, 1 - several * LEGEND_ROOM / width, 1))
-        figure = Figure(figsize=(width, 1.95 * len(rows) + 0.3), layout=layout)
-        panels = figure.subplots(len(rows), len(quantities), squeeze=False)
-        has_level = any(np.isfinite(table.unprocessed.get(f"{quantity.key}_mean", np.nan)) for quantity in quantities)
+        figure = Figure(figsize=(width, ROW_HEIGHT * sum(heights) + 0.3), layout=layout)
+        panels = figure.subplots(len(rows), len(quantities), squeeze=False, height_ratios=heights)
         for x, row in zip(rows, panels, strict=True):
-            names, series = lines[x]
+            _, series = lines[x]
             for quantity, ax in zip(quantities, row, strict=True):
                 _panel(ax, cells, series, x, quantity, table.unprocessed)
             if several:  # hues mean something else in each row, so each has its own legend
-                _row_legend(row[-1], _handles(series, has_level), ", ".join(names))
+                handles, title = legends[x]
+                beside_row: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+                row[-1].legend(handles=handles, title=title or None, frameon=False, **beside_row)
         if not several:
             handles = _handles(lines["num_params"][1], has_level)
             figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
@@ -123,7 +130,7 @@ def curves_figure(study: Study) -> Figure | None:
         handles = _curves_handles(bool(np.isfinite(level)), bool((runs["state"] == "failed").any()))
         own = _handles(series) if names else []
         for handle in own:
-            handle.set_label(f"{', '.join(names)} {handle.get_label()}")
+            handle.set_label(f"{', '.join(names)} {_in_one_line(str(handle.get_label()))}")
         handles += _at_most(own)
         figure.legend(
             handles=handles, loc="outside lower center", ncols=_legend_columns(figure, handles), frameon=False
@@ -146,8 +153,15 @@ def _legend_width(labels: Iterable[str]) -> float:
 
 
 def _in_lines(label: str) -> str:
-    """A long label a setting a line."""
-    return label if len(label) <= LONGEST_LABEL else label.replace(", ", ",\n")
+    """A long label a setting a line; a setting is broken only if it is too long by itself."""
+    if len(_in_one_line(label)) <= LONGEST_LABEL:
+        return _in_one_line(label)
+    settings = label.split(BREAK)
+    return BREAK.join(text if len(text) <= LONGEST_LABEL else text.replace(", ", BREAK) for text in settings)
+
+
+def _in_one_line(label: str) -> str:
+    return label.replace(BREAK, ", ")
 
 
 # --- the panels of the scaling figure ------------------------------------------------------
@@ -158,7 +172,7 @@ def _has_values(cells: pd.DataFrame, quantity: Quantity) -> bool:
 
 
 def _series(cells: pd.DataFrame, axes: Sequence[str], x: str) -> tuple[list[str], pd.Series]:
-    """Which line each cell is on: (what tells lines apart, a text for each cell).
+    """Which line each cell is on: (what tells lines apart, a text for each cell, its settings joined by BREAK).
 
     A line joins cells of one family that differ in x; of size, hours, steps and axes, what x and the ones
     before do not determine splits lines.
@@ -180,7 +194,7 @@ def _series(cells: pd.DataFrame, axes: Sequence[str], x: str) -> tuple[list[str]
     texts = pd.Series("", index=cells.index)
     for number, column in enumerate(telling):
         of_axis = column.startswith("axes.")
-        texts = texts.str.cat(cells[column].map(axis_value if of_axis else _text), sep=", " if number else "")
+        texts = texts.str.cat(cells[column].map(axis_value if of_axis else _text), sep=BREAK if number else "")
     names = [(candidates | families)[column] for column in telling]
     return names, texts
 
@@ -272,11 +286,17 @@ def _handles(series: pd.Series, has_level: bool = False) -> list[Line2D]:
     return [*handles, Line2D([], [], label="unprocessed", **style.REFERENCE)] if has_level else handles
 
 
-def _row_legend(ax: Axes, handles: list[Line2D], title: str) -> None:
-    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+def _row_legend(names: Sequence[str], series: pd.Series, has_level: bool) -> tuple[list[Line2D], str]:
+    """Handles and title of the legend beside a row."""
+    handles = _at_most(_handles(series, has_level))
     for handle in handles:
         handle.set_label(_in_lines(str(handle.get_label())))
-    ax.legend(handles=_at_most(handles), title=_in_lines(title) or None, frameon=False, **beside)
+    return handles, _in_lines(BREAK.join(names))
+
+
+def _row_height(handles: Sequence[Any], title: str) -> float:
+    """Inches: of a legend with more lines than the usual row has room for, the legend's."""
+    return max(ROW_HEIGHT, LEGEND_LINE * sum(len(text.splitlines()) for text in [*_labels(handles), title]))
 
 
 def _at_most(handles: list[Line2D]) -> list[Line2D]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.image
@@ -246,6 +249,34 @@ def test_a_boolean_axis_is_written_in_legends_as_in_tables(tmp_path: Path):
     assert legend_of(scaling_figure(table)) == {axis: ["False", "True"]}
     curves = {text.get_text() for text in curves_figure(study).legends[0].get_texts()}
     assert {f"{axis} False", f"{axis} True"} <= curves
+
+
+def test_a_row_of_the_scaling_figure_is_as_high_as_its_legend_and_no_value_is_broken(tmp_path: Path):
+    """Eight settings of three axes, of which one is a list."""
+    axes = [
+        {RATE: rate, "train.optimiser.betas": betas, "train.optimiser.amsgrad": amsgrad}
+        for rate in (0.001, 0.002)
+        for betas in ([0.9, 0.99], [0.95, 0.999])
+        for amsgrad in (True, False)
+    ]
+    cells = [
+        {"size": size, "hours_seen": 50.0, "hours": 9.0 if values[RATE] == 0.001 else 4.5, "axes": values}
+        for values in axes
+        for size in ("c8", "xt", "t")
+    ]
+    path = write_grid(tmp_path / "study", cells, lambda cell: true_loss(cell["size"], 50.0), seeds=1).path
+    figure = scaling_figure(scaling_table(gather(path)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that was given up
+        figure.draw_without_rendering()
+    boxes = [legend.get_window_extent() for ax in figure.axes if (legend := ax.get_legend())]
+    assert len(boxes) == 3
+    assert all(above.y0 >= below.y1 for above, below in pairwise(boxes)), "legends overlap"
+    assert 0 <= min(box.y0 for box in boxes) < max(box.y1 for box in boxes) <= figure.bbox.y1
+    assert min(ax.get_window_extent().height for ax in figure.axes) > 60, "panels keep their room"
+    ((_, names),) = legend_of(figure).items()
+    assert any("4.5,\n[0.95, 0.999],\nFalse" in name for name in names)
+    assert not any(re.search(r"\[[^]]*\n", name) for name in names), "a list is broken"
 
 
 def test_a_setting_of_the_loss_is_not_chosen_by_the_loss(tmp_path: Path):
