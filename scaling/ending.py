@@ -35,7 +35,16 @@ def end_after(main: Callable[[], int | None]) -> NoReturn:
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)  # a process group's names the rank on every line
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    if _is_profiled():  # whose figures are written when Python ends by itself
+        sys.exit(status)
     end(status)
+
+
+def _is_profiled() -> bool:
+    if sys.getprofile() is not None or sys.gettrace() is not None:
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    return monitoring is not None and monitoring.get_tool(monitoring.PROFILER_ID) is not None
 
 
 def end_at_exit(status: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pstats
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_a_process_ends_with_its_own_status_whatever_is_torn_down_after_it(
     assert ended.stdout == "to be flushed said "
     assert (ended.stderr.splitlines() or [""])[-1] == last_line
     assert ended.stderr.startswith("Traceback") == (": " in last_line or last_line == "KeyboardInterrupt")
+
+
+def test_a_command_under_a_profiler_leaves_it_its_last_word(tmp_path: Path):
+    (tmp_path / "command.py").write_text("from scaling.ending import end_after\nend_after(lambda: 3)\n")
+    words = [sys.executable, "-m", "cProfile", "-o", tmp_path / "profile", tmp_path / "command.py"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(words, env=environment, timeout=120, check=True)  # cProfile's own status
+    assert pstats.Stats(str(tmp_path / "profile")).get_stats_profile().func_profiles
 
 
 TRAIN = """
