@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from analysis.claims import Claims, claims
 from analysis.gather import gather
@@ -120,3 +121,10 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
 @pytest.fixture(scope="session")
 def found(grid: StudyDirectory) -> Claims:
     return claims(gather(grid.path), Settings(grid.path, bootstraps=300))
+
+
+def legend_of(figure: Figure) -> dict[str, list[str]]:
+    """The title of the first row's legend, and what it names beside the unprocessed input."""
+    legend = next(ax.get_legend() for ax in figure.axes if ax.get_legend())
+    names = [text.get_text() for text in legend.get_texts()]
+    return {legend.get_title().get_text(): [name for name in names if name != "unprocessed"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ FAMILY = {
     "s": (64, 6, 3_541_580, 1_981_508, 3_812_000_000),
 }
 LAW = {"E": 0.02, "A": 26.0, "alpha": 0.4, "B": 0.06, "beta": 0.45}  # of MACs a second and hours of audio seen
+RATE = "train.optimiser.learning_rate"
 COST = 3 * 3600  # multiply-accumulates of training are COST * MACs a second * hours seen
 
 
@@ -169,6 +170,23 @@ def sizes_study(
         for seed in range(seeds):
             plan = run_record(size, 100.0, seed)
             write_run(study, plan, true_loss(size, 100.0) * float(np.exp(rng.normal(0, noise))), rng)
+            plans.append(plan)
+    study.plan.write_text(lines(plans))
+    return study
+
+
+def write_grid(path: Path, cells: Sequence[Record], loss: Callable[[Record], float], seeds: int = 2) -> StudyDirectory:
+    """cells: size, hours_seen, hours of data and further axes of each; what its science, configuration and data add."""
+    study, rng, plans = StudyDirectory(path), np.random.default_rng(0), []
+    for number, cell in enumerate(cells):
+        for seed in range(seeds):
+            plan = run_record(cell["size"], cell["hours_seen"], seed, hours=cell["hours"], axes=cell["axes"])
+            plan["run_id"] = f"cell{number}-{plan['run_id']}"
+            for group, settings in cell.get("science", {}).items():
+                plan["science"].setdefault(group, {}).update(settings)
+            plan["config"] = cell.get("config")
+            plan["data"] |= cell.get("data", {})
+            write_run(study, plan, loss(cell) * float(np.exp(rng.normal(0, 0.003))), rng)
             plans.append(plan)
     study.plan.write_text(lines(plans))
     return study
