@@ -188,6 +188,11 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     write_whole(path, "".join(to_json(record) + "\n" for record in records))
 
 
+def versions_of(scores: Path) -> Path:
+    """Where the versions of the metrics that gave a file of scores stand, beside it."""
+    return scores.with_suffix(".versions.json")
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -229,8 +234,7 @@ class RunDirectory:
 
     @property
     def versions(self) -> Path:
-        """Of the metrics that gave the scores."""
-        return self.scores.with_suffix(".versions.json")
+        return versions_of(self.scores)
 
     @property
     def checkpoints(self) -> Path:

@@ -24,7 +24,7 @@ from scaling.own_time import OwnTime
 from scaling.plan import RunPlan
 from scaling.pool import kill, spawned_pool
 from scaling.progress import ProgressDisplay
-from scaling.records import Record, read_records, to_json, write_records, write_whole
+from scaling.records import Record, read_records, to_json, versions_of, write_records, write_whole
 from scaling.shard_reader import ShardReader
 from scaling.shards import Clip, ShardIndex
 from scaling.stream import to_float
@@ -185,7 +185,7 @@ def _remember_unprocessed(cache: Path, known: KnownScores, rows: list[Record], m
 
 def write_scores(target: Path, rows: list[Record], metrics: Sequence[str], add: bool = False) -> None:
     """The rows, and beside them the version of each metric; `add`: what the file has of other metrics stays."""
-    beside = target.with_suffix(".versions.json")
+    beside = versions_of(target)
     taken = versions(metrics)
     known = {row["id"]: row for row in read_records(target)} if add and beside.exists() else {}
     if known.keys() == {row["id"] for row in rows}:
