@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 SIZES = {
     "macs_per_second": "MACs per second",
@@ -70,7 +71,13 @@ def parsed(arguments: Sequence[str], keys: Mapping[str, str], required: Sequence
 
 def settings_from(values: Mapping[str, str]) -> Settings:
     """Settings of the keys among `values`; UsageError for a value that is none."""
-    kinds = {"study": Path, "fewest_warmups": float, "bootstraps": int, "level": float, "seed": int}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "study": lambda text: Path(text).expanduser(),
+        "fewest_warmups": float,
+        "bootstraps": int,
+        "level": float,
+        "seed": int,
+    }
     given = {}
     for field in fields(Settings):
         if field.name in values:

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from analysis.report import main
+from analysis.settings import settings_from
 from scaling.records import Record, StudyDirectory, append_record, to_json, write_records, write_whole
 from tests.analysis.conftest import WriteStudy, plan_row, score_row
 from tests.analysis.generated import FAMILY, run_record, sizes_study, true_loss, write_run
@@ -60,6 +61,11 @@ def test_a_study_without_a_finished_run_says_so_in_one_line(
     report = (study.report / "report.md").read_text()
     assert "No scaling figure: no finished run has a validation loss or score on record." in report
     assert "diverged: at step 1" in report
+
+
+def test_a_study_in_the_home_folder_is_named_by_a_tilde(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert settings_from({"study": "~/sizes"}).study == Path("/home/somebody/sizes")
 
 
 @pytest.mark.parametrize(
