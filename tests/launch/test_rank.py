@@ -17,7 +17,7 @@ from scaling.config import RunConfig
 from scaling.plan import plan_run
 from scaling.records import StudyDirectory, read_records
 from scaling.shards import ShardIndex
-from tests.aborting import aborting_library
+from tests.shared_library import shared_library
 
 # With a library that aborts what is torn down.
 MODULE = """
@@ -49,7 +49,7 @@ SLURM = {f"SLURM_{name}": value for name, value in ONE.items()}
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return aborting_library(tmp_path_factory.mktemp("aborting"))
+    return shared_library(Path(__file__).parents[1] / "aborting.c", tmp_path_factory.mktemp("aborting"))
 
 
 def ended(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

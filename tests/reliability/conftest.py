@@ -11,7 +11,6 @@ beside it; with the default counts it does nothing.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from scaling.shards import ShardIndex
 from tests.benchmarks.page import RELIABILITY, measured_on, write_block
 from tests.reliability.shards_in_store import NUM_CLIPS, Store, Upload
 from tests.reliability.shards_under_test import write_shards
+from tests.shared_library import shared_library
 
 
 @pytest.fixture(scope="session")
@@ -54,10 +54,7 @@ def report(full: bool, request: pytest.FixtureRequest) -> Callable[[str, str], N
 @pytest.fixture(scope="session")
 def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of faulty_disk.c, to be preloaded."""
-    library = tmp_path_factory.mktemp("faulty-disk") / "faulty_disk.so"
-    command = [os.environ.get("CC", "cc"), "-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([*command, "-o", str(library), str(Path(__file__).with_name("faulty_disk.c")), "-ldl"], check=True)
-    return library
+    return shared_library(Path(__file__).with_name("faulty_disk.c"), tmp_path_factory.mktemp("faulty-disk"))
 
 
 # --- shards in an object store -------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -327,124 +325,6 @@ def test_what_stops_a_run_is_one_line_and_of_its_class_wherever_it_was_read(inde
     assert re.fullmatch(r"clip \S+ in \S+ is damaged .* python -m scaling.prepare again.*", str(damaged)), str(damaged)
     assert classify(damaged) == ("bad data", str(damaged))
     assert classify(error_of(Wrong(index.root, clips, CROP, 0))) == ("code error", "ValueError: a defect")
-
-
-PRELOAD = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdlib.h>
-#include <sys/uio.h>
-static int calls;
-/* Of READ_ERRORS="n/m" the first n of every m reads fail as a disk or network file system fails. */
-static int fails(void) {
-    char *rest;
-    long failing = strtol(getenv("READ_ERRORS"), &rest, 10), of = strtol(rest + 1, NULL, 10);
-    errno = atoi(getenv("READ_ERRNO"));
-    return calls++ % of < failing;
-}
-ssize_t preadv64(int fd, const struct iovec *parts, int count, off_t at) {
-    ssize_t (*real)(int, const struct iovec *, int, off_t) = dlsym(RTLD_NEXT, "preadv64");
-    return fails() ? -1 : real(fd, parts, count, at);
-}
-ssize_t preadv64v2(int fd, const struct iovec *parts, int count, off_t at, int flags) {
-    ssize_t (*real)(int, const struct iovec *, int, off_t, int) = dlsym(RTLD_NEXT, "preadv64v2");
-    return fails() ? -1 : real(fd, parts, count, at, flags);
-}
-"""
-READ_ALL = """
-import errno, hashlib, sys
-from pathlib import Path
-from scaling.shards import ShardIndex
-from scaling.stream import CropDataset
-index = ShardIndex.load(Path(sys.argv[1]))
-dataset = CropDataset(index.root, index.clips("train"), 3000, 1)
-batch = dataset.__getitems__(range(12))
-print(hashlib.sha256(batch.noisy.numpy().tobytes() + batch.clean.numpy().tobytes()).hexdigest())
-print(dataset.reader.num_retries, len(batch.replaced))
-"""
-
-
-def test_reads_that_fail_for_a_moment_are_tried_again_and_change_nothing(index: ShardIndex, tmp_path: Path, report):
-    """The system call itself fails, by a library loaded before libc."""
-    (tmp_path / "failing.c").write_text(PRELOAD)
-    library = tmp_path / "failing.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "failing.c", "-ldl"], check=True)
-
-    def read(errors: str, number: int = 5) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"READ_ERRORS": errors, "READ_ERRNO": str(number), "LD_PRELOAD": str(library)}
-        words = [sys.executable, "-c", READ_ALL, str(index.root)]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-
-    whole, failing = (read(errors).stdout.split() for errors in ("0/1", "1/4"))
-    assert whole[1:] == ["0", "0"]
-    assert failing[0] == whole[0]
-    assert int(failing[1]) >= 6, "reads did fail"
-    assert failing[2] == "0", "nothing is replaced for a failure that passes"
-    stale = read("1000/1000", 116)
-    assert "UnreachableError" in stale.stderr
-    assert "Stale file handle" in stale.stderr
-    report(
-        "transient",
-        f"Every fourth `preadv` fails with EIO: {failing[1]} reads were tried again, the same samples came, nothing "
-        "was replaced. A file system that goes on failing otherwise than by EIO or a missing file ends the run with a "
-        "message; it is not taken for damage.",
-    )
-
-
-LOST_BYTES = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-/* Bytes LOST_FROM to LOST_TO of the file LOST_IN are not read but fail with READ_ERRNO; those before them come. */
-ssize_t read(int fd, void *data, size_t size) {
-    ssize_t (*real)(int, void *, size_t) = dlsym(RTLD_NEXT, "read");
-    const char *name = getenv("LOST_IN");
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    if (!name || length < 0 || (path[length] = 0, strcmp(path, name))) return real(fd, data, size);
-    off_t at = lseek(fd, 0, SEEK_CUR), from = atol(getenv("LOST_FROM"));
-    if (at >= atol(getenv("LOST_TO")) || at + (off_t)size <= from) return real(fd, data, size);
-    if (at < from) return real(fd, data, from - at);
-    errno = atoi(getenv("READ_ERRNO"));
-    return -1;
-}
-"""
-
-
-def test_verify_names_the_clip_that_cannot_be_read_and_goes_on_to_the_other_shards(tmp_path: Path):
-    index = write_shards(tmp_path / "shards", LENGTHS, shard_bytes=200_000)
-    shards, clip = [shard.name for shard in index.shards["train"]], index.clips("train")[2]
-    assert clip.shard == shards[0] != shards[-1]
-    (tmp_path / "lost.c").write_text(LOST_BYTES)
-    library, lost = tmp_path / "lost.so", clip.noisy_offset + 1_000
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "lost.c", "-ldl"], check=True)
-
-    def verify(number: int) -> subprocess.CompletedProcess[str]:
-        where = {"LOST_IN": str(index.root / shards[0]), "LOST_FROM": str(lost), "LOST_TO": str(lost + 512)}
-        return subprocess.run(
-            [sys.executable, "-m", "scaling.verify", "data=vbd", f"data.shards={index.root}"],
-            env=os.environ | where | {"READ_ERRNO": str(number), "LD_PRELOAD": str(library)},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    done = verify(errno.EIO)
-    assert (done.returncode, done.stderr) == (1, "")
-    first, *others, last = done.stdout.splitlines()
-    assert first == f"{shards[0]}: clip {clip.id}: bytes damaged (Input/output error)"
-    assert [line.split(", ")[0] for line in others] == [f"{name}: whole" for name in shards[1:]]
-    assert last.startswith(f"1 of the shards at {index.root} are damaged: delete")
-    stale = verify(errno.ESTALE)  # says nothing of the data
-    assert (stale.returncode, stale.stderr.count("\n")) == (2, 1), stale.stderr
-    assert f"{shards[0]} cannot be read ([Errno 116] Stale file handle), in 4 attempts: check the" in stale.stderr
 
 
 def test_what_stock_webdataset_makes_of_the_same_damage(index: ShardIndex, times, report, full: bool):

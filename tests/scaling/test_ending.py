@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.aborting import aborting_library
+from tests.shared_library import shared_library
 
 ENDING = """
 import atexit, ctypes, sys
@@ -28,7 +28,7 @@ print("to be flushed", end=" ")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return aborting_library(tmp_path_factory.mktemp("aborting"))
+    return shared_library(Path(__file__).parents[1] / "aborting.c", tmp_path_factory.mktemp("aborting"))
 
 
 @pytest.mark.parametrize(
